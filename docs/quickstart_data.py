@@ -33,7 +33,7 @@ from typing import Any, TypeVar
 from mlxchat.tasks.arithmetic import Template, draw_numbers, draw_words, solve
 from mlxchat.tasks.base import LETTERS, held_out
 from mlxchat.tasks.quickstart import FOLDER
-from mlxchat.tasks.spelling import common_words, count_letters, first_words, is_only_spelled, is_test_word
+from mlxchat.tasks.spelling import common_words, count_letters, first_words, is_only_spelled
 
 _INPUTS = Path(__file__).with_suffix("")
 _T = TypeVar("_T")
@@ -167,7 +167,7 @@ def _texts() -> dict[str, Any]:
 @cache
 def _other_words() -> list[str]:
     """Return words that the model does not learn to spell; those that other tasks hold out are not among them."""
-    return [word for word in common_words() if word not in first_words() and not is_test_word(word)]
+    return [word for word in common_words() if word not in first_words() and not held_out(f"word/{word}", 0.15)]
 
 
 def everyday_rows(split: str) -> Rows:

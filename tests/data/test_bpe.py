@@ -9,10 +9,10 @@ import pytest
 import rustbpe
 
 from mlxchat.config.schema import TokenizerConfig
-from mlxchat.data.bpe import TrainingProcess, train_on_corpus, train_tokenizer
+from mlxchat.data.bpe import train_on_corpus, train_tokenizer
 from mlxchat.data.sources import write_shards
 from mlxchat.data.vocabulary import SPLIT_PATTERN
-from mlxchat.errors import DataError, Interrupted, StepFailed
+from mlxchat.errors import DataError, Interrupted
 from mlxchat.runner.context import Context
 
 TEXTS = [
@@ -27,9 +27,12 @@ def nanochats_ranks(texts: list[str], num_tokens: int) -> dict[bytes, int]:
     return {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
 
 
-def train(folder: Path, texts: list[str], *, stop: int | None = None, **changes: Any) -> tuple[Any, Context]:
+def train(
+    folder: Path, texts: list[str], *, stop: int | None = None, write: bool = True, **changes: Any
+) -> tuple[Any, Context]:
     """Train as the step does on a corpus of one document more."""
-    write_shards(folder, ["held out", *texts], validation_documents=1, shard_documents=100, row_group_documents=7)
+    if write:
+        write_shards(folder, ["held out", *texts], validation_documents=1, shard_documents=100, row_group_documents=7)
     values = {"source": "train", "vocab_size": 320, "max_chars": 10**9, "document_chars": 10_000}
     ctx = Context(
         step="tokenizer", stage="tokenizer", config=SimpleNamespace(), inputs={}, out=folder, work=folder, root_seed=0,
@@ -51,11 +54,12 @@ def test_stopped_step_leaves_no_process(tmp_path):
     assert multiprocessing.active_children() == []
 
 
-def test_killed_process_is_reported():
-    with TrainingProcess(300) as training:
-        training._process.kill()
-        with pytest.raises(StepFailed, match="ended with exit code -9"):
-            training.ranks()
+def test_error_of_the_process_is_raised(tmp_path):
+    write_shards(tmp_path, ["held out", *TEXTS], validation_documents=1, shard_documents=100, row_group_documents=7)
+    (tmp_path / "shard_00000.parquet").write_bytes(b"no parquet")
+    with pytest.raises(DataError, match="shard_00000"):
+        train(tmp_path, TEXTS, write=False)
+    assert multiprocessing.active_children() == []
 
 
 def test_too_little_text_is_refused():

@@ -129,24 +129,12 @@ def swap_merges(record: dict[str, Any]) -> None:
     merges[5], merges[30] = merges[30], merges[5]
 
 
-def other_pair(record: dict[str, Any]) -> None:
-    """Have a token of three bytes merged from another pair of the same bytes."""
-    merges = record["model"]["merges"]
-    place, (left, right) = next((i, pair) for i, pair in enumerate(merges) if len(pair[0]) == 2 and len(pair[1]) == 1)
-    merges[place] = [left[0], left[1] + right]
-
-
 REFUSED: dict[str, tuple[Callable[[], str], str]] = {
     "WordPiece": (lambda: damaged(lambda r: r["model"].update(type="WordPiece")), "its model is WordPiece"),
     "a normalizer": (lambda: damaged(lambda r: r.update(normalizer={"type": "NFC"})), r"it normalises text \(NFC\)"),
     "Whitespace": (lambda: damaged(lambda r: r.update(pre_tokenizer={"type": "Whitespace"})), "by Whitespace"),
     "merges in another order": (lambda: damaged(swap_merges), "not in the order of its ids"),
-    "another pair": (lambda: damaged(other_pair), "from another pair than tiktoken"),
     "a byte missing": (lambda: damaged(lambda r: r["model"]["vocab"].pop("!")), "with all 256 bytes"),
-    "text left out": (
-        lambda: damaged(lambda r: r["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": r"\p{L}+|\s+"})),
-        "its pattern does not cover all text",
-    ),
     "a group repeated": (
         lambda: damaged(lambda r: r["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": r"\p{N}{1,3}+|."})),
         "its pattern means something else in tiktoken",

@@ -16,9 +16,9 @@ from mlxchat.engine.generate import Completion
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT
 from mlxchat.model.parameters import flatten_parameters, set_parameters
-from mlxchat.model.sizes import GPTSizes
+from mlxchat.model.sizes import GPTSizes, sizes_of
 from mlxchat.optim.optimizer import Flat, Optimizer, Rates
-from mlxchat.planning.memory import Training, describe_memory
+from mlxchat.planning.memory import Training
 from mlxchat.rl.rollouts import Group, Rollout
 from mlxchat.runner.context import Context
 from mlxchat.runner.stage import Stages
@@ -59,8 +59,10 @@ def make_rows(count: int = 3, *, seed: int = 0, tokens: int = 16) -> Rows:
 
 def training_of(config: Config, stage: str, sizes: GPTSizes | None = None) -> Training:
     """Return what the memory of a stage's training depends on, by its forecast, on the configuration's machine."""
-    found = describe_memory(config, Stages()[stage], sizes)
-    assert isinstance(found, Training)
+    describe = Stages()[stage].memory
+    assert describe is not None
+    sizes = sizes or sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
+    found: Training = describe(config, stage, sizes).on(config.machine)
     return found
 
 

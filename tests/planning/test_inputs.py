@@ -75,11 +75,10 @@ def test_need_is_the_tokens_in_characters_and_what_packing_drops(tmp_path, packi
     assert need.chars == pytest.approx(need.tokens * 4.8 / kept * 1.1)
 
 
-def test_need_counts_files_of_a_listing_and_repeated_epochs(tmp_path):
+def test_need_counts_files_of_a_listing(tmp_path):
     record_listing(tmp_path, CORPUS, SHARDS, size=100_000_000)
     need = need_of(tmp_path, "experiment=speedrun_d20", "stage=pretrain", "pretrain.packing=best_fit")
-    passes = need.tokens * 4.8 / 0.65 / (100 * 100_000_000 * 2.6)
-    assert f"100 of 100 files, 10.0 GB to fetch; the training passes over them {passes:.1f} times" in str(need)
+    assert str(need).endswith("100 of 100 files, 10.0 GB to fetch")
 
 
 def test_downloads_are_the_missing_files_of_listings(tmp_path):

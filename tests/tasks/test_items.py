@@ -75,7 +75,6 @@ def test_mixtures_and_suites_are_nanochats(choice, expected):
         ({"task": "spelling_bee", "source": {"words": "w.txt"}}, "expected an address .* or bundled"),
         ({"task": "arithmetic", "options": {"steps": 3.0}}, "steps of task arithmetic is 3.0, expected 1 or 2"),
         ({"task": "arithmetic", "options": {"two_step_frac": 2.0}}, "two_step_frac of task arithmetic is 2.0, exp"),
-        ({"task": "practice", "options": {"letters_frac": 0.6, "everyday_frac": 0.5}}, "of task practice is above 1"),
         ({"task": "jsonl"}, "task jsonl has no path"),
         ({"task": "jsonl", "path": "/no/such.jsonl"}, "no file /no/such.jsonl"),
         ({"task": "identity", "options": {"held_out_frac": 1.0}}, "held_out_frac of task identity is 1.0, expected 0"),

@@ -12,9 +12,10 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import rustbpe
 
@@ -28,8 +29,6 @@ from mlxchat.hub.cache import read_json
 from mlxchat.runner.context import Context
 from mlxchat.runner.process import SIGNALS
 
-_PART_CHARS = 1 << 18
-_WAITING_PARTS = 64
 _LOOK_SECONDS = 0.1
 
 
@@ -41,36 +40,35 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def train_on_corpus(ctx: Context, corpus: Path, config: TokenizerConfig) -> Tokenizer:
     """Return a tokenizer trained on the first `max_chars` of a corpus; numbers go to the step's metrics."""
     began = time.monotonic()
-    chars = 0
-
-    def check() -> None:
-        if ctx.should_stop():
-            raise ctx.stop(f"its beginning: {chars:,} characters are read again")
-
+    spawning = multiprocessing.get_context("spawn")
+    chars, results = spawning.Value("q", 0), spawning.Queue()
+    given = corpus, config, ctx.hints.get("train_chars"), chars, results
+    process = spawning.Process(target=_train, args=given, daemon=True)
     known_chars = (read_json(corpus / LISTING) or {}).get("train_chars")
     total = min(config.max_chars, int(known_chars or config.max_chars))
-    num_tokens = config.vocab_size - len(SPECIAL_TOKENS)
-    with TrainingProcess(num_tokens, check) as training:
+    process.start()
+    try:
         with ctx.progress(total, "chars") as bar:
-            for chars in training.read(_first_documents(ctx, corpus, config)):
-                speed = chars / max(1e-9, time.monotonic() - began)
-                bar.update(min(chars, total), speed=f"{format_count(speed)} chars/s")
-        with ctx.progress(num_tokens, "merges"):
-            ranks = training.ranks()
-    ctx.metrics["trained_chars"] = chars
-    ctx.metrics["chars_per_second"] = chars / max(1e-9, time.monotonic() - began)
-    return _tokenizer_of(ranks, config.vocab_size)
-
-
-def _first_documents(ctx: Context, corpus: Path, config: TokenizerConfig) -> Iterator[str]:
-    """Yield the beginnings of documents until they have more than `max_chars` characters together."""
-    chars = 0
-    for document in Corpus.open(corpus).documents("train", ctx.hints.get("train_chars")):
-        text = document[: config.document_chars]
-        chars += len(text)
-        yield text
-        if chars > config.max_chars:
-            return
+            found: Any = None
+            while found is None:
+                if ctx.should_stop():
+                    raise ctx.stop(f"its beginning: {chars.value:,} characters are read again")
+                is_alive = process.is_alive()
+                speed = chars.value / max(1e-9, time.monotonic() - began)
+                bar.update(min(chars.value, total), speed=f"{format_count(speed)} chars/s")
+                with suppress(queue.Empty):
+                    found = results.get(timeout=_LOOK_SECONDS)
+                if found is None and not is_alive:
+                    how = f"with exit code {process.exitcode} (negative: by that signal)"
+                    raise StepFailed(f"the tokenizer's training process ended {how}; its output is above")
+    finally:
+        process.kill()
+        process.join()
+    if isinstance(found, Exception):
+        raise found
+    ctx.metrics["trained_chars"] = chars.value
+    ctx.metrics["chars_per_second"] = chars.value / max(1e-9, time.monotonic() - began)
+    return _tokenizer_of(found, config.vocab_size)
 
 
 def _tokenizer_of(ranks: dict[bytes, int], vocab_size: int) -> Tokenizer:
@@ -90,69 +88,25 @@ def _learn(texts: Iterable[str], num_tokens: int) -> dict[bytes, int]:
     return {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
 
 
-class TrainingProcess:
-    """A process that trains on the texts that it is sent; a context manager that kills it."""
-
-    def __init__(self, num_tokens: int, check: Callable[[], None] = lambda: None) -> None:
-        """Start it; `check` is called during each wait, and may raise."""
-        context = multiprocessing.get_context("spawn")
-        self._check = check
-        self._parts: Any = context.Queue(_WAITING_PARTS)
-        self._ranks: Any = context.Queue()
-        self._process = context.Process(target=_train, args=(num_tokens, self._parts, self._ranks), daemon=True)
-        self._process.start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._process.kill()
-        self._process.join()
-        self._parts.cancel_join_thread()
-
-    def read(self, texts: Iterable[str]) -> Iterator[int]:
-        """Send all texts, a few at a time; yield the number of characters sent so far."""
-        part: list[str] = []
-        chars = sent = 0
-        for text in texts:
-            part.append(text)
-            chars += len(text)
-            if chars - sent >= _PART_CHARS:
-                self._send(part)
-                part = []
-                sent = chars
-                yield sent
-        self._send(part)
-        self._send(None)
-        yield chars
-
-    def _send(self, part: list[str] | None) -> None:
-        self._repeat(lambda: self._parts.put(part, timeout=_LOOK_SECONDS))
-
-    def ranks(self) -> dict[bytes, int]:
-        """Return token → id, once all texts are sent."""
-        found: dict[bytes, int] = self._repeat(lambda: self._ranks.get(timeout=_LOOK_SECONDS))
-        return found
-
-    def _repeat(self, action: Callable[[], Any]) -> Any:
-        """Return what an action on a queue returns, once the queue allows it."""
-        while True:
-            self._check()
-            is_alive = self._process.is_alive()
-            try:
-                return action()
-            except (queue.Full, queue.Empty):
-                if not is_alive:
-                    how = f"with exit code {self._process.exitcode} (negative: by that signal)"
-                    raise StepFailed(f"the tokenizer's training process ended {how}; its output is above") from None
-
-
-def _train(num_tokens: int, parts: Any, ranks: Any) -> None:
-    """Train on the parts up to None, and send the ranks: the work of the separate process."""
+def _train(corpus: Path, config: TokenizerConfig, ahead_chars: float | None, chars: Any, results: Any) -> None:
+    """Send token → id, or the error: the work of the separate process. `chars` counts what was read so far."""
     for number in SIGNALS:  # Ctrl-C reaches all processes of a terminal; the parent kills this one
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    ranks.put(_learn((text for part in iter(parts.get, None) for text in part), num_tokens))
+
+    def texts() -> Iterator[str]:
+        """Yield the beginnings of documents until they have more than `max_chars` characters together."""
+        for document in Corpus.open(corpus).documents("train", ahead_chars):
+            text = document[: config.document_chars]
+            chars.value += len(text)
+            yield text
+            if chars.value > config.max_chars:
+                return
+
+    try:
+        results.put(_learn(texts(), config.vocab_size - len(SPECIAL_TOKENS)))
+    except Exception as error:
+        results.put(error)
 
 
 def _end_with_parent() -> None:

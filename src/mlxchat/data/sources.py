@@ -201,20 +201,11 @@ class Corpus:
         """Return the files of a split that are on the Hub."""
         return [shard.file for shard in self.shards(split) if shard.file is not None]
 
-    @property
-    def chars(self) -> float:
-        """Characters of all training files on the Hub together."""
-        return self.chars_per_byte * sum(file.bytes for file in self.files())
-
     def first(self, chars: float) -> list[HubFile]:
         """Return the first training files that have `chars` characters together; all if they have fewer."""
         files = self.files()
         sizes = list(accumulate(file.bytes for file in files))
         return files[: bisect_left(sizes, chars / self.chars_per_byte) + 1]
-
-    def missing_bytes(self, chars: float) -> int:
-        """Return the bytes of the first files with `chars` characters that are not on this machine."""
-        return missing_bytes(self.first(chars))
 
     def fetch_ahead(self, start: int, chars: float | None = None) -> None:
         """Download training files in the background, from `start` until all have `chars`; None: one file."""
@@ -395,7 +386,7 @@ def pin_corpus(
         raise DataError(f"{hub.repository}: no document in {' or '.join(file.path for file in looked_at)}")
     if train_chars is not None:
         what = f"The text of this run ({hub.repository}, {len(corpus.first(train_chars))} files)"
-        check_space(hub_cache(), corpus.missing_bytes(train_chars), what)
+        check_space(hub_cache(), missing_bytes(corpus.first(train_chars)), what)
     corpus.fetch_ahead(1, train_chars)
     pinned = {"repository": hub.repository, "kind": "dataset", "revision": files[0].revision, "column": hub.column}
     facts = {"validation_documents": documents, "validation_chars": chars}

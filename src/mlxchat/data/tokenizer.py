@@ -51,10 +51,6 @@ _CHAT_TEMPLATE = """{{- '<|bos|>' -}}
 {%- if add_generation_prompt -%}{{- '<|assistant_start|>' -}}{%- endif -%}"""
 
 
-_EVERY_KIND = "The cat's 12 naïve CATS don't; 345,678 \t\n\r\n   你好 مرحبا नमस्ते 😀 _x_ {}\u0301\x00\u2028 end  "
-"""Letters, marks, digits, signs, blanks and control characters, single and adjacent, which a pattern must cover."""
-
-
 class Tokenizer:
     """Text to token ids and back. Special tokens have the highest ids, in the order of SPECIAL_TOKENS."""
 
@@ -190,7 +186,4 @@ class Tokenizer:
 def load_vocabulary(source: str) -> tuple[Tokenizer, bool]:
     """Return a tokenizer with an existing vocabulary and our special tokens, and whether it keeps the source's ids."""
     vocabulary = read_vocabulary(source)
-    tokenizer = Tokenizer(vocabulary.ranks, vocabulary.pattern)
-    if tokenizer.decode(tokenizer.encode(_EVERY_KIND)) != _EVERY_KIND:
-        raise DataError(f"{source} cannot be imported: its pattern does not cover all text ({tokenizer.pattern})")
-    return tokenizer, vocabulary.keeps_ids
+    return Tokenizer(vocabulary.ranks, vocabulary.pattern), vocabulary.keeps_ids

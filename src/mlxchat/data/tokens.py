@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -203,24 +203,10 @@ class Documents:
             self._prepared = None
 
 
-class DocumentTokenizer(Protocol):
-    """Encodes documents: our tokenizer or a third-party model's."""
-
-    @property
-    def digest(self) -> str:
-        """A hash of everything that determines the encoding."""
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id."""
-
-    def encode_documents(self, texts: list[str]) -> list[Array]:
-        """Return each document's ids, with the begin token in front."""
-
-
-def open_documents(ctx: Context, split: str, tokenizer: DocumentTokenizer, *, once: bool = False) -> Documents:
+def open_documents(ctx: Context, split: str, tokenizer: Any, *, once: bool = False) -> Documents:
     """Return the documents of a split ('train' or 'validation') of the step's corpus, endless or `once`.
 
+    The tokenizer is ours or a third-party model's.
     Shards are encoded on demand with all cores, and the next one in the background with a quarter of them. The files
     that the run will need are downloaded ahead.
     """
@@ -247,7 +233,7 @@ def open_documents(ctx: Context, split: str, tokenizer: DocumentTokenizer, *, on
 
 
 def encode_shard(
-    shard: Shard, tokenizer: DocumentTokenizer, folder: Path, *, threads: int, check: Check = lambda: None
+    shard: Shard, tokenizer: Any, folder: Path, *, threads: int, check: Check = lambda: None
 ) -> dict[str, float]:
     """Encode a text shard into a folder, after downloading it if necessary; return the numbers for the manifest.
 

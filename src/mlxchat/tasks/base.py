@@ -30,28 +30,18 @@ class Task(ABC):
     The fields are the options that an item of a mixture or suite may set. A subclass that adds options must be a
     dataclass, too. Creating a task checks its options; data is read when the first conversation is needed.
 
-    Attributes:
-        name: in the registry; by default the class's name.
-        kind: "categorical" if the answer is one of conversation["letters"], "generative" if it is free text.
-        chance: accuracy of random guessing, 0 to 1.
-        splits: allowed values of `split`.
-        training_splits: the splits that may be trained on.
-        source_options: options that locate the data.
-        is_paired: whether conversations also have a rejected answer, conversation["rejected"].
-        repeats: whether a `size` above the number of conversations repeats them; otherwise all are taken once.
-        prompt_tokens: an upper bound of the prompt length, for predictions of memory; None: unknown.
-
     """
 
-    name: ClassVar[str] = ""
+    name: ClassVar[str] = ""  # in the registry; by default the class's name
+    # categorical: the answer is one of conversation["letters"]; generative: it is free text
     kind: ClassVar[Literal["categorical", "generative"]] = "generative"
-    chance: ClassVar[float] = 0.0
+    chance: ClassVar[float] = 0.0  # accuracy of random guessing, 0 to 1
     splits: ClassVar[tuple[str, ...]] = ("train", "test")
     training_splits: ClassVar[tuple[str, ...]] = ("train",)
-    source_options: ClassVar[tuple[str, ...]] = ()
-    is_paired: ClassVar[bool] = False
-    repeats: ClassVar[bool] = True
-    prompt_tokens: ClassVar[int | None] = None
+    source_options: ClassVar[tuple[str, ...]] = ()  # options that locate the data
+    is_paired: ClassVar[bool] = False  # whether conversations have a rejected answer, conversation["rejected"]
+    repeats: ClassVar[bool] = True  # whether a `size` above the number of conversations repeats them
+    prompt_tokens: ClassVar[int | None] = None  # upper bound of prompts, for predictions of memory; None: unknown
 
     split: str
     """One of `splits`."""
@@ -78,19 +68,12 @@ class Task(ABC):
             expected = " or ".join(known)
             raise ConfigError(f'{option} of task {self.name} is "{value}", expected {expected}.{suggest(value, known)}')
 
-    def _check_shares(self, *options: str) -> None:
-        for option in options:
-            if not 0 <= getattr(self, option) <= 1:
-                raise ConfigError(f"{option} of task {self.name} is {getattr(self, option)}, expected 0 to 1.")
-
     def select(self, start: int = 0, stop: int | None = None, step: int = 1) -> Self:
         """Restrict the task to conversations[start:stop:step] and return it; raises ConfigError if none can be left."""
         end = min(bound for bound in (stop, self.size, float("inf")) if bound is not None)
         if not 0 <= start < end or step < 1:
-            raise ConfigError(
-                f"start={start}, stop={'null' if stop is None else stop}, step={step} of task {self.name} select "
-                "nothing: start must be at least 0, stop and size above it, step at least 1."
-            )
+            chosen = f"start={start}, stop={'null' if stop is None else stop}, step={step} of task {self.name}"
+            raise ConfigError(f"{chosen} select nothing: start from 0, stop and size above it, step at least 1.")
         self._slice = slice(start, stop, step)
         return self
 

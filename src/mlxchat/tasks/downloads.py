@@ -199,15 +199,13 @@ def _read_parquet(files: Sequence[Path], columns: list[str]) -> pa.Table:
     import pyarrow.parquet as pq
 
     cache_folder().mkdir(parents=True, exist_ok=True)
+    writer: Any = None
     with tempfile.NamedTemporaryFile(suffix=".arrow", dir=cache_folder()) as target:
-        writer = None
-        schema: pa.Schema | None = None
         for path in files:
             try:
                 source = pq.ParquetFile(path)
                 # By row groups, since iter_batches reads ahead hundreds of megabytes.
-                for group in range(source.num_row_groups):
-                    table = source.read_row_group(group)
+                for table in map(source.read_row_group, range(source.num_row_groups)):
                     if table.num_columns == 1 and pa.types.is_struct(table.schema.types[0]):
                         table = pa.Table.from_struct_array(table.column(0))  # as in MMLU's auxiliary_train
                     table = table.select(columns)

@@ -135,7 +135,8 @@ class Jsonl(Task):
         places = [
             place
             for place, conversation in enumerate(self._lines)
-            if held_out(f"jsonl/{_first_user(conversation)}", fraction) == (self.split == "test")
+            for asked in [next(each["content"] for each in conversation["messages"] if each["role"] == "user")]
+            if held_out(f"jsonl/{asked}", fraction) == (self.split == "test")
         ]
         if not places:
             raise DataError(
@@ -255,7 +256,3 @@ class IdentityConversations(UrlTask):
     def evaluate(self, conversation: Conversation, response: str) -> bool:
         """Judge as task jsonl does."""
         return is_answer(conversation, response)
-
-
-def _first_user(conversation: Conversation) -> str:
-    return next(str(message["content"]) for message in conversation["messages"] if message["role"] == "user")

@@ -13,7 +13,6 @@ import math
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -111,38 +110,28 @@ class KindsMC(_ShippedTask):
         return choice_dialogue(question, LETTERS, choices, letter)
 
 
-@dataclass(eq=False, kw_only=True)
 class Practice(Task):
-    """Conversations of `arithmetic`, `first_letter_count` and `everyday`, judged as those tasks judge them."""
+    """Conversations of `arithmetic`, `first_letter_count` and `everyday`, judged as those tasks judge them.
+
+    A quarter are letters to count, a quarter everyday questions, so that the model forgets less of what it does not
+    practise. Of the word problems 60 % have two steps.
+    """
 
     name = "practice"
-    letters_frac: float = 0.25
-    """Fraction of letters to count, 0 to 1."""
-    everyday_frac: float = 0.25
-    """Fraction of everyday questions, 0 to 1, so that the model forgets less of what it does not practise."""
-    two_step_frac: float = 0.6
-    """Fraction of word problems with two steps, 0 to 1."""
 
     def __post_init__(self) -> None:
-        """Check the options."""
+        """Create the three tasks."""
         super().__post_init__()
-        self._check_shares("letters_frac", "everyday_frac")
-        if self.letters_frac + self.everyday_frac > 1:
-            raise ConfigError("letters_frac + everyday_frac of task practice is above 1.")
         self._letters = FirstLetterCount(self.split, seed=self.seed)
         self._everyday = Everyday(self.split, seed=self.seed + 2)
-        self._problems = Arithmetic(self.split, seed=self.seed, two_step_frac=self.two_step_frac)
+        self._problems = Arithmetic(self.split, seed=self.seed, two_step_frac=0.6)
 
     def _own_size(self) -> int:
         return len(self._problems)
 
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
         draw = rng.random()
-        task: Task = self._problems
-        if draw < self.letters_frac:
-            task = self._letters
-        elif draw < self.letters_frac + self.everyday_frac:
-            task = self._everyday
+        task: Task = self._letters if draw < 0.25 else self._everyday if draw < 0.5 else self._problems
         return task[rng.randrange(len(task))]
 
     def evaluate(self, conversation: Conversation, response: str) -> bool:
@@ -177,11 +166,9 @@ def digest_of(name: str) -> str:
 def documents(name: str, max_chars: int | None = None) -> Iterator[str]:
     """Yield the documents of a shipped text, always in the same order.
 
-    Documents of more than `max_chars` characters (at least 200; None: any) are split at sentence ends into parts with
-    the same heading.
+    Documents of more than `max_chars` characters (None: any) are split at sentence ends into parts with the same
+    heading.
     """
-    if max_chars is not None and max_chars < 200:
-        raise ConfigError(f"max_chars is {max_chars}, expected 200 or more, or null for whole texts.")
     return (
         f"{heading}\n{piece}" if heading else piece
         for heading, body in read_rows(name)

@@ -49,11 +49,6 @@ def first_words() -> list[str]:
     return (_FOLDER / "first_words.txt").read_text(encoding="ascii").split()
 
 
-def is_test_word(word: str) -> bool:
-    """Return True if a word is held out: about 15% of all, but none of the first words."""
-    return held_out(f"word/{word}", _TEST_FRACTION) and word not in first_words()
-
-
 def is_only_spelled(word: str) -> bool:
     """Return True if training spells a first word but never counts its letters: about 15% of all."""
     return held_out(f"letters/{word}", _TEST_FRACTION)
