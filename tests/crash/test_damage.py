@@ -121,21 +121,6 @@ def test_damaged_input_is_refused(step, name, damage, message, made, tmp_path):
     assert stubs.trees() == made.trees()
 
 
-@pytest.mark.parametrize("name", ["attempts.jsonl", "ckpt/records/metrics.jsonl"])
-def test_damaged_records_of_a_killed_step_change_no_result(name, made, make_stubs, tmp_path):
-    stubs = make_stubs()
-    assert stubs.run(AT="train.iteration:3")[0] == -9
-    (path,) = (stubs.outputs / "work").glob(f"*/{name}")
-    whole = path.read_bytes()
-    for number, data in enumerate((whole[: len(whole) // 2], next(flips(whole, 99)), b"", b"\xff\x00")):
-        copy = stubs.copy(tmp_path / str(number))
-        next((copy.outputs / "work").glob(f"*/{name}")).write_bytes(data)
-        code, text = copy.run()
-        assert code == 0, text
-        copy.check_clean()
-        assert copy.trees() == made.trees()
-
-
 @pytest.mark.parametrize("size", [0, 200, 2000])
 def test_file_size_limit_is_one_message_and_the_next_run_succeeds(size, stubs, made):
     code, text = stubs.run(f"file_bytes={size}")

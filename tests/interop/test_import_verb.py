@@ -6,17 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from mlxchat.cli import dispatch
-from mlxchat.commands.arguments import quoted
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError, DataError, MlxchatError
 from mlxchat.pipeline import plan_of
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.store.gc import find_garbage
 from mlxchat.store.manifest import read_manifest
-from mlxchat.store.naming import describe_model, find_model, resolve
+from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
 
 Twin, Lay = Any, Any
@@ -122,40 +120,6 @@ def test_named_import_is_not_collected(twin):
                 link.unlink()
     found = find_garbage(Store(Path("outputs")))
     assert place.name in found.kept
-
-
-def test_only_import_is_found_by_chat_status_and_report(twin, capfd):
-    """After an import chat and status said there was nothing, and the report was titled by the default experiment."""
-    place = take(str(twin().folder), "--name", "x")
-    store = Store(Path("outputs"))
-    found = find_model(store, None)
-    assert describe_model(store, found).startswith(f"import:x ({place.name}, ")
-    assert dispatch(["status"]) == 0
-    assert f"done (latest run: {found.run})\n  imported  {place.name}" in capfd.readouterr().out
-    assert dispatch(["report"]) == 0
-    said = capfd.readouterr().out
-    assert str(found.run) in said
-    assert "quickstart" not in said
-
-
-def test_recorded_command_of_an_import_has_no_needless_quotation_marks(twin):
-    folder = twin("my-model").folder
-    take(str(folder), "--name", "x")
-    (plan_file,) = Path("outputs/runs").glob("*/plan.json")
-    assert json.loads(plan_file.read_text())["command"] == (
-        "mlxchat outputs=outputs stage=imported pipeline=imported name=import imported.format=nanochat "
-        f"imported.folder={folder} imported.name=x"
-    )
-
-
-VALUES = ("outputs", "../a/b-c.d", "/x", "null", "1e5", "TRUE", "inf", "a b", "it's", ".5", "x=y", "${x}", "a,b", "")
-
-
-@pytest.mark.parametrize("value", VALUES)
-def test_quoted_value_is_read_as_the_same_text(value):
-    (override,) = OverridesParser.create().parse_overrides([f"name={quoted(value)}"])
-    assert str(override.value()) == value
-    assert not isinstance(override.value(), (int, float, bool, type(None)))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from mlxchat.report.collect import collect_steps, entries_of_artifacts
 from mlxchat.report.document import document, render_html, render_markdown
 from mlxchat.report.examples import read_examples, telling_examples
 from mlxchat.report.summary import answers, facts
-from mlxchat.report.tables import core_table, metric_table, published_tables, references
+from mlxchat.report.tables import metric_table, published_tables, references
 
 _SPEC = importlib.util.spec_from_file_location("report_speedrun", Path(__file__).with_name("speedrun.py"))
 speedrun = importlib.util.module_from_spec(_SPEC)
@@ -140,21 +140,6 @@ def test_one_right_and_one_wrong_example_per_task(whole_recipe):
     assert "<b>mmlu" not in page
 
 
-@pytest.mark.parametrize("content", [b"", b"PAR1 and more", b"PAR1" * 100])
-def test_damaged_examples_are_left_out(whole, content):
-    (whole.folder("eval_sft") / "examples.parquet").write_bytes(content)
-    assert read_examples(whole.folder("eval_sft")) == []
-
-
-def test_incomplete_scores_do_not_stop_the_report(whole):
-    whole.edit_json("eval_base", "scores.json", core={"tasks": {"x": {}}}, chatcore={"tasks": None}, throughput=[])
-    whole.edit_json("eval_mid", "scores.json", core={"core": None, "tasks": {}}, chatcore=3)
-    report = whole.read()
-    assert core_table(report) is None
-    render_html("x", document(report))
-    render_markdown(document(report))
-
-
 def test_good_bad_and_typical_answers_are_shown(make):
     fake = make()
     rows = [
@@ -195,11 +180,3 @@ def test_report_names_a_wrong_form(make):
            "verdict": False, "tokens": 1, "details": {}}  # fmt: skip
     write_examples(fake.folder("eval_rl") / "examples.parquet", [row])
     assert "sums, **wrong form**, expected #### 8" in render_markdown(document(fake.read())).replace("\\", "")
-
-
-def test_examples_are_found_anywhere_in_a_long_file(whole):
-    row = {"index": 0, "seed": None, "prompt": "p", "output": "o", "expected": "e", "tokens": 1, "details": {}}
-    rows = [row | {"task": "early", "verdict": False}] * 9000 + [row | {"task": "late", "verdict": True, "prompt": "q"}]
-    speedrun.write_examples(whole.folder("eval_sft") / "examples.parquet", rows)
-    found = [(e.task, e.is_right, e.prompt) for e in read_examples(whole.folder("eval_sft"))]
-    assert found == [("early", False, "p"), ("late", True, "q")]

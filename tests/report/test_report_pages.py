@@ -9,7 +9,6 @@ import pytest
 from rich.console import Console
 
 from mlxchat.errors import StoreError
-from mlxchat.report.document import Group, document, escape, render_html, render_markdown
 from mlxchat.report.summary import print_summary
 
 HOSTILE = '</pre><script>alert("x")</script> | [red]no[/red] ``` \x1b[31m \u202eevil \ud800 *a* $x$ {{ 7*7 }}'
@@ -90,22 +89,6 @@ def test_page_is_self_contained(reported):
     source = read_page(reported)
     assert all(address.startswith("#") for address in Page(source).addresses)
     assert not re.search(r"@import|url\((?!#)|https?:", source)
-
-
-def test_links_and_pictures_in_texts_stay_text():
-    """Guards against Markdown of a model or a setting that becomes an address, raw HTML or a heading."""
-    for hostile in ("[a](javascript:x)", "![a](http://x/y)", "<http://x>", "<details>", "# a", "1. a", "- a"):
-        page = Page(render_html("x", [escape(hostile), Group("fold", [escape(hostile)], hostile)]))
-        assert not page.addresses
-        assert not page.tags & {"a", "img", "h1", "ol", "ul", "blockquote"}
-        assert page.words.count(hostile) >= 3
-
-
-def test_hostile_sample_cannot_leave_its_markdown_fence(hostile):
-    lines = render_markdown(document(hostile.read())).split("\n")
-    fences = [line for line in lines if line.startswith("```") and "mermaid" not in line]
-    assert fences.count("````text") == fences.count("````") == 2
-    assert fences.count("```text") == 4
 
 
 def test_summary_prints_hostile_text_as_it_is(hostile):

@@ -1,6 +1,5 @@
 """What `collect` makes of run folders that are whole, unfinished, damaged or empty."""
 
-import math
 import subprocess
 import sys
 
@@ -35,41 +34,11 @@ def test_outcomes_of_steps(make):
     assert sum("out of memory" in trouble for trouble in troubles(report)) == 1
 
 
-def test_renamed_artifacts_are_found_by_id(whole):
-    folder = whole.folder("pretrain")
-    renamed = folder.rename(folder.with_name(f"pretrain-other-{whole.rid('pretrain')[:16]}"))
-    step = whole.read().step("pretrain")
-    assert (step.outcome, step.artifact) == ("run", renamed.name)
-
-
-def test_paths_out_of_the_store_are_not_followed(make):
-    fake = make(absent=["sft"])
-    fake.append_event(event="step_cached", step="sft", artifact=f"../store/{fake.artifact('pretrain')}")
-    assert fake.read().step("sft").outcome == "missing"
-
-
 def test_curves_of_an_unfinished_step_come_from_its_work_folder(make):
     fake = make(absent=["sft"])
     work = fake.root / "work" / fake.rid("sft") / "ckpt" / "records" / "metrics.jsonl"
     fake.write_lines(work, [{"iteration": 0, "loss": 2.0}, {"iteration": 1, "loss": 1.5}])
     assert fake.read().step("sft").series("loss") == ([0, 1], [2.0, 1.5])
-
-
-def test_damaged_lines_are_left_out(whole):
-    path = whole.folder("pretrain") / "metrics.jsonl"
-    lines = [(0, 9.0), (1, 8.0), (1, 7.0), (2, math.nan), (3, None), (4, "8"), (5, True)]
-    whole.write_lines(path, [{"iteration": i, "loss": loss} for i, loss in lines])
-    for cut in (path, whole.run / "events.jsonl"):
-        with cut.open("ab") as file:
-            file.write('{"iteration": 9999, "loss": "Ж'.encode()[:-1])
-    assert whole.read().step("pretrain").series("loss") == ([0, 1], [9.0, 7.0]), "the last record of an iteration"
-    assert whole.read().outcome == "done"
-
-
-def test_manifest_of_wrong_types_does_not_stop_the_report(whole):
-    wrong = {"device": "M3", "outputs": None, "attempts": {}, "seconds": "long", "versions": [1], "git": 3}
-    whole.edit_json("pretrain", "manifest.json", **wrong)
-    assert whole.write_report().is_file()
 
 
 def test_missing_plan_is_named(tmp_path):

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from mlxchat.report.collect import collect
-from mlxchat.report.examples import example_groups, rollout_examples
+from mlxchat.report.examples import rollout_examples
 
 CALL = "<|python_start|>1+1<|python_end|><|output_start|>2<|output_end|>"
 
@@ -34,13 +33,3 @@ def test_best_and_worst_rollouts_are_shown(whole):
         ("ask 9", "say 0<<1+1=2>> <b>", False), ("ask 9", "say 1<<1+1=2>> <b>", False),
     ]  # fmt: skip
     assert found[0].task == "iteration 1, reward 1, advantage +0.5"
-
-
-def test_damaged_rollouts_are_left_out(whole):
-    folder = write(whole)
-    with (folder / "rollouts.jsonl").open("a") as file:
-        file.write('{"iteration": 5, "question": null}\n{"iteration": 6, "ques')
-    assert len(rollout_examples(folder)) == 4
-    (folder / "rollouts.jsonl").unlink()
-    assert rollout_examples(folder) == []
-    assert "rl" not in example_groups(collect(whole.root, whole.run))

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from kit.text import byte_tokens, tool_call
+from kit.text import byte_tokens
 from mlxchat.engine.batch import Event
 from mlxchat.serve.choices import Choice
 
@@ -48,32 +48,6 @@ def test_logprobs_include_the_end_token(server, tokenizer):
     chat = server.chat(logprobs=True, **end).json()["choices"][0]
     assert (told["text"], told["logprobs"]["tokens"]) == ("", ["<|assistant_end|>"])
     assert (chat["message"]["content"], chat["logprobs"]) == ("", None)
-
-
-def test_text_offset_counts_characters_cut_short(tokenizer):
-    cut = (b"\xe2\x82a", b"\xe2\x82\xc3\xa9", b"\xf0\x9f\xf0\x9f\x98\x80b", b"\xe2\x82\xff", b"\xc3\xa9a", b"a\xe2")
-    for data in cut:
-        ids = byte_tokens(tokenizer, data)
-        choice = Choice(tokenizer)
-        for id_ in ids:
-            choice.add(Event(id=0, token=id_, sampled=True, logprob=-1.0))
-        told = choice.text_logprobs(choice.events)
-        ends = [len(data[:end].decode(errors="replace")) for end in range(1, len(data) + 1)]
-        assert told["text_offset"] == [end - 1 for end in ends], "each byte is in the character it ends in"
-
-
-def test_text_offset_counts_tool_results(start, tokenizer):
-    call = [*tool_call(tokenizer, "2*30"), *tokenizer.encode("xyzuvwqp")]
-    with start(says=call, seconds=0.0) as server:
-        told = complete(server, logprobs=0).json()["choices"][0]
-    assert told["text"].startswith("2*3060")
-    assert told["text"].endswith("qp"), "text follows the result"
-    found = [
-        told["text"][offset : offset + len(token)]
-        for token, offset in zip(told["logprobs"]["tokens"], told["logprobs"]["text_offset"], strict=True)
-    ]
-    assert [*found[:-1], "<|assistant_end|>"] == told["logprobs"]["tokens"]
-    assert len("".join(found)) == len(told["text"]) - 2, "the result was not sampled and has no log-probability"
 
 
 def test_partial_utf8_alternatives_are_not_merged(tokenizer):

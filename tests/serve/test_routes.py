@@ -83,7 +83,7 @@ def test_key_protects_all_but_page_and_health(start):
     [
         (["--host", "0.0.0.0"], "error: --host 0.0.0.0 can be reached from other machines and requires a key"),
         (["--port", "70000"], "error: --port is 70000"),
-        (["--max-rows", "0"], "error: --max-rows is 0, expected at least 1"),
+        (["--max-rows", "0"], "error: --max-rows is 0, expected a whole number of at least 1"),
         (["eval"], "error: "),
     ],
 )

@@ -13,7 +13,7 @@ from mlxchat.engine.generate import Engine
 from mlxchat.errors import ConfigError
 from mlxchat.evals.samples import continue_prompts
 from mlxchat.planning.memory import Device
-from mlxchat.terminal.chat import COMMANDS, Chat, Shown
+from mlxchat.terminal.chat import Chat, Shown
 
 
 @pytest.fixture
@@ -82,44 +82,12 @@ def test_invalid_file_is_refused_and_changes_nothing(chat, tmp_path, contents, m
     assert chat.messages == []
 
 
-@pytest.mark.parametrize("command", ["/temperature x", "/temperature -1", "/topk -1", "/topp 0", "/tokens 0", "/seed a",
-                                     "/save", "/load"])  # fmt: skip
-def test_invalid_command_value_says_what_is_accepted(chat, command):
-    name = command.split()[0]
-    assert chat.obey(command) == f'"{command}": expected {name} {COMMANDS[name][0]}; {COMMANDS[name][1]}'
-
-
 def test_calculator_calls_are_shown(capsys):
     shown = Shown()
     for kind, text in (("text", "2*3="), ("python", "2*3"), ("python_output", "6"), ("text", "6.")):
         shown.add(kind, text)
     shown.finish()
     assert capsys.readouterr().out == "2*3=<<2*3=6>>6.\n"
-
-
-def test_control_characters_of_the_model_are_escaped(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    monkeypatch.setattr("sys.stdout", screen := Terminal())
-    monkeypatch.setenv("NO_COLOR", "1")
-    shown = Shown()
-    shown.add("text", "a\x1b[2Jb\x1b]0;title\x07c\u202ed\r\x9b5n [bold]é[/bold] :smile:\tend\n")
-    shown.finish()
-    written_out = r"a\x1b[2Jb\x1b]0;title\x07c\u202ed\x0d\u009b5n [bold]é[/bold] :smile:"
-    assert screen.getvalue().startswith(written_out)
-    assert not {"\x1b", "\x07", "\r", "\x9b", "\u202e"} & set(screen.getvalue())
-
-
-def test_saving_overwrites_conversations_only(chat, tmp_path):
-    chat.ask("the cat")
-    notes, talk = tmp_path / "notes.md", tmp_path / "talk.json"
-    notes.write_text("mine")
-    assert "is not a conversation: choose another name" in chat.obey(f"/save {notes}")
-    assert notes.read_text() == "mine"
-    for _ in range(2):
-        assert chat.obey(f"/save {talk}").startswith("2 messages")
 
 
 def test_piped_input_is_a_question_or_a_conversation(chat, capsys, monkeypatch):

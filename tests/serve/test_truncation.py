@@ -67,25 +67,6 @@ def test_limits_apply_after_truncation(tokenizer, old, limits):
         prompt(tokenizer, 2000, [*old, *last], truncate=False, **limits)
 
 
-def test_oversized_unanswered_message_is_dropped_alone(tokenizer):
-    assert prompt(tokenizer, 128, [("user", "a b " * 90), ("user", "the mat")]).ids == rendered(
-        tokenizer, ("user", "the mat")
-    )
-    said = pairs(1)
-    got = prompt(tokenizer, 128, [*said, ("user", "a b " * 90), ("user", "the mat")])
-    assert got.ids == rendered(tokenizer, *said, ("user", "the mat")), "the turns before it stay"
-    assert got.truncated_turns == 1
-    short = prompt(tokenizer, 128, [*said, ("user", "the log"), ("user", "the mat")])
-    assert short.ids == rendered(tokenizer, *said, ("user", "the log\n\nthe mat"))
-
-
-def test_long_text_in_many_turns_fits_the_context_exactly(tokenizer):
-    for context in range(40, 130, 7):
-        said = [("system", "the dog"), *pairs(9), ("user", "x"), ("user", "the log"), ("user", "the mat")]
-        got = prompt(tokenizer, context, said)
-        assert len(got.ids) <= context - min(8, context // 2)
-
-
 @pytest.mark.parametrize(
     ("said", "limits", "expected"),
     [

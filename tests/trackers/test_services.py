@@ -111,20 +111,6 @@ def test_tensorboard_gets_curves_and_results(tmp_path):
     assert texts["report"] == "# all went well"
 
 
-def wandb_records(data: bytes) -> Iterator[bytes]:
-    """Read LevelDB's log format: blocks of 32 KiB of (checksum, length, first|middle|last|whole, bytes)."""
-    whole, position = b"", 7  # after W&B's mark and version
-    while position + 7 <= len(data):
-        if 32768 - position % 32768 < 7:
-            position += 32768 - position % 32768
-        length, kind = struct.unpack("<HB", data[position + 4 : position + 7])
-        whole += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):
-            yield whole
-            whole = b""
-
-
 @pytest.mark.slow
 def test_trackio_continues_its_run(tmp_path, environ):
     pytest.importorskip("trackio")
@@ -143,41 +129,6 @@ def test_trackio_continues_its_run(tmp_path, environ):
     assert [step for step, _ in samples] == [1]
     assert any("report" in json.loads(metrics) for _, _, metrics in rows)
     assert "pretrain-a1b2" in everything
-
-
-@pytest.mark.slow
-def test_wandb_continues_its_run_offline(tmp_path, environ):
-    pytest.importorskip("wandb")
-    from wandb.proto import wandb_internal_pb2
-
-    track("wandb", tmp_path, environ)
-    history, keys, summary, config, artifacts = [], set(), {}, {}, []
-    for path in sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb")):
-        for data in wandb_records(path.read_bytes()):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            if record.HasField("run"):
-                keys.add((record.run.run_id, record.run.display_name, record.run.project))
-                config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
-            if record.HasField("history"):
-                line = {".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
-                history.append(line)
-            if record.HasField("artifact") and record.artifact.metadata:
-                (entry,) = record.artifact.manifest.contents
-                about = json.loads(record.artifact.metadata)
-                artifacts.append((record.artifact.name, record.artifact.type, about["id"], entry.ref))
-            if record.HasField("summary"):
-                summary |= {".".join(i.nested_key) or i.key: i.value_json for i in record.summary.update}
-    assert len(keys) == 1
-    assert {name for _, name, _ in keys} == {"1-first"}
-    losses = [(line["pretrain/iteration"], line["pretrain/loss"]) for line in history if "pretrain/loss" in line]
-    assert losses == [(i, 8.0 / i) for i in range(1, 6)]
-    assert summary["eval_sft/mean_centered"] == "0.25"
-    assert config["model"]["depth"] == 4
-    samples = [line for line in history if any(key.startswith("pretrain/samples") for key in line)]
-    assert [line["pretrain/iteration"] for line in samples] == [1]
-    assert any(key.startswith("report") for line in history for key in line)
-    assert artifacts == [("pretrain-a1b2", "checkpoint", "a1b2", (tmp_path / "records" / "samples.jsonl").as_uri())]
 
 
 @pytest.mark.slow

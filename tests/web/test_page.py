@@ -99,26 +99,6 @@ def test_text_never_becomes_script(show, attack):
     assert page.evaluate("() => window.hurt") is None
 
 
-def test_stored_text_never_becomes_script(show):
-    page = show()
-    page.evaluate("""() => localStorage.setItem('mlxchat.conversations', JSON.stringify([
-        {id: '"><script>window.hurt=1</script>', changed: 1, messages: [
-            {role: 'user', parts: [{type: 'text', text: '<img src=x onerror=window.hurt=1>'}]},
-            {role: 'assistant', note: '<b>x</b>', parts: [{type: 'python', text: '<script>window.hurt=1</script>'}]}]},
-        {id: 'broken', messages: [{role: 'evil'}]}, null, 5]))""")
-    page.reload()
-    page.locator("#list .name").click()
-    page.wait_for_selector("li.assistant")
-    assert page.locator("#list li").count() == 1
-    assert page.evaluate("() => window.hurt") is None
-    page.evaluate("""() => { localStorage.setItem('mlxchat.conversations', '{"length": 3}');
-        localStorage.setItem('mlxchat.settings', '{"temperature": "<b>", "theme": "\\\"><script>", "model": {}}'); }""")
-    page.reload()
-    page.evaluate("() => localStorage.setItem('mlxchat.conversations', '{')")
-    page.reload()
-    assert ask(page, "a").inner_text().startswith("abc"[:1])
-
-
 def test_stop_cancels_generation(show):
     page = show(seconds=0.03)
     page.fill("#input", "go on")
@@ -182,35 +162,6 @@ def test_reload_keeps_a_partial_answer(show):
     assert page.locator("li.assistant .note").inner_text() == "cut off"
 
 
-def test_messages_after_an_oversized_one_are_answered(show):
-    page = show(says="yes")
-    ask(page, "one")
-    ask(page, "a" * 8001)
-    assert page.locator("#problem").inner_text() == (
-        "The message has 8001 characters; at most 8000 are accepted. Shorten it."
-    )
-    unanswered = page.locator("li.user").last
-    assert unanswered.locator("button").all_inner_texts() == ["Copy", "Edit", "Try again"]
-    with page.expect_request("**/v1/chat/completions") as caught:
-        assert ask(page, "two").inner_text() == "yes"
-    said = [message["content"] for message in caught.value.post_data_json["messages"]]
-    assert said == ["one", [{"type": "text", "text": "yes"}], "two"]
-    assert page.locator("#problem").is_hidden()
-    assert "not answered" in page.locator("li.user").nth(1).inner_text()
-
-
-def test_conversation_beyond_the_limits_is_truncated(show):
-    page = show(says="the cat sat on the mat " * 3, limits={"max_message_chars": 60, "max_conversation_chars": 150})
-    for _ in range(4):
-        assert ask(page, "the dog sat on the log").inner_text().startswith("the cat")
-        assert page.locator("#problem").is_hidden()
-    lines = page.locator(".left-out").all_inner_texts()
-    assert lines
-    assert lines[-1].endswith("left out for this answer: the conversation is longer than the model can read.")
-    reopen(page)
-    assert page.locator(".left-out").all_inner_texts() == lines
-
-
 @pytest.mark.parametrize(
     ("status", "error", "words"),
     [
@@ -250,16 +201,6 @@ def test_names_never_become_script(show):
     page.wait_for_selector("#model-facts details")
     assert page.locator("img").count() == 1, "the logo"
     assert page.evaluate("() => window.hurt") is None
-
-
-def test_bidirectional_overrides_are_removed(show):
-    turned = 'if access != "user\u202e \u2066// admin\u2069 \u2066"'
-    page = show(says="```\na\u202e b\n```\n[https://good\u202e/](https://x.example/)")
-    known(page)
-    ask(page, turned)
-    text = page.locator("body").inner_text()
-    assert not set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069") & set(text)
-    assert page.locator(".said a").get_attribute("title") == "https://x.example/", "where a link leads can be seen"
 
 
 def test_conversations_are_kept_and_deleted_on_confirmation(show):
@@ -405,17 +346,6 @@ def test_page_fits_the_screen_with_enough_contrast(show, width, scheme):
     ask(page, "show me " + "w" * 300)
     assert page.evaluate("() => document.documentElement.scrollWidth") <= width
     assert weakest_contrast(page)[0] >= 4.5, weakest_contrast(page)
-
-
-def test_settings_button_is_whole_beside_a_long_model_name(show):
-    page = show(width=390)
-    known(page)
-    page.evaluate(
-        "() => { document.querySelector('#model-name').textContent = 'sft · 164K · ' + 'rate=0.5 '.repeat(20); }"
-    )
-    button = "document.querySelector('#settings-open')"
-    assert page.evaluate(f"() => {button}.scrollWidth <= {button}.clientWidth")
-    assert page.evaluate(f"() => {button}.getBoundingClientRect().right") <= 390
 
 
 def test_suggestions_are_prompts_of_the_models_evaluation(show, served, tmp_path):
