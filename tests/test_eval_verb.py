@@ -46,7 +46,7 @@ def test_evaluation_is_a_cached_step(made, say):
     assert len(evaluations(made)) == 1
     assert sorted((made / "refs" / "latest").iterdir()) == latest
     right, error = re.search(r"arithmetic +([\d.]+)% +([\d.]+)%", again).groups()
-    told = say("compare", "--last", "1", f"outputs={made}")
+    told = say("compare", f"outputs={made}")
     cell = re.search(r"^eval.arithmetic +(\S+) ± (\S+)", told, re.M)
     assert [float(each) * 100 for each in cell.groups()] == pytest.approx([float(right), float(error)], abs=0.6)
     say("eval", "talks", "--task", "arithmetic", "--limit", "2", "--samples", "2", *settings)

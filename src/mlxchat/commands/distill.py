@@ -6,8 +6,8 @@ import json
 import math
 import os
 import sys
-from argparse import Namespace
-from collections.abc import Iterator
+from argparse import ArgumentTypeError, Namespace
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -16,7 +16,6 @@ from mlxchat.commands.arguments import Parser, amount, number, positive
 from mlxchat.errors import ConfigError, visible
 
 if TYPE_CHECKING:
-    from mlxchat.config.schema import TaskItem
     from mlxchat.distill.questions import Question
 
 _KEY = "MLXCHAT_TEACHER_API_KEY"
@@ -44,7 +43,7 @@ def distill(parser: Parser) -> None:
         "Ask a teacher behind an OpenAI-compatible endpoint, and write its answers as a file to train on."
     )
     add = parser.add_argument
-    add("--teacher", metavar="URL", required=True, help="the endpoint, such as http://localhost:8000/v1")
+    add("--teacher", type=_address, metavar="URL", required=True, help="the endpoint, such as http://localhost:8000/v1")
     add("--model", help="name of the model (default: the endpoint's only one)")
     add("--out", type=Path, metavar="FILE.jsonl", required=True, help="file for the conversations")
     add("--limit", type=positive, metavar="N", help="use only the first N questions")
@@ -52,7 +51,7 @@ def distill(parser: Parser) -> None:
     add("--temperature", type=number(0, 2), metavar="T", help="(default: the endpoint's own)")
     add("--max-tokens", type=positive, default=1024, metavar="N", help="longest answer in tokens (default: 1024)")
     add("--samples", type=positive, default=1, metavar="N", help="answers to each question (default: 1)")
-    add("--body", action="append", default=[], metavar="KEY=JSON",
+    add("--body", type=_field, action="append", default=[], metavar="KEY=JSON",
         help="additional field of each request, such as top_p=0.9 or seed=1; null removes one")  # fmt: skip
     add("--conversations", action="store_true",
         help="answers are whole conversations as JSON, which the questions ask for")  # fmt: skip
@@ -60,7 +59,7 @@ def distill(parser: Parser) -> None:
     add("--keep-cut", action="store_true", help="also keep answers that --max-tokens cut off")
     add("--concurrency", type=positive, default=8, metavar="N", help="parallel requests (default: 8)")
     add("--timeout", type=number(0.01), default=300.0, metavar="S", help="seconds for an answer (default: 300)")
-    add("--price", metavar="IN,OUT", help="prices per million input and output tokens")
+    add("--price", type=_prices, metavar="IN,OUT", help="prices per million input and output tokens")
     add("--max-cost", type=amount, metavar="C", help="stop before the cost of this command exceeds C")
     add("--dry-run", action="store_true", help="estimate requests, tokens and cost; send nothing")
     parser.set_defaults(main=_distill)
@@ -77,22 +76,25 @@ def _distill(options: Namespace) -> int:
         raise ConfigError("mlxchat distill needs openai: pip install 'mlxchat[distill]'") from None
     import asyncio
 
-    from mlxchat.distill.questions import clean
-    from mlxchat.distill.teacher import find_model
+    from mlxchat.distill.questions import CONVERSATION_FORMAT, clean
+    from mlxchat.distill.teacher import Prices, find_model
     from mlxchat.hub.cache import cache_folder
 
-    problems = [*_url_problems(options.teacher), *_out_problems(options.out)]
+    _check_out(options.out)
+    body: dict[str, Any] = {
+        "temperature": options.temperature, "max_tokens": options.max_tokens,
+        "response_format": CONVERSATION_FORMAT if options.conversations else None, **dict(options.body),
+    }  # fmt: skip
+    body = {name: value for name, value in body.items() if value is not None}
+    limits = [body[name] for name in ("max_tokens", "max_completion_tokens") if name in body]
+    is_limited = bool(limits) and all(type(limit) is int and limit > 0 for limit in limits)
+    if options.max_cost is not None and (options.price is None or not is_limited):
+        raise ConfigError("--max-cost needs --price IN,OUT, and a limit of answer tokens (--body removes max_tokens)")
+    questions, about = _questions(options.names[0], options.out, options.limit)
     if options.temperature == 0 and options.samples > 1:
-        problems.append(f"--samples is {options.samples} and --temperature 0: greedy answers are all equal")
+        raise ConfigError(f"--samples is {options.samples} and --temperature 0: greedy answers are all equal")
     if options.conversations and options.only_correct:
-        problems.append("--only-correct: conversations of --conversations have no answer to compare with. Remove one")
-    body = _read_body(options, problems)
-    prices = _read_prices(options, problems)
-    source = _read_source(options, problems)
-    if problems:
-        raise ConfigError("\n".join(problems))
-    assert source is not None
-    questions, about = _questions(source, options.limit)
+        raise ConfigError("--only-correct: conversations of --conversations have no answer to compare with. Remove one")
     if options.only_correct and (unknown := [each.name for each in questions if each.judge is None]):
         raise ConfigError(f"--only-correct: {len(unknown)} questions have no answer to compare with ({unknown[0]}, …)")
     base = options.teacher.removesuffix("/").removesuffix("/chat/completions").rstrip("/")
@@ -108,10 +110,10 @@ def _distill(options: Namespace) -> int:
         system=None if options.system is None else clean(options.system),
         samples=options.samples,
         body=body,
-        max_tokens=max(_bounds(body), default=options.max_tokens),
+        max_tokens=max(limits) if is_limited else options.max_tokens,
         concurrency=options.concurrency,
         timeout_seconds=options.timeout,
-        prices=prices,
+        prices=Prices(*(options.price or ())),
         max_cost=options.max_cost,
         only_correct=options.only_correct,
         keep_cut=options.keep_cut,
@@ -122,118 +124,84 @@ def _distill(options: Namespace) -> int:
     return collect(order, dry_run=options.dry_run)
 
 
-def _url_problems(url: str) -> Iterator[str]:
+def _address(text: str) -> str:
+    """Return an endpoint's address; the `type` of --teacher."""
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ArgumentTypeError(f'is "{visible(text)}", expected an address such as http://localhost:8000/v1')
+    if parts.username or parts.password:
+        raise ArgumentTypeError(f"holds a password. Pass the key in the environment: {_KEY}")
+    return text
+
+
+def _prices(text: str) -> tuple[float, ...]:
+    """Return prices per million input and output tokens; the `type` of --price."""
+    with suppress(ValueError):
+        prices = tuple(map(float, text.split(",")))
+        if len(prices) == 2 and all(0 <= price < math.inf for price in prices):
+            return prices
+    raise ArgumentTypeError(f"is {visible(text)}, expected two numbers such as 0.15,0.60")
+
+
+def _field(text: str) -> tuple[str, Any]:
+    """Return name and value of a field of requests; the `type` of --body."""
+    name, _, value = text.partition("=")
+    if name in ("messages", "model", "stream", "n", "best_of"):
+        raise ArgumentTypeError(f"{name} cannot be set: distill sets it")
     try:
-        parts = urlsplit(url)
-        is_fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        return name, json.loads(value)
     except ValueError:
-        is_fine = False
-    if not is_fine:
-        yield f'--teacher is "{visible(url)}", expected an address such as http://localhost:8000/v1'
-    elif parts.username or parts.password:
-        yield f"--teacher holds a password. Pass the key in the environment: {_KEY}"
+        raise ArgumentTypeError(f"is {text}, expected KEY=JSON, such as top_k=20 or 'stop=[\"###\"]'") from None
 
 
-def _out_problems(out: Path) -> Iterator[str]:
+def _check_out(out: Path) -> None:
+    """Check that the file may be written: it is new, or an unchanged file of an earlier command.
+
+    Raises:
+        ConfigError: it may not.
+    """
     from mlxchat.distill.collect import provenance_place
     from mlxchat.hub.cache import read_json
     from mlxchat.store.fingerprint import hash_file
 
-    if out.suffix != ".jsonl":
-        yield f"--out is {out}, expected a file that ends in .jsonl"
-    elif not out.absolute().parent.is_dir():
-        yield f"--out: no folder {out.absolute().parent}"
-    elif out.exists():
-        known = read_json(provenance_place(out))
-        if not isinstance(known, dict) or known.get("sha256") != hash_file(out):
-            yield f"--out: {out} exists and was not written by mlxchat distill, or was changed since. Move it away"
+    if out.suffix != ".jsonl" or not out.absolute().parent.is_dir():
+        raise ConfigError(f"--out is {out}, expected a file that ends in .jsonl, in a folder that exists")
+    known = read_json(provenance_place(out)) if out.exists() else None
+    if out.exists() and (not isinstance(known, dict) or known.get("sha256") != hash_file(out)):
+        raise ConfigError(f"--out: {out} was not written by mlxchat distill, or was changed since. Move it away")
 
 
-def _read_body(options: Namespace, problems: list[str]) -> dict[str, Any]:
-    """Return the fields of each request other than model and messages."""
-    from mlxchat.distill.questions import CONVERSATION_FORMAT
+def _questions(text: str, out: Path, limit: int | None) -> tuple[list[Question], dict[str, Any]]:
+    """Return the questions of a file, a task or a line of a mixture, and a description of their source.
 
-    body: dict[str, Any] = {
-        "temperature": options.temperature, "max_tokens": options.max_tokens,
-        "response_format": CONVERSATION_FORMAT if options.conversations else None,
-    }  # fmt: skip
-    for pair in options.body:
-        name, equals, value = pair.partition("=")
-        try:
-            body[name] = json.loads(value)
-            json.dumps(body[name], allow_nan=False, ensure_ascii=False).encode()
-        except ValueError:
-            problems.append(f"--body {pair}: expected KEY=JSON, such as top_k=20 or 'stop=[\"###\"]'")
-        if name in ("messages", "model", "stream", "n", "best_of") and equals:
-            problems.append(f"--body {name} cannot be set: distill sets it")
-    body = {name: value for name, value in body.items() if value is not None}
-    if options.max_cost is not None and not _bounds(body):
-        problems.append("--max-cost needs a limit of answer tokens: --body removes max_tokens without a replacement")
-    return body
-
-
-def _bounds(body: dict[str, Any]) -> list[int]:
-    """Return the limits of answer tokens in a request; empty if one is unlimited, such as -1."""
-    given = [body[name] for name in ("max_tokens", "max_completion_tokens") if name in body]
-    bounded = all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in given)
-    return given if bounded else []
-
-
-def _read_prices(options: Namespace, problems: list[str]) -> Any:
-    from mlxchat.distill.teacher import Prices
-
-    if options.price is None:
-        if options.max_cost is not None:
-            problems.append("--max-cost needs --price IN,OUT: prices per million tokens")
-        return Prices()
-    try:
-        given, taken = map(float, options.price.split(","))
-    except ValueError:
-        given = taken = -1.0
-    if not (0 <= given < math.inf and 0 <= taken < math.inf):
-        problems.append(f"--price is {visible(options.price)}, expected two numbers such as 0.15,0.60")
-    return Prices(given, taken)
-
-
-def _read_source(options: Namespace, problems: list[str]) -> Path | TaskItem | None:
-    """Return the file or task of the questions; None if there is a problem."""
-    text = options.names[0]
-    if text.endswith((".txt", ".jsonl")):
-        path = Path(text)
-        if not path.is_file():
-            problems.append(f"QUESTIONS: there is no file {path}")
-        elif path.resolve() == options.out.resolve():
-            problems.append(f"--out is {options.out}, which is the file of questions")
-        return path
+    Raises:
+        ConfigError: there is no such file or task.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     from mlxchat.config.schema import TaskItem
+    from mlxchat.distill.questions import questions_of_file, questions_of_task
+    from mlxchat.store.fingerprint import hash_file, plain_of
     from mlxchat.tasks import find_item_problems
 
+    if text.endswith((".txt", ".jsonl")):
+        path = Path(text)
+        if not path.is_file():
+            raise ConfigError(f"QUESTIONS: there is no file {path}")
+        if path.resolve() == out.resolve():
+            raise ConfigError(f"--out is {out}, which is the file of questions")
+        return questions_of_file(path)[:limit], {"file": path.name, "sha256": hash_file(path)}
     try:
         given = OmegaConf.create(text) if text.lstrip().startswith("{") else {"task": text}
         item = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TaskItem), given))
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         reason = str(error).partition("\n")[0]
-        problems.append(
+        raise ConfigError(
             f"QUESTIONS is {visible(text)}, expected a file (.txt, .jsonl), a task or {{task: …}}: {reason}"
-        )
-        return None
+        ) from None
     assert isinstance(item, TaskItem)
-    problems += [
-        line.replace("questions.QUESTIONS", "QUESTIONS")
-        for line in find_item_problems("questions", {"QUESTIONS": item}, training=True)
-    ]
-    return item
-
-
-def _questions(source: Path | TaskItem, limit: int | None) -> tuple[list[Question], dict[str, Any]]:
-    """Return the questions and a description of their source."""
-    from mlxchat.distill.questions import questions_of_file, questions_of_task
-    from mlxchat.store.fingerprint import hash_file, plain_of
-
-    if isinstance(source, Path):
-        return questions_of_file(source)[:limit], {"file": source.name, "sha256": hash_file(source)}
-    return questions_of_task(source, limit), {"task": plain_of(source)}
+    if problems := list(find_item_problems("questions", {"QUESTIONS": item}, training=True)):
+        raise ConfigError("\n".join(problems).replace("questions.QUESTIONS", "QUESTIONS"))
+    return questions_of_task(item, limit), {"task": plain_of(item)}

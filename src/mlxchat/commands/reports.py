@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mlxchat.commands.arguments import Parser, amount
 from mlxchat.commands.columns import aligned, print_json, show_value
 from mlxchat.config.wording import format_number, plural
-from mlxchat.errors import ConfigError, StoreError, visible
+from mlxchat.errors import ConfigError, visible
 from mlxchat.store.naming import LATEST, Found, called, latest, links, meaning
 from mlxchat.store.store import Store
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from mlxchat.report.collect import RunReport
     from mlxchat.store.compare import Table
 
-_MOST_PLOTTED = 4
 _WIDEST_HEAD = 24
 _WIDEST_CELL = 24
 
@@ -39,31 +38,18 @@ def compare(parser: Parser) -> None:
         "each run."
     )
     add = parser.add_argument
-    add("--last", type=int, metavar="N", help="only the last N runs")
     add("--sort", metavar="NAME", help="by a setting (smallest first) or metric (best first); --sort=-NAME reverses")
-    add(
-        "--format",
-        choices=("table", "csv", "json", "md"),
-        default="table",
-        help="csv and json: all metrics, one record per run",
-    )
-    add(
-        "--plot",
-        metavar="FILE.png",
-        help="plot up to four metrics against the first setting that differs",
-    )
+    add("--format", choices=("table", "csv", "json", "md"), default="table", help="csv and json: all metrics")
     parser.set_defaults(main=_compare)
 
 
 def _compare(options: Namespace) -> int:
-    """Print the table; plot it with --plot."""
+    """Print the table."""
     from mlxchat.runner.stage import best_of
     from mlxchat.store.compare import find_runs, make_table, rows_of_runs
 
     names, store = options.names, Store(options.outputs)
     rows = rows_of_runs(store, find_runs(store, names))
-    if options.last is not None:
-        rows = rows[len(rows) - min(len(rows), max(0, options.last)) :]
     if not rows and not names:
         print(store.lacking("runs"))
         return 0
@@ -76,8 +62,6 @@ def _compare(options: Namespace) -> int:
     if equal:
         steps = ", ".join(dict.fromkeys(name.partition(".")[0] for name in equal))
         print(f"\nnot shown: {plural(len(equal), 'metric')} without a difference ({steps}); --format csv has all")
-    if options.plot:
-        _plot(table, Path(options.plot))
     return 0
 
 
@@ -138,20 +122,9 @@ def _print_columns(table: Table, names: list[str], errors: dict[str, dict[str, f
 
 
 def _heads(names: list[str]) -> list[str]:
-    """Return short names: the last parts of runs, with the time if need be."""
-    is_stamped = [called(name) != name for name in names]
-    forms = (
-        lambda name: name,
-        called,
-        lambda name: f"{called(name)} {name[9:11]}:{name[11:13]}",
-        lambda name: f"{called(name)} {name[9:11]}:{name[11:13]}:{name[13:15]}",
-        lambda name: f"{called(name)} {name[4:6]}-{name[6:8]} {name[9:11]}:{name[11:13]}:{name[13:15]}",
-    )
-    for form in forms:
-        heads = [form(name) if stamped else name for name, stamped in zip(names, is_stamped, strict=True)]
-        if len({*heads}) == len(heads) and max(map(len, heads)) <= _WIDEST_HEAD:
-            return heads
-    return names
+    """Return the last parts of the names of runs, if they differ."""
+    heads = [called(name) for name in names]
+    return heads if len({*heads}) == len(heads) else names
 
 
 def _shortened(text: str) -> str:
@@ -164,29 +137,6 @@ def _cell(row: Mapping[str, Any], name: str, errors: Mapping[str, Mapping[str, f
         return "-"
     text = format_number(value) if isinstance(value, int | float) and not isinstance(value, bool) else show_value(value)
     return text if error is None else f"{text} ± {error:.2g}"
-
-
-def _plot(table: Table, place: Path) -> None:
-    """Draw a panel per metric, against the first setting that differs or the runs' names."""
-    rows, shown = table.rows, table.metrics[:_MOST_PLOTTED]
-    if not shown:
-        raise ConfigError("--plot: there is no metric to plot")
-    setting = next(iter(table.settings), "name")
-    from mlxchat.report.plots import make_panels, render_png, styled
-    from mlxchat.sweep.plot import draw_points
-
-    with styled():
-        figure, panels = make_panels(len(shown))
-        for panel, metric in zip(panels, shown, strict=True):
-            have = [row for row in rows if row.get(metric) is not None]
-            draw_points(panel, setting, [row.get(setting, "") for row in have], [row[metric] for row in have], metric)
-        picture = render_png(figure)
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_bytes(picture)
-    except OSError as error:
-        raise StoreError(f"--plot: {place} cannot be written ({error.strerror})") from None
-    print(f"plot: {place}", file=sys.stderr)
 
 
 def report(parser: Parser) -> None:

@@ -14,7 +14,7 @@ VERBS = {
     "show": ("inspect:show", "show everything about an artifact, its examples or samples"),
     "lineage": ("inspect:lineage", "show an artifact's inputs and the artifacts made from it"),
     "diff": ("inspect:diff", "show how two artifacts or runs differ: config, inputs, code, metrics, environment"),
-    "compare": ("reports:compare", "compare runs, a sweep or a step's artifacts in a table (--sort, --format, --plot)"),
+    "compare": ("reports:compare", "compare runs, or the jobs of a sweep, in a table (--sort, --format)"),
     "report": ("reports:report", "write and print the report of a run, a sweep or an artifact"),
     "pin": ("artifacts:pin", "name an artifact and protect it from gc"),
     "verify": ("inspect:verify", "hash artifacts again and list differences from their manifests"),

@@ -112,7 +112,8 @@ def find_damage(folder: Path, manifest: Manifest, *, again: bool = True) -> Iter
             if _read[path][0] != file["sha256"]:
                 yield f"{file['path']} has other contents than its manifest says"
         except OSError as error:
-            yield f"{file['path']} cannot be read ({error.strerror})"
+            is_absent = isinstance(error, FileNotFoundError)
+            yield f"{file['path']} {'is missing' if is_absent else f'cannot be read ({error.strerror})'}"
 
 
 def check_metrics(manifest: Manifest) -> Iterator[str]:
