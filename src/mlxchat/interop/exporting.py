@@ -33,7 +33,8 @@ from mlxchat.interop.peft import check_peft, write_peft
 from mlxchat.interop.source import read_json
 from mlxchat.interop.tensors import FLOATS, Array, Floats, as_stored, fits, write_safetensors
 from mlxchat.interop.torch_files import write_encoding, write_state, write_tensor
-from mlxchat.model.checkpoint import computes_as_published, config_of, load_checkpoint, write_model_file
+from mlxchat.model import gpt
+from mlxchat.model.checkpoint import MODEL_FILE, computes_as_published, config_of, load_checkpoint
 from mlxchat.model.gpt import GPT, RMS_NORM_EPSILON
 from mlxchat.model.lora import ADAPTER_CONFIG_FILE, ADAPTERS_FILE, read_adapters
 from mlxchat.model.parameters import flatten_parameters
@@ -225,7 +226,7 @@ def write_mlx(checkpoint: Checkpoint, out: Path, *, bits: int | None = None, dty
     config = config_of(checkpoint.sizes, checkpoint.tokenizer)
     config["eos_token_id"] = checkpoint.tokenizer.special_ids[checkpoint.stop_token]
     if "model_file" in config:
-        write_model_file(out)
+        shutil.copyfile(gpt.__file__, out / MODEL_FILE)
     arrays: dict[str, Array] = {}
     groups: dict[str, int] = {}
     for name, values in checkpoint.weights.items():

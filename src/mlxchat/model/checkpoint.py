@@ -37,8 +37,7 @@ _PUBLISHED = {
     False: [0.8079, 0.5504, -0.2206, 1.6032, 1.0472, -0.4978, 0.1645, -1.4432],
     True: [-0.9762, 0.1276, 1.756, -3.4417, 0.5237, -0.4309, -2.4445, -1.9487],
 }
-MODEL_FILE = "gpt.py"
-"""The model's own code, in folders whose model mlx-lm lacks."""
+MODEL_FILE = "gpt.py"  # the model's own code, in folders whose model mlx-lm lacks
 
 
 def save_checkpoint(folder: Path, model: GPT, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:
@@ -70,15 +69,10 @@ def write_description(folder: Path, sizes: GPTSizes, tokenizer: Tokenizer, facts
     """Write a model folder's files except the weights, as `save_checkpoint` does."""
     config = config_of(sizes, tokenizer)
     if "model_file" in config:
-        write_model_file(folder)
+        shutil.copyfile(Path(__file__).with_name(MODEL_FILE), folder / MODEL_FILE)
     _write_json(folder / "config.json", config)
     _write_json(folder / "checkpoint.json", facts)
     tokenizer.save(folder)
-
-
-def write_model_file(folder: Path) -> None:
-    """Copy MODEL_FILE to a folder."""
-    shutil.copyfile(Path(__file__).with_name(MODEL_FILE), folder / MODEL_FILE)
 
 
 def config_of(sizes: GPTSizes, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -136,8 +130,6 @@ def load_checkpoint(folder: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     model, tokenizer, facts = _load_whole(whole)
     for each in reversed(above):
         sizes, facts = _read_description(each)
-        if sizes != model.sizes:
-            raise DataError(f"{each}: config.json differs from that of its base, {whole.name}")
         merge_adapters(model, *read_adapters(each, sizes))
     return model, tokenizer, facts
 
@@ -163,10 +155,7 @@ def _load_whole(folder: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     if wrong:
         raise DataError(f"{folder}: weights do not match config.json: {', '.join(wrong[:5])}")
     set_parameters(model, {name: mx.array(value) for name, value in arrays.items()})
-    tokenizer = Tokenizer.load(folder)
-    if tokenizer.vocab_size != sizes.vocab_size:
-        raise DataError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {sizes.vocab_size}")
-    return model, tokenizer, facts
+    return model, Tokenizer.load(folder), facts
 
 
 def _read_description(folder: Path) -> tuple[GPTSizes, dict[str, Any]]:

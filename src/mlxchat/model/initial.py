@@ -46,10 +46,8 @@ def initial_value(name: str, shape: tuple[int, ...], sizes: GPTSizes, key: mx.ar
             return falling(shape[0], 0.20, 0.05)
         case ["backout_lambda"]:
             return mx.full(shape, 0.2)
-    raise ConfigError(
-        f"init_weights: {name} {shape} has no initial value. Add a case to initial_value (mlxchat/model/initial.py), "
-        f'for example: case [*_, "{name.removesuffix(".weight").rpartition(".")[2]}"]: return mx.ones(shape)'
-    )
+    example = f'case [*_, "{name.removesuffix(".weight").rpartition(".")[2]}"]: return mx.ones(shape)'
+    raise ConfigError(f"init_weights: {name} {shape} has no initial value. Add to mlxchat/model/initial.py: {example}")
 
 
 def init_weights(model: GPT, seed: int) -> None:

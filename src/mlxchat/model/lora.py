@@ -33,8 +33,7 @@ from mlxchat.ops.dropout import dropped, fold, present_dropping
 from mlxchat.store.bases import ADAPTER_KEY
 
 ADAPTERS_FILE, ADAPTER_CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
-Arrays = dict[str, np.ndarray[Any, Any]]
-"""Adapters by parameter name, in float32."""
+Arrays = dict[str, np.ndarray[Any, Any]]  # adapters by parameter name, in float32
 
 
 class FrozenLinear(nn.Module):

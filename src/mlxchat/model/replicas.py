@@ -15,7 +15,7 @@ from mlxchat.config.schema import AdapterConfig
 from mlxchat.distributed.team import Team
 from mlxchat.model.gpt import GPT
 from mlxchat.model.lora import adapters_of, attach_adapters
-from mlxchat.model.parameters import flatten_parameters, set_parameters, trained_parameters
+from mlxchat.model.parameters import flatten_parameters, set_parameters
 from mlxchat.model.sizes import GPTSizes
 
 
@@ -31,13 +31,6 @@ def sync_model(team: Team | None, model: GPT, role: str = "model") -> None:
     if changed:
         team.call(_take, {"role": role, "shape": None if known == shape else shape}, changed)
     team.kept[f"{role} on all"] = (shape, parameters)
-
-
-def forget_trained(team: Team) -> None:
-    """Free references to the trained weights that `sync_model` sent: the next update replaces them all."""
-    shape, sent = team.kept["model on all"]
-    trained = trained_parameters(model_on(team))
-    team.kept["model on all"] = (shape, {name: value for name, value in sent.items() if name not in trained})
 
 
 def model_on(team: Team, role: str = "model") -> GPT:

@@ -45,10 +45,8 @@ class GPTSizes:
     smear: bool = False
     backout: bool = False
 
-    value_gate_channels: ClassVar[int] = 12
-    """Input channels of the gates of value embeddings."""
-    smear_gate_channels: ClassVar[int] = 24
-    """Input channels of the smear's gate."""
+    value_gate_channels: ClassVar[int] = 12  # input channels of the gates of value embeddings
+    smear_gate_channels: ClassVar[int] = 24  # and of the smear's gate
 
     @property
     def head_width(self) -> int:
@@ -157,10 +155,8 @@ def flops_per_token(sizes: GPTSizes) -> int:
 
 _ATTENTION = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj")
 _MLP = ("mlp.c_fc", "mlp.c_proj")
-TARGET_GROUPS = {"attention": _ATTENTION, "mlp": _MLP, "all": _ATTENTION + _MLP}
-"""Names of groups of matrices in every layer."""
-PARAMETERS = {"lora": ("lora_a", "lora_b"), "dora": ("lora_a", "lora_b", "m")}
-"""Kind → names of an adapter's parameters."""
+TARGET_GROUPS = {"attention": _ATTENTION, "mlp": _MLP, "all": _ATTENTION + _MLP}  # of matrices in every layer
+PARAMETERS = {"lora": ("lora_a", "lora_b"), "dora": ("lora_a", "lora_b", "m")}  # of an adapter, by kind
 
 
 def matrices_of(sizes: GPTSizes) -> dict[str, tuple[int, int]]:
@@ -214,10 +210,7 @@ def find_adapter_problems(where: str, adapter: AdapterConfig, sizes: GPTSizes) -
 
 
 def resolve_adapter(where: str, adapter: AdapterConfig, sizes: GPTSizes) -> AdapterConfig | None:
-    """Return a section's adapter with the names of modules as targets; None: it has none.
-
-    A ConfigError lists what does not fit the model.
-    """
+    """Return a section's adapter with modules' names as targets, or None; a ConfigError lists what does not fit."""
     if not adapter.is_there:
         return None
     if problems := list(find_adapter_problems(where, adapter, sizes)):

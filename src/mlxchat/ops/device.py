@@ -63,11 +63,6 @@ def round_tokens(tokens: int) -> int:
     return round_up(tokens, {"cuda": 128, "metal": 32}.get(backend(), 16))
 
 
-def compiles_first() -> bool:
-    """Return True if MLX has yet to compile the CUDA kernels of a training, which takes minutes."""
-    return backend() == "cuda" and not any(Path(os.environ["MLX_PTX_CACHE_DIR"]).glob("*.ptx"))
-
-
 def prepare_machine(machine: MachineConfig, threads: int | None = None) -> mx.Dtype:
     """Apply device, memory limits and threads (None: those of `machine`); return the dtype to compute in."""
     dtype = select_device(machine.device, machine.compute_dtype)

@@ -18,10 +18,8 @@ import numpy as np
 class Dropping(NamedTuple):
     """Dropout of a forward pass."""
 
-    rate: float
-    """Of the model's own dropout layers; adapters have their own rates."""
-    keys: mx.array
-    """(B, 2), from `draw_keys`."""
+    rate: float  # of the model's own dropout layers; adapters have their own rates
+    keys: mx.array  # (B, 2), from `draw_keys`
 
 
 present_dropping: ContextVar[Dropping | None] = ContextVar("dropping", default=None)

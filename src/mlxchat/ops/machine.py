@@ -7,24 +7,16 @@ import os
 import sys
 from contextlib import suppress
 
-LOGITS = 1 << 26
-"""Logits of a chunk, 256 MB in float32."""
-CPU_LOGITS = 1 << 22
-"""Logits of a chunk in `mlxchat.cpu`: few rows fit into the cache …"""
-CPU_LEAST_LOGITS_ROWS = 256
-"""… but with fewer rows than this BLAS would spend its time packing the head."""
-CPU_MOST_LANES = 16
-"""With more lanes each would have too few rows."""
+LOGITS = 1 << 26  # of a chunk, 256 MB in float32
+CPU_LOGITS = 1 << 22  # of a chunk in `mlxchat.cpu`: few rows fit into the cache …
+CPU_LEAST_LOGITS_ROWS = 256  # … but with fewer rows than this BLAS would spend its time packing the head
+CPU_MOST_LANES = 16  # with more lanes each would have too few rows
+# Rows of a KV cache: one of these, or a multiple of the last, so that few shapes are compiled.
 BATCH_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-"""Rows of a KV cache: one of these, or a multiple of the last, so that few shapes are compiled."""
-DECODED_ROWS = 64
-"""Maximum number of answers decoded together."""
-KEPT_TOKENS = 8192
-"""Tokens of earlier prompts whose keys and values are kept for prefix reuse."""
-KV_TOKENS = 256
-"""Tokens by which KV caches grow."""
-PREFILL_TOKENS = 512
-"""Tokens per chunk of prefill."""
+DECODED_ROWS = 64  # answers that are decoded together, at most
+KEPT_TOKENS = 8192  # of earlier prompts, whose keys and values are kept for prefix reuse
+KV_TOKENS = 256  # by which KV caches grow
+PREFILL_TOKENS = 512  # per chunk of prefill
 
 
 def round_up(count: int, step: int) -> int:

@@ -36,8 +36,7 @@ _GROUPS = {
     "smear_lambda": "smear",
     "backout_lambda": "smear",
 }
-_TOGETHER = 1 << 22
-"""Numbers of small parameters that are updated together: 16 MB of each moment."""
+_TOGETHER = 1 << 22  # numbers of small parameters that are updated together: 16 MB of each moment
 _ROW = 1024
 
 
@@ -96,8 +95,7 @@ class Optimizer:
         self.weight_decay = config.weight_decay if weight_decay is None else weight_decay
         self.muon_lr = config.matrix_lr * lr_frac * batch_lr_scale
         self.adamw_rules: dict[str, AdamWRule] = {}
-        self.stacks: dict[str, list[str]] = {}
-        """Name of a stack → names of its matrices."""
+        self.stacks: dict[str, list[str]] = {}  # name of a stack → names of its matrices
         shapes = {name: value.shape for name, value in trained_parameters(model).items()}
         for name, shape in sorted(shapes.items()):
             if adapter is not None:

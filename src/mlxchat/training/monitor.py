@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +16,7 @@ from mlxchat.config.wording import first_of, format_bytes, format_count
 from mlxchat.errors import StepFailed
 from mlxchat.model.lora import adapters_of
 from mlxchat.model.sizes import flops_per_token
-from mlxchat.ops.device import compiles_first
+from mlxchat.ops.device import backend
 from mlxchat.optim.optimizer import Rates
 from mlxchat.planning.duration import peak_flops
 from mlxchat.runner.context import Context
@@ -55,8 +56,7 @@ class Monitor:
         peak = peak_flops(step.dtype) if adapters_of(step.model) is None else None
         self._mfu_per_speed = peak and flops_per_token(step.model.sizes) / (peak * step.num_ranks)
         self._before = (0.0, 0.0, 0.0)
-        if compiles_first():
-            kept = os.environ["MLX_PTX_CACHE_DIR"]
+        if backend() == "cuda" and not any(Path(kept := os.environ["MLX_PTX_CACHE_DIR"]).glob("*.ptx")):
             print(f"{ctx.step:<10} first compiles CUDA kernels, some minutes once; they are kept in {kept}")
 
     def begin_iteration(self) -> None:

@@ -16,7 +16,7 @@ from mlxchat.config.schema import TeacherConfig
 from mlxchat.distributed.group import buckets
 from mlxchat.distributed.team import Team, name_of
 from mlxchat.model.gpt import GPT
-from mlxchat.model.replicas import forget_trained, model_on, sync_model
+from mlxchat.model.replicas import model_on, sync_model
 from mlxchat.ops.device import prepare_machine
 from mlxchat.optim.optimizer import Flat, Optimizer
 from mlxchat.runner.context import Context
@@ -45,7 +45,6 @@ class TeamStep(TrainStep):
     def sum_gradients(self, rows: Rows) -> Sums:
         """Return loss and gradients of rows, of which each rank computes a part."""
         sync_model(self.team, self.model)
-        forget_trained(self.team)
         if self.team.kept.get("training") is not self:
             self.team.kept["training"] = self
             settings = {name: getattr(self, name) for name in ("micro_tokens", "recompute", "dropout")}
