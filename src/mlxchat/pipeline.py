@@ -112,9 +112,7 @@ def run_pipeline(
     finished = all(step.done for step in plan)
     if not finished:
         store.prepare()
-    _say(format_plan(plan))
-    if need is not None:
-        _say(str(need))
+    _say("\n".join(filter(None, [format_plan(plan), str(need or "")])))
     if finished:
         with suppress(StoreError, PermissionError):  # a user who may only read the folder cannot name runs in it
             store.prepare()
@@ -150,37 +148,38 @@ def run_pipeline(
         execute(plan, store, run)
         is_done = True
         if not is_verb:
-            _show_report(store, folder)
+            from mlxchat.report.document import show_report
+
+            show_report(store.outputs, folder)
+    except OSError as error:  # all steps are done; the report can be written later
+        text = f"the report could not be written ({error.strerror}: {error.filename})"
+        _say(f"{text}. Fix that and run: mlxchat report")
     finally:
         stop_fetching()
-        tracker.finish(_results(config, store, folder, is_done=is_done))
+        tracker.finish(_results(plan, store, folder, is_done=is_done))
     return folder
 
 
 def _run_of(composed: Composed, folder: Path, need: TextNeed | None, **options: Any) -> Run:
-    config = composed.config
+    config, device = composed.config, composed.config.machine.device
     return Run(
         folder=folder, seed=config.seed, data_seed=config.data_seed, overrides=composed.overrides,
         environment=Environment(_describe_device), say=_say, fail_fast=config.fail_fast,
         hints={"train_chars": need.chars} if need is not None else {},
-        uses_gpu=partial(_uses_gpu, config.machine.device), **options,
+        uses_gpu=lambda: device == "gpu" or device_kind(device) != "cpu", **options,
     )  # fmt: skip
 
 
 def complete_elsewhere(words: list[str], run: str, step: str, key: str, *, forced: bool, dtype: str) -> None:
-    """Complete one step of a run, whose inputs exist, inside a job.
+    """Complete one step of a run that another process leads, inside a job; the step's inputs exist.
 
     Args:
         words: the command line of the run.
-        run: name of the run, which another process leads.
+        run: name of the run.
         step: name of the step.
         key: its key, as the run planned it.
         forced: run it although its artifact exists.
         dtype: `machine.compute_dtype` of the run.
-
-    Raises:
-        Interrupted: a signal arrived; the step has saved its state.
-        MlxchatError: the step failed, or has another key by now.
     """
     composed = compose_config(*split_options(words))
     machine = replace(composed.config.machine, compute_dtype=dtype)
@@ -196,21 +195,8 @@ def complete_elsewhere(words: list[str], run: str, step: str, key: str, *, force
         complete(planned[step], store, own, planned)
 
 
-def _show_report(store: Store, folder: Path) -> None:
-    from mlxchat.report.document import show_report
-
-    try:
-        show_report(store.outputs, folder)
-    except OSError as error:  # all steps are done; the report can be written later
-        _say(f"the report could not be written ({error.strerror}: {error.filename}). Fix that and run: mlxchat report")
-
-
 def plan_of(config: Config, store: Store) -> list[PlannedStep]:
-    """Return the plan of a configuration.
-
-    Raises:
-        MlxchatError: it cannot be planned, a training cannot be extended, or a local file is invalid.
-    """
+    """Return the plan of a configuration, after checking its inputs."""
     dtype = dtype_name(config.machine.device, config.machine.compute_dtype)
     plan = make_plan(config, store, compute_dtype=dtype, config_of=config_of)
     check_inputs(config, plan)
@@ -221,9 +207,6 @@ def plan_to_run(config: Config, store: Store) -> list[PlannedStep]:
     """Return the plan of a configuration that is about to run, with all external data pinned.
 
     Downloads URLs without a checksum, since the key holds their sha256.
-
-    Raises:
-        MlxchatError: as `plan_of`; or a download fails, or the Hub cannot resolve a branch.
     """
     plan = plan_of(config, store)
     unknown = {place: what for step in plan if not step.done for place, what in find_unknown(step.externals).items()}
@@ -315,35 +298,17 @@ def place_steps(config: Config, plan: list[PlannedStep]) -> dict[str, ExecutorCo
     return executors
 
 
-def _uses_gpu(device: str) -> bool:
-    """Return True if stages compute on a GPU with this `machine.device`."""
-    return device == "gpu" or device_kind(device) != "cpu"
-
-
-def _results(config: Config, store: Store, folder: Path, *, is_done: bool) -> Results:
+def _results(plan: list[PlannedStep], store: Store, folder: Path, *, is_done: bool) -> Results:
     """Return the final results for a tracker."""
-    if config.tracker.kind == "none":
-        return Results(is_done=is_done)
-    from mlxchat.report.collect import collect
-    from mlxchat.report.tables import metric_table
-
-    try:
-        report = collect(store.outputs, folder)
-    except StoreError:  # the outputs folder is gone, which is reported elsewhere
-        return Results(is_done=is_done)
-    numbers = {step.name: numbers_of(step.manifest.get("metrics") or {}) for step in report.steps}
-    table = metric_table(report)
+    made = [(step, manifest) for step in plan if (manifest := store.made(step.key)) is not None]
     page = folder / "report.html"
     return Results(
-        numbers={step: found for step, found in numbers.items() if found},
-        header=table.header if table else [],
-        rows=[
-            [" ".join(filter(None, (cell.text, cell.detail))) for cell in row] for row in (table.rows if table else [])
-        ],
+        numbers={step.name: numbers for step, manifest in made if (numbers := numbers_of(manifest["metrics"]))},
         artifacts={
-            step.name: Published(id=step.rid, kind=step.kind, folder=step.folder)
-            for step in report.steps
-            if step.folder is not None
+            step.name: Published(
+                id=manifest["rid"], kind=step.stage.produces, folder=store.outputs / "store" / manifest["name"]
+            )
+            for step, manifest in made
         },
         report=page if page.is_file() else None,
         is_done=is_done,

@@ -143,7 +143,7 @@ def test_rebuild_with_a_new_label_keeps_one_folder_per_id(toys):
 
 def test_undeclared_settings_cannot_be_read(toys):
     toys.add("make", "ctx.config.other")
-    with pytest.raises(StepFailed, match=r"stage make reads config\.other, which its CONFIG does not declare"):
+    with pytest.raises(StepFailed, match=r"stage make reads config\.other, which it does not declare"):
         toys.run(toys.plan(ONE))
 
 

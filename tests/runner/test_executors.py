@@ -120,15 +120,16 @@ def test_state_of_a_slurm_job_is_that_of_squeue(tmp_path, monkeypatch):
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(executors, "_ASK_SECONDS", -1.0)
-    monkeypatch.setattr(executors, "_LATE_SECONDS", -1.0)
+    monkeypatch.setattr(executors, "_LATE_SECONDS", 0.0)
     said = []
-    for line in ("7|mlxchat-sft|PENDING|Priority", "7|mlxchat-sft|RUNNING|None", "7|other|RUNNING|None", ""):
+    for line in ("7|mlxchat-sft|PENDING", "7|mlxchat-sft|RUNNING", "7|other|RUNNING", "7|mlxchat-sft|TIMEOUT", ""):
         answer.write_text(line)
         job = Job(record)
-        said.append((job.describe(), job.done()))
+        said.append((job.describe(), job.done(), job.state()))
     assert said == [
-        ("is queued (Priority)", False), ("is queued", False), ("has ended (no longer in the queue)", True),
-        ("has ended (no longer in the queue)", True),
+        ("is queued", False, "PENDING"), ("is queued", False, "RUNNING"),
+        ("has ended", True, "no longer in the queue"), ("has ended", True, "TIMEOUT"),
+        ("has ended", True, "no longer in the queue"),
     ]  # fmt: skip
     assert attach(record) is None
 

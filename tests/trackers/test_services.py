@@ -34,8 +34,7 @@ tracker = Tracker(config, run, ids=["a", "b"], settings={"seed": 42, "model": {"
 (run / "report.html").write_text("<p>all went well</p>")
 for i in range(begin, end):
     tracker.log("pretrain", {"iteration": i, "loss": 8.0 / i})
-results = Results(numbers={"eval_sft": {"mean_centered": 0.25}}, header=["Metric", "SFT"],
-                  rows=[["mean | centred", "0.2500"]], report=run / "report.html",
+results = Results(numbers={"eval_sft": {"mean_centered": 0.25}}, report=run / "report.html",
                   artifacts={"pretrain": Published(id="a1b2", kind="checkpoint", folder=records)})
 tracker.finish(results if done else Results(is_done=False))
 """
@@ -85,7 +84,7 @@ def test_tensorboard_gets_curves_and_results(tmp_path):
         tracker.log("pretrain", {"iteration": iteration, "loss": 8.0 / iteration})
         tracker.log("sft", {"iteration": iteration, "loss": 1.0})
     results = Results(
-        numbers={"eval_sft": {"mean_centered": 0.25}}, header=["Metric", "SFT"], rows=[["mean | centred", "0.2500"]],
+        numbers={"eval_sft": {"mean_centered": 0.25}},
         artifacts={"sft": Published(id="a1b2", kind="checkpoint", folder=Path("/store/sft-a1b2"))},
         report=folder / "report.html",
     )  # fmt: skip
@@ -106,7 +105,6 @@ def test_tensorboard_gets_curves_and_results(tmp_path):
     texts = {
         value.tag.partition("/")[0]: value.tensor.string_val[0].decode() for value in last if value.tensor.string_val
     }
-    assert texts["metrics"].splitlines()[2] == "| mean \\| centred | 0.2500 |"
     assert texts["artifacts"].splitlines()[2] == "| sft | checkpoint | a1b2 | /store/sft-a1b2 |"
     assert texts["report"] == "# all went well"
 

@@ -14,7 +14,6 @@ from mlxchat.config.wording import format_number
 from mlxchat.errors import Interrupted
 from mlxchat.runner.progress import Progress
 from mlxchat.store.files import Record, Records, write_whole
-from mlxchat.store.shared import SharedArtifacts
 
 if TYPE_CHECKING:
     from mlxchat.config.schema import Config
@@ -31,20 +30,19 @@ def stage_seed(root_seed: int, stage: str, purpose: str) -> int:
 
 
 class Sections:
-    """The configuration sections that a stage declares in CONFIG; access to any other is refused.
+    """The configuration sections that a stage declares; access to any other is refused.
 
     So a stage cannot read settings that its artifact's key does not cover.
     """
 
     def __init__(self, config: Any, declared: tuple[str, ...], stage: str) -> None:
         """Give access to the `declared` sections of `config`, and to `machine`, which is never part of a key."""
-        self._stage, self._declared = stage, (*declared, "machine")
-        self._config = config
+        self._config, self._declared, self._stage = config, (*declared, "machine"), stage
 
     def __getattr__(self, name: str) -> Any:
         """Return a declared section."""
         if name not in self._declared:
-            raise AttributeError(f"stage {self._stage} reads config.{name}, which its CONFIG does not declare")
+            raise AttributeError(f"stage {self._stage} reads config.{name}, which it does not declare in `reads`")
         return getattr(self._config, name)
 
 
@@ -72,23 +70,25 @@ class Context:
     """Returns the signal that requested the run to stop, or None."""
     on_metrics: Callable[[str, Record], None]
     """Called with the step's name and each record, for trackers."""
-    shared: SharedArtifacts | None = None
-    """Artifacts that stages create on demand and share; None without a store."""
+    encoded: Callable[..., Path] = field(default=lambda **request: Path())
+    """Returns the folder of a shared artifact, creating it if needed: `SharedArtifacts.obtain`."""
+    publish: Callable[[int, Callable[[Path], None], Mapping[str, Any]], str] = field(default=lambda *model: "")
+    """Publishes the model after an iteration (from 1) as an artifact of its own, unless this training already has: its
+    second argument fills a folder with the outputs that the stage promises, the third is what `derive` records of it.
+    Returns the artifact's name."""
+    check_lock: Callable[[], None] = lambda: None
+    """Raises if the lock of this step was removed, and with it maybe its work; call it before a save."""
+    team: Team | None = None
+    """The ranks that compute this step together, with this process as rank 0; None: a single process."""
+    hints: Mapping[str, float] = field(default_factory=dict)
+    """Facts about the whole run, for preparation only; they must change no result. train_chars: characters of training
+    text that its steps will read."""
     externals: list[dict[str, Any]] = field(default_factory=list)
     """External data that was read: name, version or revision, licence, sha256."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The step's final numbers, for its manifest."""
     derived: dict[str, Any] = field(default_factory=dict)
     """Derived hyperparameters, for its manifest and the terminal."""
-    hints: Mapping[str, float] = field(default_factory=dict)
-    """Facts about the whole run, for preparation only; they must change no result. train_chars: characters of training
-    text that its steps will read."""
-    team: Team | None = None
-    """The ranks that compute this step together, with this process as rank 0; None: a single process."""
-    publisher: Callable[[int, Callable[[Path], None], Mapping[str, Any]], str] | None = None
-    """Called by `publish`; None without a store."""
-    check_lock: Callable[[], None] = lambda: None
-    """Raises if the lock of this step was removed, and with it maybe its work; call it before a save."""
     resumed_from: int | None = None
     """Iteration from which this attempt resumed, if it did."""
 
@@ -110,12 +110,7 @@ class Context:
         self.on_metrics(self.step, record)
 
     def derive(self, numbers: dict[str, Any], *, shown: Collection[str] | None = None) -> None:
-        """Record derived hyperparameters and print them in one line.
-
-        Args:
-            numbers: for the manifest; `mlxchat show` prints all of them.
-            shown: names to print; None: all.
-        """
+        """Record derived hyperparameters and print those in `shown`; None: all."""
         self.derived |= numbers
         self.work.mkdir(parents=True, exist_ok=True)
         write_whole(self.work / DERIVED, json.dumps(self.derived, default=str), durable=False)
@@ -130,34 +125,14 @@ class Context:
 
     def take_records(self, folder: Path) -> None:
         """Start with the records of a finished artifact that this step continues."""
-        for path in (self.work / "records").glob("*.jsonl"):
-            path.unlink()
+        shutil.rmtree(self.work / "records", ignore_errors=True)
+        (self.work / "records").mkdir(parents=True)
         for path in folder.glob("*.jsonl"):
-            self.records(path.stem).path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, self.records(path.stem).path)
-
-    def publish(self, iteration: int, write: Callable[[Path], None], derived: Mapping[str, Any]) -> str:
-        """Publish the model after `iteration` iterations as a separate artifact, unless this training already has.
-
-        Args:
-            iteration: from 1; part of the artifact's key.
-            write: fills a folder with the outputs that the stage promises.
-            derived: what `derive` recorded, with the counts of the training so far.
-
-        Returns:
-            the artifact's name.
-        """
-        assert self.publisher is not None, "this context was made without a store"
-        return self.publisher(iteration, write, derived)
 
     def progress(self, total: int, unit: str, *, start: int = 0) -> Progress:
         """Return a progress display for this step."""
         return Progress(self.step, total, unit, start=start)
-
-    def encoded(self, **request: Any) -> Path:
-        """Return the folder of a shared artifact, creating it if needed: see `SharedArtifacts.obtain`."""
-        assert self.shared is not None, "this context was made without a store"
-        return self.shared.obtain(**request)
 
     def should_stop(self) -> bool:
         """Return True if a signal requested the run to stop; check it between iterations."""

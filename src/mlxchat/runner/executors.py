@@ -29,25 +29,16 @@ from mlxchat.store.locks import host_name
 
 _LIBRARIES = {"slurm": "submitit", "submitit_local": "submitit", "ray": "ray"}
 _NAMES = {"slurm": "SLURM job", "submitit_local": "submitit job", "ray": "Ray task"}
-# At most so often the cluster is asked about the jobs of this process.
+# At most so often squeue is run.
 _ASK_SECONDS = 10.0
 # A file server may show the last line of a record this long after its job has ended.
 _LATE_SECONDS = 3.0
 _WATCH_SECONDS = 1.0
+_GONE = "no longer in the queue"
 _OVER = {
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED",
-    "TIMEOUT",
+    "TIMEOUT", _GONE,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class State:
-    """What the cluster says about a job; without any value: nothing known, or it runs."""
-
-    is_over: bool = False
-    waits: bool = False
-    why: str = ""
-    """SLURM's state or reason."""
 
 
 class Job:
@@ -55,7 +46,7 @@ class Job:
 
     def __init__(self, path: Path) -> None:
         """Read its record."""
-        self.path, self._over_since, self._told = path, 0.0, ""
+        self.path, self._told, self.is_cancelled = path, "", False
         self._read()
 
     def _read(self) -> None:
@@ -66,26 +57,24 @@ class Job:
         self.end = next((line for line in own if "ended" in line), None)
         self.name = f"{_NAMES.get(self.facts['kind'], 'job')} {self.facts['id']}"
 
-    def state(self) -> State:
-        """Return what the cluster says about it."""
+    def state(self) -> str:
+        """Return SLURM's word for its state; of other jobs _GONE, or "" while they run."""
         cluster = _CLUSTERS.get(self.facts["kind"])
-        return State(is_over=True) if cluster is None else cluster.look(self.facts)
+        return _GONE if cluster is None else cluster.look(self.facts)
 
     @property
     def waits(self) -> bool:
         """Whether it waits in the queue, for its first or another start."""
-        return self.state().waits or not self.starts
+        return self.state() == "PENDING" or not self.starts
 
     def done(self) -> bool:
         """Read its record again; return True if it has ended in any way."""
         self._read()
-        if self.end is not None:
+        if self.end is None and self.state() in _OVER:
+            time.sleep(_LATE_SECONDS)
+            self._read()
             return True
-        if not self.state().is_over:
-            self._over_since = 0.0
-            return False
-        self._over_since = self._over_since or time.monotonic()
-        return time.monotonic() - self._over_since > _LATE_SECONDS
+        return self.end is not None
 
     def take(self) -> str:
         """Remove the record of a finished job; return why its call failed or was lost, "" if it returned."""
@@ -93,16 +82,14 @@ class Job:
         if self.end is not None:
             return str(self.end["error"])
         log = f" Its log: {self.facts['log']}" if self.facts.get("log") else ""
-        return f"{self.name} was lost ({self.state().why or 'its process ended'}).{log}"
+        return f"{self.name} was lost ({self.state() or 'its process ended'}).{log}"
 
     def describe(self) -> str:
         """Return its state in words: is queued, runs on a host, or has ended."""
-        state = self.state()
-        why = f" ({state.why})" if state.why else ""
-        if self.end is not None or state.is_over:
-            return f"has ended{why}"
+        if self.end is not None or self.state() in _OVER:
+            return "has ended"
         if self.waits:
-            return f"is queued{' again' if self.starts else ''}{why}"
+            return f"is queued{' again' if self.starts else ''}"
         return f"runs on {self.starts[-1]['host']}"
 
     def news(self) -> str:
@@ -117,6 +104,9 @@ class Job:
 
     def cancel(self) -> None:
         """Remove it from the queue, or let it save and end."""
+        if self.is_cancelled:
+            return
+        self.is_cancelled = True
         Records(self.path).append({"cancel": self.facts["job"]})
         with suppress(Exception):  # the cluster may be gone
             _CLUSTERS[self.facts["kind"]].cancel(self)
@@ -125,15 +115,11 @@ class Job:
 def attach(path: Path) -> Job | None:
     """Return the job of a record if it is queued or runs."""
     job = Job(path)
-    return None if job.end is not None or job.state().is_over else job
+    return None if job.end is not None or job.state() in _OVER else job
 
 
 def check_installed(settings: ExecutorConfig) -> None:
-    """Refuse an executor whose library is missing.
-
-    Raises:
-        ConfigError: names the command to install it.
-    """
+    """Raise a ConfigError with the command to install the executor's library if it is missing."""
     library = _LIBRARIES.get(settings.kind)
     if library is not None and find_spec(library) is None:
         raise ConfigError(f"executor={settings.kind} needs {library}: pip install 'mlxchat[{library}]'")
@@ -161,7 +147,7 @@ def submit(
         found = _CLUSTERS[settings.kind].submit(settings, name, here, folder)
     except Exception as error:  # of many kinds: the cluster refuses, or cannot be reached
         raise ConfigError(f"executor={settings.kind}: {(str(error).splitlines() or ['?'])[0]}") from None
-    shared: Record = {"kind": settings.kind, "name": name, "submitted": now(), "host": host_name(), **facts}
+    shared: Record = {"kind": settings.kind, "submitted": now(), "host": host_name(), **facts}
     shared["address"] = settings.address or os.environ.get("RAY_ADDRESS")
     for call, known in zip(here, found, strict=True):
         Records(call.record).append({"job": call.job, **shared, **known})
@@ -175,8 +161,7 @@ class _Here:
     call: Callable[[], None]
     cwd: Path
     record: Path
-    job: str
-    """Distinguishes it from other jobs with this record."""
+    job: str  # distinguishes it from other jobs with this record
     kind: str
 
     def __call__(self) -> None:
@@ -233,8 +218,8 @@ class _Here:
             if self.kind == "ray":
                 os._exit(128 + signal.SIGTERM)  # Ray starts it again
             # Without a grace time SLURM queues a preempted job itself; with one, a job that ends early is over.
-            state = _ask_squeue("--format=%T", f"--jobs={os.environ.get('SLURM_JOB_ID')}").strip()
-            if not at_limit and state != "RUNNING":
+            state = _ask_squeue("--format=%T", f"--jobs={os.environ.get('SLURM_JOB_ID')}") or ""
+            if not at_limit and state.strip() != "RUNNING":
                 print("stopped by SLURM; state saved. If SLURM queues the job again, it continues", flush=True)
                 raise SystemExit(128 + signal.SIGTERM)
             try:
@@ -253,23 +238,20 @@ class _Here:
             signal.signal(signal.SIGUSR2, requeue)
 
 
-def _ask_squeue(*options: str) -> str:
-    """Return what squeue prints; "" if it does not answer."""
-    command = ["squeue", "--noheader", *options]
-    with suppress(OSError, subprocess.TimeoutExpired):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        # A job that SLURM has forgotten is an answer, too.
-        return done.stdout + "\n" if done.returncode == 0 or "Invalid job id" in done.stderr else ""
-    return ""
+def _ask_squeue(*options: str) -> str | None:
+    """Return what squeue prints; None if it does not answer."""
+    with suppress(OSError, subprocess.SubprocessError):
+        command = ["squeue", "--noheader", *options]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    return None
 
 
 class _Slurm:
     """SLURM, through submitit for scripts and requeueing, and squeue, which needs no accounting, for states."""
 
     def __init__(self) -> None:
-        self._arrays: set[str] = set()
         self._rows: dict[str, list[str]] | None = None
-        """Job → name, state and reason; None: the controller has not answered yet."""
+        """Job → name and state, of all jobs of this user; None: the controller has not answered yet."""
         self._asked = -_ASK_SECONDS
 
     def submit(self, settings: ExecutorConfig, name: str, calls: Sequence[_Here], folder: Path) -> list[Record]:
@@ -291,24 +273,18 @@ class _Slurm:
         executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
         with executor.batch():
             jobs = [executor.submit(call) for call in calls]
+        self._asked = -_ASK_SECONDS
         return [{"id": job.job_id, "log": str(job.paths.stdout), "queue": f"mlxchat-{name}"} for job in jobs]
 
-    def look(self, facts: Record) -> State:
-        array = facts["id"].partition("_")[0]
-        if array not in self._arrays or time.monotonic() - self._asked > _ASK_SECONDS:
-            self._arrays.add(array)
+    def look(self, facts: Record) -> str:
+        if time.monotonic() - self._asked > _ASK_SECONDS:
             self._asked = time.monotonic()
-            jobs = ",".join(sorted(self._arrays))
-            if text := _ask_squeue("--array", "--states=all", "--format=%i|%j|%T|%r", f"--jobs={jobs}"):
-                rows = [line.split("|") for line in text.splitlines() if line]
-                self._rows = {row[0]: row[1:4] for row in rows}
+            if (text := _ask_squeue("--me", "--array", "--states=all", "--format=%i|%j|%T")) is not None:
+                self._rows = {id: rest for id, *rest in (line.split("|") for line in text.splitlines())}
         if self._rows is None:
-            return State()
-        name, state, reason = self._rows.get(facts["id"], ("", "", ""))
-        if name != facts["queue"]:  # SLURM uses numbers again
-            return State(is_over=True, why="no longer in the queue")
-        waits = state == "PENDING"
-        return State(state in _OVER, waits, state if state in _OVER else reason if waits and reason != "None" else "")
+            return ""
+        name, state = self._rows.get(facts["id"], ("", ""))
+        return state if name == facts["queue"] else _GONE  # SLURM uses numbers again
 
     def cancel(self, job: Job) -> None:
         """Take a job out of the queue; one that runs sees the request in its record, or the signal."""
@@ -322,11 +298,10 @@ class _Local(_Slurm):
     def submit(self, settings: ExecutorConfig, name: str, calls: Sequence[_Here], folder: Path) -> list[Record]:
         return [each | {"born": self._born(each["id"])} for each in super().submit(settings, name, calls, folder)]
 
-    def look(self, facts: Record) -> State:
+    def look(self, facts: Record) -> str:
         with suppress(ChildProcessError):  # it is another process's child
             os.waitpid(int(facts["id"]), os.WNOHANG)
-        is_there = facts["host"] == host_name() and self._born(facts["id"]) == facts["born"]
-        return State(is_over=not is_there)
+        return "" if facts["host"] == host_name() and self._born(facts["id"]) == facts["born"] else _GONE
 
     def cancel(self, job: Job) -> None:
         """Do nothing: it runs at once, and sees the request in its record."""
@@ -351,15 +326,15 @@ class _Ray:
             ).remote(call)  # fmt: skip
         return [{"id": f"{name}_{call.job}"} for call in calls]
 
-    def look(self, facts: Record) -> State:
+    def look(self, facts: Record) -> str:
         import ray
 
         try:
             self._connect(facts["address"], start=False)
             ray.get_actor(facts["id"])
         except Exception:  # there is no such actor, or no cluster
-            return State(is_over=True)
-        return State()
+            return _GONE
+        return ""
 
     def cancel(self, job: Job) -> None:
         import ray

@@ -105,17 +105,14 @@ def pin_externals(
 def check_pins(
     step: str, pins: Mapping[str, str], sections: Mapping[str, Any], when: str, unread: Container[str]
 ) -> None:
-    """Hash a step's external data again, and refuse if it is not what the step's key was made from.
+    """Raise StepFailed if a step's external data are not those of its key, whose pins these are.
 
     Args:
         step: name of the step.
-        pins: name → hash, which `pin_externals` returned when the step was planned.
+        pins: what `pin_externals` returned when the step was planned.
         sections: sections of the configuration.
         when: time of the change, for the message: "since it was planned", "while it ran".
         unread: sections and settings to skip.
-
-    Raises:
-        StepFailed: names the data that changed; the step's result must not be published under its key.
     """
     try:
         now = pin_externals(sections, unread=unread)

@@ -8,7 +8,6 @@ stands for its contents.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
@@ -27,8 +26,6 @@ from mlxchat.store.store import Store, artifact_title
 
 Pipeline = Mapping[str, Mapping[str, Any]]
 """Step → {stage, role: what fills it, with: settings of this step alone, executor}."""
-SAVED_CODE = "code.json"
-"""In a step's work folder: module → digest when its saved state was begun."""
 GIVEN = ("import:", "artifact:")
 """A role may be filled by a model of the store instead of a step: import:NAME is an imported model, artifact:NAME any
 model, by any name that `mlxchat show` accepts."""
@@ -121,40 +118,25 @@ class PlannedStep:
 
     name: str
     stage: Stage
-    inputs: dict[str, str]
-    """Role → step."""
-    artifacts: dict[str, Manifest]
-    """Role → manifest of an artifact that the configuration names."""
+    inputs: dict[str, str]  # role → step
+    artifacts: dict[str, Manifest]  # role → an artifact that the configuration names
     identity: dict[str, Any]
-    externals: dict[str, str]
+    externals: dict[str, str]  # pins of external data
     label: str
-    forced: bool = False
-    """Whether to run it although its artifact exists."""
-    code_policy: str = "warn"
-    """Effect of changed code: warn, strict (the step runs again) or ignore."""
-    config: Any = field(repr=False)
-    """The typed configuration of the step, including its own settings (`with`)."""
-    sections: dict[str, Any] = field(repr=False)
-    """The configuration sections that the stage reads."""
-    format: Format | None = None
-    """Format of the checkpoint that the step starts from: base or chat; None: unknown, or no checkpoint."""
-    unread: frozenset[str] = frozenset()
-    """Sections and settings that this step does not read."""
-
+    forced: bool = False  # whether to run it although its artifact exists
+    code_policy: str = "warn"  # effect of changed code: warn, strict (the step runs again) or ignore
+    config: Any = field(repr=False)  # with its own settings (`with`)
+    sections: dict[str, Any] = field(repr=False)  # the sections of `config` that the stage reads
+    format: Format | None = None  # of the checkpoint that the step starts from; None: unknown, or no checkpoint
+    unread: frozenset[str] = frozenset()  # sections and settings that this step does not read
+    # What `judge` found:
     key: str = ""
-    """Its identity, without input contents: `identify`."""
-    rid: str = ""
-    """Id of the artifact with this key; empty: none yet."""
-    artifact: str = ""
-    """Name of that artifact's folder."""
-    state: str = "run"
-    """done, run, maybe (an input will be rebuilt; with the same bytes the step is done) or waiting (for a process)."""
-    reason: str = ""
-    """Reason to run; for a finished step, a remark or empty."""
-    difference: Difference | None = None
-    """Differences from the nearest artifact, if the step has none."""
-    drift: list[str] = field(default_factory=list)
-    """Modules that have changed since the step's artifact was made."""
+    rid: str = ""  # id of the artifact with this key; empty: none yet
+    artifact: str = ""  # name of that artifact's folder
+    state: str = "run"  # or done, maybe (an input will be rebuilt) or waiting (for another process)
+    reason: str = ""  # for a finished step, a remark or empty
+    difference: Difference | None = None  # from the nearest artifact, if the step has none
+    drift: list[str] = field(default_factory=list)  # modules that have changed since the artifact was made
 
     @property
     def done(self) -> bool:
@@ -190,11 +172,7 @@ class PlannedStep:
         return contents | {role: manifest["tree"] for role, manifest in self.inputs_made(store, planned).items()}
 
     def inputs_made(self, store: Store, planned: Mapping[str, PlannedStep]) -> dict[str, Manifest]:
-        """Return role → manifest of the inputs that exist and will not be rebuilt.
-
-        Raises:
-            StoreError: an existing input has disappeared.
-        """
+        """Return role → manifest of the inputs that exist and will not be rebuilt."""
         found = dict(self.artifacts)
         for role, source in self.inputs.items():
             if not planned[source].done:
@@ -213,9 +191,6 @@ class PlannedStep:
         """Set key, artifact, state and reason from the store and the inputs, which must have been judged.
 
         For an input that does not exist yet its key stands for its contents; the step's key changes once it exists.
-
-        Raises:
-            StoreError: an existing input has disappeared.
         """
         self.key = self.key_with(self.contents(store, planned))
         made = store.made(self.key)
@@ -229,7 +204,7 @@ class PlannedStep:
         else:
             trees = {role: manifest["tree"] for role, manifest in self.inputs_made(store, planned).items()}
             self.difference = find_difference(self, store, trees)
-            resumes = self._how_it_resumes(store)
+            resumes = ", resumes" if attempts.has_saved(store.work(self.key)) else ""
             if pending and self.difference.only_inputs:
                 told = ", ".join(f"{role} ({source})" for role, source in pending.items())
                 self.state, self.reason = "maybe", f"input {told} will be rebuilt{resumes}"
@@ -247,26 +222,9 @@ class PlannedStep:
         else:
             self.state, self.reason = "done", f"code drift (warn): {changed}" if self.drift else ""
 
-    def _how_it_resumes(self, store: Store) -> str:
-        if not attempts.has_saved(store.work(self.key)):
-            return ""
-        if changed := first_of(self.drift_of_saved(store), _MOST_MODULES_SHOWN):
-            return f", {'starts again' if self.code_policy == 'strict' else 'resumes'}: code changed ({changed})"
-        return ", resumes"
-
     def take(self, made: Manifest | None) -> None:
         """Set the artifact of the key from its record; None: there is none yet."""
         self.rid, self.artifact = (made["rid"], made["name"]) if made is not None else ("", "")
-
-    def drift_of_saved(self, store: Store) -> list[str]:
-        """Return the names of modules that have changed since the step's saved state was begun."""
-        work = store.work(self.key)
-        if self.code_policy == "ignore" or not (work / "ckpt").is_dir():
-            return []
-        try:
-            return changed_names(json.loads((work / SAVED_CODE).read_bytes()), self.code["modules"])
-        except (OSError, ValueError):
-            return []  # saved by an earlier version
 
 
 def make_plan(
@@ -305,7 +263,8 @@ def make_plan(
         for section in sections.values():
             if id(section) not in identities:
                 identities[id(section)] = identity_of(section)
-        format = _format_of_input(stage, inputs, artifacts, planned, stages)
+        sources = {role: planned[step].stage for role, step in inputs.items()}
+        format = _format_of_input(stage, artifacts, sources, stages)
         unread = frozenset(stage.unread({*inputs, *given}, format))
         read = (tuple(map(id, sections.values())), unread)
         if read not in pins:
@@ -350,9 +309,6 @@ def _find_named(step: PlannedStep, store: Store, planned: Mapping[str, PlannedSt
 
     In a run that is repeated, or was stopped in or after this very step, the name leads to what the step itself made
     before. Then the artifact is meant from which that was made.
-
-    Raises:
-        StoreError: a name is unknown or ambiguous.
     """
     found: dict[str, Manifest] = {}
     queue = list(step.sections.values())
@@ -376,11 +332,7 @@ def _find_named(step: PlannedStep, store: Store, planned: Mapping[str, PlannedSt
 
 
 def _find_given(where: str, name: str, store: Store) -> Manifest:
-    """Return the manifest of the model that import:NAME or artifact:NAME means; `where` is for messages.
-
-    Raises:
-        ConfigError: there is no such model.
-    """
+    """Return the manifest of the model that import:NAME or artifact:NAME means; `where` is for messages."""
     try:
         found = read_manifest(resolve(store, name.removeprefix("artifact:")))
     except StoreError as error:
@@ -399,17 +351,14 @@ def _given_label(source: str, manifest: Manifest) -> str:
 
 
 def _format_of_input(
-    stage: Stage,
-    inputs: Mapping[str, str],
-    given: Mapping[str, Manifest],
-    planned: Mapping[str, PlannedStep],
-    stages: Mapping[str, Stage],
+    stage: Stage, artifacts: Mapping[str, Manifest], sources: Mapping[str, Stage], stages: Mapping[str, Stage]
 ) -> Format | None:
-    """Return base or chat for the checkpoint that a step of this stage starts from; None: unknown, or no checkpoint."""
+    """Return base or chat for the checkpoint that a step of this stage starts from; None: unknown, or no checkpoint.
+
+    `sources` is role → stage of the step that fills it.
+    """
     role = next((role for role, kind in stage.roles.items() if kind == _MODEL), "")
-    if role in inputs:
-        return planned[inputs[role]].stage.format
-    made = stages.get(given[role]["stage"]) if role in given else None
+    made = stages.get(artifacts[role]["stage"]) if role in artifacts else sources.get(role)
     return made.format if made is not None else None
 
 

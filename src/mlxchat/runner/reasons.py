@@ -22,16 +22,11 @@ _LETTERS = 8  # of a key
 class Difference:
     """Differences between a step and the nearest artifact."""
 
-    nearest: str | None = None
-    """Name of the nearest artifact; None: there is none of this step."""
-    version: tuple[int, int] | None = None
-    """VERSION, old and new, if it differs."""
-    config: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    """Dotted key → old and new value; "absent" if there is none."""
-    inputs: dict[str, str] = field(default_factory=dict)
-    """Role → step, for inputs with different contents."""
-    externals: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """File or package → old and new pin."""
+    nearest: str | None = None  # name of the nearest artifact; None: there is none of this step
+    version: tuple[int, int] | None = None  # old and new, if it differs
+    config: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # dotted key → old and new value, or "absent"
+    inputs: dict[str, str] = field(default_factory=dict)  # role → step, for inputs with different contents
+    externals: dict[str, tuple[str, str]] = field(default_factory=dict)  # file or package → old and new pin
 
     @property
     def only_inputs(self) -> bool:

@@ -22,7 +22,7 @@ from mlxchat.distributed.ranks import begin_step
 from mlxchat.errors import Interrupted, MlxchatError, StepFailed, StoreError
 from mlxchat.runner.context import Context, Sections
 from mlxchat.runner.keys import check_pins
-from mlxchat.runner.plan import SAVED_CODE, PlannedStep
+from mlxchat.runner.plan import PlannedStep
 from mlxchat.store import attempts as attempt_log
 from mlxchat.store import locks
 from mlxchat.store.bases import bases_of
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from mlxchat.config.schema import ExecutorConfig
     from mlxchat.distributed.team import Team
 
-REFRESH_SECONDS = 10.0
 # Errors that persist until a user fixes their cause.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 _INPUT_KEYS = {"step": "step", "artifact": "name", "rid": "rid", "tree": "tree"}
@@ -48,32 +47,23 @@ _INPUT_KEYS = {"step": "step", "artifact": "name", "rid": "rid", "tree": "tree"}
 class Run:
     """One invocation."""
 
-    folder: Path
-    """outputs/runs/<run>."""
+    folder: Path  # outputs/runs/<run>
     seed: int
     data_seed: int
     overrides: list[str]
     environment: Environment
     say: Callable[[str], None] = print
-    """Prints a line."""
-    on_metrics: Callable[[str, Record], None] = lambda step, record: None
-    """Called with step and record, for trackers."""
-    executors: Mapping[str, ExecutorConfig] = field(default_factory=dict)
-    """Step → executor, for steps that do not run here."""
+    on_metrics: Callable[[str, Record], None] = lambda step, record: None  # for trackers
+    executors: Mapping[str, ExecutorConfig] = field(default_factory=dict)  # of steps that do not run here
+    # Step → the call that completes it in a job, for `executors.submit`; None: no step has an executor.
     order: Callable[[PlannedStep], Callable[[], None]] | None = None
-    """Step → the call that completes it in a job, for `executors.submit`; None: no step has an executor."""
-    fail_fast: bool = False
-    """Whether a failed step also stops steps that do not need it."""
-    hints: Mapping[str, float] = field(default_factory=dict)
-    """Facts about the whole run for steps: `Context.hints`."""
+    fail_fast: bool = False  # whether a failed step also stops steps that do not need it
+    hints: Mapping[str, float] = field(default_factory=dict)  # Context.hints
+    # Whether stages that declare `uses_gpu` use one; may be slow, since it may load MLX.
     uses_gpu: Callable[[], bool] = lambda: False
-    """Returns whether stages that declare `uses_gpu` use one; may be slow, since it may load MLX."""
-    becomes_latest: bool = True
-    """Whether it becomes the latest run (store/naming.py) once it has finished a model."""
-    team: Team | None = None
-    """The ranks that compute steps that declare `uses_gpu` together; None: this process alone."""
-    stop_signal: int | None = field(default=None, init=False)
-    """The signal that requested the run to stop, if any."""
+    becomes_latest: bool = True  # once it has finished a model
+    team: Team | None = None  # the ranks that compute steps that declare `uses_gpu` together
+    stop_signal: int | None = field(default=None, init=False)  # the signal that requested the run to stop
 
     @property
     def name(self) -> str:
@@ -118,14 +108,14 @@ def complete(step: PlannedStep, store: Store, run: Run, planned: dict[str, Plann
     """
     work, lock = store.work(step.key), store.lock(step.key)
     known = attempt_log.ended(work)
-    with hold(run, step.name, lock, "is making it", work=work, key=step.key) as waited:
+    with _hold(run, step, lock, "is making it", work) as waited:
         crash_point("step.locked")
         if waited and (error := attempt_log.new_failure(work, known)) is not None:
             raise StepFailed(f"step {step.name} failed in another process: {error}")
         place = find_done(step, store, run, planned, forced=step.forced and not waited)
         if place is None:
             # gc begins only while no step's lock is held, so it cannot begin after this.
-            with hold(run, step.name, store.outputs / "locks" / "gc.lock", "is collecting garbage"):
+            with _hold(run, step, store.outputs / "locks" / "gc.lock", "is collecting garbage"):
                 pass
             place = _Attempt(step, store, run, step.inputs_made(store, planned)).make()
         step.take(store.made(step.key))
@@ -134,44 +124,24 @@ def complete(step: PlannedStep, store: Store, run: Run, planned: dict[str, Plann
 
 
 @contextmanager
-def hold(run: Run, step: str, lock: Path, doing: str, *, work: Path | None = None, **owner: str) -> Iterator[bool]:
-    """Hold a lock for a step of a run; while waiting print who holds it, and stop if the run is to stop.
+def _hold(run: Run, step: PlannedStep, lock: Path, doing: str, work: Path | None = None) -> Iterator[bool]:
+    """Hold a lock for a step; yield whether another process held it first.
 
-    Args:
-        run: the run.
-        step: name of the step.
-        lock: the lock file.
-        doing: the holder's work, for the message; its iterations are read from `work`.
-        work: work folder of the step.
-        owner: further facts for those who wait.
-
-    Yields:
-        whether another process held it first.
+    A waiting step says who holds it, what that process is `doing` and how far it is (in `work`), and ends with the run.
     """
-    said, looked = "", time.monotonic()
 
-    def say(holder: dict[str, Any]) -> None:
-        nonlocal said
-        who = f"{locks.name_process(holder)} (run {holder.get('run', '?')})"
+    def begin(owner: dict[str, Any]) -> None:
+        run.event("step_waits", step=step.name, owner=owner)
         iteration = attempt_log.iteration(work) if work is not None else None
-        line = f"{step:<10} waits: {who} {doing}" + (f", at iteration {iteration}" if iteration else "")
-        if line != said:
-            said = line
-            run.say(line)
-
-    def begin(holder: dict[str, Any]) -> None:
-        run.event("step_waits", step=step, owner=holder)
-        say(holder)
+        far = f", at iteration {iteration}" if iteration else ""
+        who = f"{locks.name_process(owner)} (run {owner.get('run', '?')})"
+        run.say(f"{step.name:<10} waits: {who} {doing}{far}")
 
     def look() -> None:
-        nonlocal looked
         if run.stop_signal is not None:
-            raise Interrupted(f"stopped while {step} waited. The same command continues.", run.stop_signal)
-        if time.monotonic() - looked >= REFRESH_SECONDS:
-            looked = time.monotonic()
-            say(locks.read_owner(lock))
+            raise Interrupted(f"stopped while {step.name} waited. The same command continues.", run.stop_signal)
 
-    with locks.hold(lock, {"run": run.name, "step": step, **owner}, begin, look) as waited:
+    with locks.hold(lock, {"run": run.name, "step": step.name, "key": step.key}, begin, look) as waited:
         yield waited
 
 
@@ -184,30 +154,24 @@ class _Attempt:
         self.work, self.number = store.work(step.key), 0
         self.lineage = {role: {key: made[of] for key, of in _INPUT_KEYS.items()} for role, made in inputs.items()}
         self.contents = {role: made["tree"] for role, made in inputs.items()}
+        shared = SharedArtifacts(
+            outputs=store.outputs, run=run.name, inputs=self.lineage, facts=run.environment.record, say=run.say
+        )
         self.ctx = Context(
             step=step.name, stage=step.stage.name, out=self.work / "out", work=self.work / "ckpt",
             inputs={role: store.outputs / "store" / made["name"] for role, made in inputs.items()},
             config=Sections(step.config, step.stage.config, step.stage.name),  # type: ignore[arg-type]  # it acts as a Config
             root_seed=run.seed, root_data_seed=run.data_seed, hints=run.hints, stop_signal=lambda: run.stop_signal,
-            on_metrics=run.on_metrics, publisher=self._publish_intermediate, check_lock=self._check_lock,
-            team=run.team if step.stage.uses_gpu else None,
-            shared=SharedArtifacts(
-                outputs=store.outputs, run=run.name, inputs=self.lineage, facts=run.environment.record, say=run.say
-            ),
+            on_metrics=run.on_metrics, publish=self._publish_intermediate, check_lock=self._check_lock,
+            encoded=shared.obtain, team=run.team if step.stage.uses_gpu else None,
         )  # fmt: skip
 
     def make(self) -> Path:
-        """Make and return the new artifact.
-
-        Raises:
-            Interrupted: a signal arrived; the stage has saved its state.
-            StepFailed: the stage raised, or did not write the declared outputs.
-            StoreError: an input is damaged, or the artifact cannot be written.
-        """
+        """Make and return the new artifact."""
         step, run = self.step, self.run
         with ExitStack() as held:
             for device, token in locks.gpu_locks().items() if step.stage.uses_gpu and run.uses_gpu() else ():
-                held.enter_context(hold(run, step.name, token, f"has GPU {device}"))
+                held.enter_context(_hold(run, step, token, f"has GPU {device}"))
             self._check_inputs()
             began = time.monotonic()
             self._prepare()
@@ -235,10 +199,11 @@ class _Attempt:
         step, run, ctx = self.step, self.run, self.ctx
         shutil.rmtree(ctx.out, ignore_errors=True)
         ctx.out.mkdir(parents=True)
-        if step.code_policy == "strict" and step.drift_of_saved(self.store):
+        code, of_saved = json.dumps(step.code["modules"]), self.work / "code.json"
+        if step.code_policy == "strict" and ctx.work.exists() and of_saved.read_text() != code:
             shutil.rmtree(ctx.work)
         if not ctx.work.exists():
-            write_whole(self.work / SAVED_CODE, json.dumps(step.code["modules"]), durable=False)
+            write_whole(of_saved, code, durable=False)
         crash_point("step.prepared")
         if ctx.team is not None:
             begin_step(ctx.team, step.config.machine)
@@ -275,11 +240,7 @@ class _Attempt:
             raise self._failure(error) from error  # a stage may raise anything
 
     def _publish(self) -> tuple[Path, Manifest]:
-        """Publish the stage's outputs; return the artifact and its manifest.
-
-        Raises:
-            StoreError: publishing failed.
-        """
+        """Publish the stage's outputs; return the artifact and its manifest."""
         step, store, ctx = self.step, self.store, self.ctx
         try:
             self._copy_records(ctx.out)
@@ -300,10 +261,7 @@ class _Attempt:
         return place, made
 
     def _publish_intermediate(self, iteration: int, write: Callable[[Path], None], derived: Mapping[str, Any]) -> str:
-        """Publish a model for `Context.publish`, named refs/<run>/<step>@<iteration>.
-
-        Its key is the step's key plus the iteration, so it changes neither the step's key nor its artifact.
-        """
+        """Publish a model for `Context.publish`, named refs/<run>/<step>@<iteration>; its key has the iteration."""
         step, store, ctx = self.step, self.store, self.ctx
         key = step.key_with(self.contents, iteration)
         began = attempt_log.read(self.work)[0]["started"]
@@ -339,11 +297,7 @@ class _Attempt:
             shutil.copyfile(path, out / path.name)
 
     def _check_lock(self) -> None:
-        """Refuse to save or publish if another process may make the same.
-
-        Raises:
-            StoreError: the lock was removed.
-        """
+        """Raise a StoreError if the lock was removed, so that another process may make the same."""
         if not locks.owns(self.store.lock(self.step.key)):
             raise StoreError(
                 f"{self.store.outputs} was removed or exchanged while {self.step.name} was made, and with it the lock "
@@ -354,9 +308,7 @@ class _Attempt:
         """Return the manifest's fields other than the contents."""
         step, run, ctx = self.step, self.run, self.ctx
         metrics, attempts = dict(ctx.metrics), attempt_log.read(self.work)
-        excluded: dict[str, Any] = {"machine": plain_of(step.config.machine)}
-        if ctx.team is not None:
-            excluded["ranks"] = ctx.team.describe()
+        ranks = {"ranks": ctx.team.describe()} if ctx.team is not None else {}
         return {
             "schema": SCHEMA,
             "key": step.key,
@@ -365,7 +317,7 @@ class _Attempt:
             "kind": step.stage.produces,
             "version": step.stage.version,
             "config": step.identity,
-            "excluded": excluded,
+            "excluded": {"machine": plain_of(step.config.machine), **ranks},
             "full_config": {name: plain_of(section) for name, section in step.sections.items()},
             "overrides": run.overrides,
             "inputs": self.lineage,

@@ -19,8 +19,7 @@ from typing import Any, Literal
 from mlxchat.config.parts import import_module, module_files
 from mlxchat.errors import ConfigError, suggest
 
-_PACKAGE = "mlxchat.stages"
-_GROUP = "mlxchat.stages"  # of entry points
+_PACKAGE = "mlxchat.stages"  # also the group of entry points
 _DECLARATION = "stage = Stage(version=1, inputs={…}, produces=KIND, outputs=[FILE])"
 
 CHECKPOINT_FILES = ("config.json", "checkpoint.json", "tokenizer.json", "tokenizer_config.json")
@@ -30,34 +29,20 @@ WEIGHTS_OR_ADAPTERS = "model.safetensors|adapters.safetensors"
 Format = Literal["base", "chat"]
 """Formats of checkpoints: base models continue text, chat models answer."""
 Direction = Literal["minimize", "maximize"]
-Condition = Callable[[Any], bool]
-"""Of a `PlannedStep`: its `config`, `inputs`, `artifacts` and `format`."""
-
-
-def _always(step: object) -> bool:
-    return True
-
-
-def _nothing(filled: Collection[str], format: Format | None) -> Iterable[str]:
-    return ()
 
 
 @dataclass(frozen=True)
 class Metric:
     """A number that a stage records."""
 
-    name: str
-    """`*` stands for each of `names`: pass_at_*."""
-    better: Direction | None = None
-    """The better direction; None: neither."""
-    curve: bool = False
-    """Whether it is also recorded during training."""
-    names: Callable[[Any], Iterable[object]] | None = None
-    """Config → what `*` stands for."""
-    when: Condition = _always
-    """Of a planned step: whether it records the metric."""
+    name: str  # `*` stands for each of `names`: pass_at_*
+    better: Direction | None = None  # the better direction; None: neither
+    curve: bool = False  # whether it is also recorded during training
+    names: Callable[[Any], Iterable[object]] | None = None  # config → what `*` stands for
+    when: Callable[[Any], bool] = lambda step: True
+    """Planned step (its `config`, `inputs`, `artifacts` and `format`) → whether it records the metric."""
     needs: str = ""
-    """The condition `when` in words: "pretrain.target_bpb"."""
+    """The condition `when` in words: "pretrain.keep=best"."""
 
     def __str__(self) -> str:
         """Return its better direction and condition."""
@@ -68,30 +53,21 @@ class Metric:
 class Stage:
     """What a stage declares, and where it is."""
 
-    version: int
-    """Raised by hand when a code change changes results."""
-    inputs: Mapping[str, str] = field(default_factory=dict)
-    """Role → kind of artifact."""
-    optional_inputs: Mapping[str, str] = field(default_factory=dict)
-    """Roles that a step may leave empty."""
-    produces: str
-    """Kind of the artifact."""
-    outputs: Collection[str]
-    """Files that must exist afterwards; of names separated by |, exactly one."""
-    settings: type | None = None
-    """Dataclass of a user's stage's own section, which has the stage's name."""
-    reads: Collection[str] = ()
-    """Other sections of the configuration that it reads; they are part of its key."""
-    unread: Callable[[Collection[str], Format | None], Iterable[str]] = _nothing
+    version: int  # raised by hand when a code change changes results
+    inputs: Mapping[str, str] = field(default_factory=dict)  # role → kind of artifact
+    optional_inputs: Mapping[str, str] = field(default_factory=dict)  # roles that a step may leave empty
+    produces: str  # kind of the artifact
+    outputs: Collection[str]  # files that must exist afterwards; of names separated by |, exactly one
+    settings: type | None = None  # dataclass of a user's stage's own section, which has the stage's name
+    reads: Collection[str] = ()  # other sections of the configuration that it reads; they are part of its key
+    unread: Callable[[Collection[str], Format | None], Iterable[str]] = lambda filled, format: ()
     """(filled roles, format of its checkpoint) → sections and settings that such a step does not read, so that they
     are not in its key. A format of None is unknown: it may read the settings of both."""
     metrics: Collection[Metric] = ()
-    uses_gpu: bool = False
-    """Whether it computes on the GPU, of which there is one."""
+    uses_gpu: bool = False  # whether it computes on the GPU, of which there is one
     seeded: Literal["run", "data", "both", "no"] = "run"
     """Seeds that it uses, which are part of its key; "both": the run's, and the data's for what it validates on."""
-    format: Format | None = None
-    """Format of the checkpoint that it makes; None: unknown before it is made."""
+    format: Format | None = None  # format of the checkpoint that it makes; None: unknown before it is made
     label: Callable[[Any], object] | None = None
     """Config → label in the artifact's name; None: the label of the first input."""
     memory: Callable[[Any, str, Any], Any] | None = None
@@ -99,13 +75,10 @@ class Stage:
     problems: Callable[[Any, Any, Any, Any], Iterable[str]] | None = None
     """(config, step, plan, sizes) → why a planned step cannot run."""
 
-    name: str = ""
-    """Name of its file; this and the following fields are set when the file is read."""
+    name: str = ""  # name of its file; this and the following fields are set when the file is read
     path: Path = Path()
-    module: str = ""
-    """Dotted name of its module."""
-    root: Path | None = None
-    """Folder of the module; None: it is installed."""
+    module: str = ""  # dotted name of its module
+    root: Path | None = None  # folder of the module; None: it is installed
 
     @property
     def config(self) -> tuple[str, ...]:
@@ -211,26 +184,16 @@ def best_of(stage: str, metric: str) -> Callable[..., float] | None:
 
 
 def _stages_at(place: str, root: Path | None) -> list[Stage]:
-    """Return the stages of a folder or module; files that declare none are not imported.
-
-    The folder `root` is searched first; None: installed modules only.
-
-    Raises:
-        ConfigError: it does not exist, or has no stage.
-    """
+    """Return the stages of a folder or module, searched in `root` first; files that declare none are not imported."""
     module = place
-    is_folder = "/" in place or place == "."
-    if is_folder:
+    if "/" in place or place == ".":
         folder = Path(place).resolve()
         root, module = folder.parent, folder.name
         if not folder.is_dir():
-            near = [f"./{each.name}" for each in folder.parent.glob("*/")] if folder.parent.is_dir() else []
+            near = [f"./{each.name}" for each in folder.parent.glob("*/")]
             raise ConfigError(f"stages: there is no folder {place}.{suggest(place, near)}")
-        if not module.isidentifier():
-            raise ConfigError(f'stages: the folder {place} is imported as a package, so "{module}" must be a name')
-    files = _files_of(module, root)
     found = []
-    for name, file in files:
+    for name, file in _files_of(module, root):
         text = file.read_text(encoding="utf-8", errors="replace")
         if re.search(r"^VERSION\b", text, re.M) and re.search(r"^PRODUCES\b", text, re.M):
             raise ConfigError(f"{file} declares VERSION and PRODUCES, as up to version 0.2. Write {_DECLARATION}")
@@ -238,10 +201,8 @@ def _stages_at(place: str, root: Path | None) -> list[Stage]:
             found.append(read_stage(file, name, root))
     if not found:
         raise ConfigError(
-            f"stages: {place} has no stage: none of its Python files declares {_DECLARATION}"
-            if files or is_folder
-            else f"stages: there is no module {place}, neither in {Path.cwd()} nor installed; a folder is written "
-            f"./{place}"
+            f"stages: {place} has no stage: no Python file of a folder ./{module} or module {module} declares "
+            f"{_DECLARATION}"
         )
     return found
 
@@ -261,7 +222,7 @@ def _installed_places() -> tuple[str, ...]:
     """Return the modules that installed packages declare as locations of stages."""
     from importlib.metadata import entry_points
 
-    return tuple(sorted({entry.value for entry in entry_points(group=_GROUP)}))
+    return tuple(sorted({entry.value for entry in entry_points(group=_PACKAGE)}))
 
 
 @cache

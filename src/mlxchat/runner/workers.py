@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxchat.errors import Interrupted, MlxchatError, StepFailed, StoreError
-from mlxchat.runner.executors import attach, submit
+from mlxchat.runner.executors import Job, attach, submit
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.process import keep_awake, stop_on_signals
-from mlxchat.runner.run import REFRESH_SECONDS, Run, complete, find_done, summarise
+from mlxchat.runner.run import Run, complete, find_done, summarise
 from mlxchat.store import attempts
 from mlxchat.store.files import Record, Records, write_whole
 from mlxchat.store.manifest import read_manifest
@@ -22,9 +22,8 @@ from mlxchat.store.store import SAVED, Store
 if TYPE_CHECKING:
     from mlxchat.config.schema import ExecutorConfig
 
-_LOOK_SECONDS = 0.2
-# Each poll of a job is a request to a file server.
-_JOB_SECONDS = 1.0
+# Each look at a job is a request to a file server.
+_LOOK_SECONDS = 1.0
 
 
 def execute(plan: list[PlannedStep], store: Store, run: Run) -> None:
@@ -65,22 +64,15 @@ class _Leader:
         self.planned = {step.name: step for step in plan}
         self.finished: set[str] = set()
         self.failures: dict[str, MlxchatError] = {}
-        self.skipped: dict[str, str] = {}
-        """Step → the failed step that it needs."""
-        self.jobs: dict[str, _Elsewhere] = {}
-        self.left: dict[str, str] = {}
-        """Step → its job, which continues although this process ends."""
+        self.skipped: dict[str, str] = {}  # step → the failed step that it needs
+        self.jobs: dict[str, Job] = {}  # step → its job elsewhere
+        self.seen: dict[str, int] = {}  # step in a job → records of its metrics.jsonl that the tracker has
+        self.left: dict[str, str] = {}  # step → its job, which continues although this process ends
         self.interrupted: Interrupted | None = None
-        self.current: str | None = None
-        """The step that ran last."""
+        self.current: str | None = None  # the step that ran last
 
     def complete_all(self) -> None:
-        """Run local steps one after the other, and submit the others as soon as their inputs exist.
-
-        Raises:
-            Interrupted: a signal arrived; every running step has saved its state.
-            StoreError: the outputs folder cannot be used.
-        """
+        """Run local steps one after the other, and submit the others as soon as their inputs exist."""
         try:
             while True:
                 here = None
@@ -94,9 +86,8 @@ class _Leader:
                     time.sleep(_LOOK_SECONDS)
                 else:
                     break
-                for job in [job for job in self.jobs.values() if job.has_ended()]:
-                    del self.jobs[job.step.name]
-                    self._take(job)
+                for name in list(self.jobs):
+                    self._look(self.planned[name], self.jobs[name])
         finally:
             for job in self.jobs.values():
                 job.cancel()
@@ -120,8 +111,8 @@ class _Leader:
     def _stop_jobs(self) -> None:
         """Cancel all jobs, which save; after SIGTERM and SIGHUP leave those that outlive this process."""
         for name, job in list(self.jobs.items()):
-            if self.run.stop_signal in (signal.SIGTERM, signal.SIGHUP) and job.job.outlives:
-                self.left[name] = job.job.name
+            if self.run.stop_signal in (signal.SIGTERM, signal.SIGHUP) and job.outlives:
+                self.left[name] = job.name
                 del self.jobs[name]
             else:
                 job.cancel()
@@ -147,7 +138,7 @@ class _Leader:
             place = find_done(step, self.store, self.run, self.planned, forced=step.forced)
             self._note(step)
             if place is None and executor is not None:
-                self.jobs[step.name] = _Elsewhere(step, self, executor)
+                self._submit(step, executor)
                 return
             self._finish(step, place or complete(step, self.store, self.run, self.planned))
         except Interrupted as stop:
@@ -157,27 +148,60 @@ class _Leader:
         except MlxchatError as error:
             self._fail(step, error)
 
-    def _take(self, ended: _Elsewhere) -> None:
+    def _submit(self, step: PlannedStep, executor: ExecutorConfig) -> None:
+        """Submit a step, or find the job that an earlier command submitted, which continues if its command ends."""
+        run, record = self.run, self.store.jobs / f"{step.key}.jsonl"
+        self.seen[step.name] = len(self._metrics(self.store.work(step.key) / "ckpt" / "records"))
+        job = attach(record)
+        if job is None:
+            assert run.order is not None, "a step has an executor"
+            calls = {record: run.order(step)}
+            (job,) = submit(executor, step.name, calls, run.folder / "jobs", step=step.name, run=run.name)
+        elif job.facts["run"] != run.name:
+            run.say(f"{step.name:<10} awaits {job.name} of run {job.facts['run']}")
+        self.jobs[step.name] = job
+
+    def _look(self, step: PlannedStep, job: Job) -> None:
+        """Print what is new about a job, pass on its metrics, and take its result once it has ended."""
+        if job.done():
+            del self.jobs[step.name]
+            self._take(step, job)
+            return
+        self._pass_on(step, self.store.work(step.key) / "ckpt" / "records")
+        if news := job.news():
+            self.run.say(f"{step.name:<10} {job.name} {news}")
+
+    def _pass_on(self, step: PlannedStep, folder: Path) -> None:
+        records = self._metrics(folder)
+        for record in records[self.seen[step.name] :]:
+            self.run.on_metrics(step.name, record)
+        self.seen[step.name] = max(self.seen[step.name], len(records))
+
+    @staticmethod
+    def _metrics(folder: Path) -> list[Record]:
+        return Records(folder / "metrics.jsonl").read()
+
+    def _take(self, step: PlannedStep, job: Job) -> None:
         """Record the result of a step whose job has ended: what is in the store, or why the job failed."""
-        step, run, job = ended.step, self.run, ended.job
+        run = self.run
         self.current = step.name
         error = job.take()
         self.store.forget()
         made = self.store.made(step.key)
         if made is not None and (not step.forced or made["run"] == job.facts["run"]):
             place = self.store.outputs / "store" / made["name"]
-            ended.pass_on(place)
+            self._pass_on(step, place)
             run.say(f"{step.name:<10} done by {job.name}: {summarise(read_manifest(place))}")
             step.state = "done"
             self._finish(step, place)
-        elif ended.is_cancelled:
+        elif job.is_cancelled:
             if run.stop_signal is not None:
                 text = f"{step.name} was stopped. The same command continues it."
                 self.interrupted = self.interrupted or Interrupted(text, run.stop_signal)
         elif job.end is not None:
             self._fail(step, StepFailed(error or f"{job.name} ended without a result"))
         else:
-            saved = ", and it continues from what was saved" if attempts.has_saved(ended.work) else ""
+            saved = ", and it continues from what was saved" if attempts.has_saved(self.store.work(step.key)) else ""
             text = f"step {step.name} failed: {error}\nThe same command submits it again{saved}."
             run.event("step_failed", step=step.name, error=text)
             self._fail(step, StepFailed(text))
@@ -246,66 +270,3 @@ class _Leader:
 
 def _first_line(error: MlxchatError) -> str:
     return (str(error).splitlines() or ["?"])[0]
-
-
-class _Elsewhere:
-    """A step in an executor's job: one that an earlier command submitted, or a new one.
-
-    Its progress is read from its records in the outputs folder, which both machines share. It continues if this process
-    ends, and the next run awaits it.
-    """
-
-    def __init__(self, step: PlannedStep, leader: _Leader, executor: ExecutorConfig) -> None:
-        """Find the job, or submit it."""
-        self.step, self.run = step, leader.run
-        self.work = leader.store.work(step.key)
-        self.seen = len(self._metrics(self.work / "ckpt" / "records"))
-        self.looked = self.said = time.monotonic()
-        self.iteration: int | None = None
-        self.is_cancelled = False
-        record = leader.store.jobs / f"{step.key}.jsonl"
-        found = attach(record)
-        if found is None:
-            assert self.run.order is not None, "a step has an executor"
-            calls = {record: self.run.order(step)}
-            (found,) = submit(executor, step.name, calls, self.run.folder / "jobs", step=step.name, run=self.run.name)
-        elif found.facts["run"] != self.run.name:
-            self.run.say(f"{step.name:<10} awaits {found.name} of run {found.facts['run']}")
-        self.job = found
-        self._report()
-
-    def has_ended(self) -> bool:
-        """Return True if it has ended; pass on its new records."""
-        if time.monotonic() - self.looked < _JOB_SECONDS:
-            return False
-        self.looked = time.monotonic()
-        ended = self.job.done()
-        if not ended:
-            self._report()
-        return ended
-
-    def cancel(self) -> None:
-        """Cancel it, once; if running, it saves and ends."""
-        if not self.is_cancelled:
-            self.is_cancelled = True
-            self.job.cancel()
-
-    def _report(self) -> None:
-        """Print its progress if it has changed, and pass on its metrics."""
-        self.pass_on(self.work / "ckpt" / "records")
-        state, iteration = self.job.news(), None if self.job.waits else attempts.iteration(self.work)
-        if state or (time.monotonic() - self.said >= REFRESH_SECONDS and iteration != self.iteration):
-            self.iteration, self.said = iteration, time.monotonic()
-            far = f", at iteration {iteration}" if iteration else ""
-            self.run.say(f"{self.step.name:<10} {self.job.name} {state or self.job.describe()}{far}")
-
-    def pass_on(self, folder: Path) -> None:
-        """Pass the new records of its metrics.jsonl in a folder to the tracker."""
-        records = self._metrics(folder)
-        for record in records[self.seen :]:
-            self.run.on_metrics(self.step.name, record)
-        self.seen = max(self.seen, len(records))
-
-    @staticmethod
-    def _metrics(folder: Path) -> list[Record]:
-        return Records(folder / "metrics.jsonl").read()

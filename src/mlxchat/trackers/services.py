@@ -52,9 +52,6 @@ class Results:
 
     numbers: dict[str, Numbers] = field(default_factory=dict)
     """Step → its final numbers."""
-    header: list[str] = field(default_factory=list)
-    rows: list[list[str]] = field(default_factory=list)
-    """The table of metrics; empty if there are no scores."""
     artifacts: dict[str, Published] = field(default_factory=dict)
     """Step → its artifact."""
     report: Path | None = None
@@ -116,8 +113,6 @@ class WandbService:
         """Set the summary, add the table of metrics and the report, link the artifacts, and end the run."""
         for step, numbers in results.numbers.items():
             self._run.summary.update({f"{step}/{name}": value for name, value in numbers.items()})
-        if results.rows:
-            self._run.log({"metrics": _table(self._library, results.header, results.rows)})
         if results.report is not None:
             self._run.log({"report": self._library.Html(results.report.read_text("utf-8"), data_is_not_path=True)})
         for step, published in results.artifacts.items():
@@ -159,8 +154,6 @@ class TrackioService:
         final: dict[str, Any] = {
             f"final/{step}/{name}": value for step, ns in results.numbers.items() for name, value in ns.items()
         }
-        if results.rows:
-            final["metrics"] = _table(self._library, results.header, results.rows)
         if results.report is not None:
             final["report"] = self._library.Html(results.report.read_text("utf-8"), data_is_not_path=True)
         if final:
@@ -229,12 +222,11 @@ class TensorBoardService:
         """Write final numbers, tables and the report, and close the files."""
         links = [[step, each.kind, each.id, str(each.folder)] for step, each in results.artifacts.items()]
         texts = {
-            "metrics": _markdown(results.header, results.rows) if results.rows else "",
             "artifacts": _markdown(["step", "kind", "id", "folder"], links) if links else "",
             "report": results.report.with_suffix(".md").read_text("utf-8") if results.report is not None else "",
             "tags": ", ".join(self._tags),
         }
-        if results.numbers or results.rows or links:
+        if results.numbers or links:
             with self._begin("results") as writer:
                 for step, numbers in results.numbers.items():
                     for name, value in numbers.items():
