@@ -120,7 +120,7 @@ def make_context(corpus: Path, tmp_path: Path) -> Callable[..., Context]:
         return Context(
             step="toy", stage="toy", config=config, inputs={"corpus": folder}, out=tmp_path / "out",
             work=tmp_path / "work", root_seed=0, stop_signal=stop_signal, on_metrics=lambda step, record: None,
-            shared=shared,
+            encoded=shared.obtain,
         )  # fmt: skip
 
     return make

@@ -13,8 +13,6 @@ import pytest
 
 from kit.toys import CHAIN, ONE, started
 from mlxchat.errors import Interrupted, StepFailed
-from mlxchat.runner import workers
-from mlxchat.store import attempts, locks
 from mlxchat.store.files import Record, Records
 from mlxchat.store.naming import refs_of, resolve
 
@@ -130,17 +128,6 @@ def test_manifest_records_what_the_stage_reports(toys):
     assert tracked == [("one", {"iteration": 1, "loss": 2.5})]
 
 
-def test_rebuild_with_a_new_label_keeps_one_folder_per_id(toys):
-    toys.add("make", COUNTED)
-    path = toys.package / "make.py"
-    path.write_text(path.read_text() + '\nLABEL = "machine"\n')
-    for label in ("before", "after"):
-        toys.config.machine = label
-        toys.run(toys.plan(ONE, force=["one"]))
-    (folder,) = (toys.outputs / "store").iterdir()
-    assert toys.plan(ONE)[0].artifact == folder.name
-
-
 def test_undeclared_settings_cannot_be_read(toys):
     toys.add("make", "ctx.config.other")
     with pytest.raises(StepFailed, match=r"stage make reads config\.other, which it does not declare"):
@@ -195,28 +182,6 @@ def test_signal_stops_after_an_unaware_stage(toys):
     assert states(toys) == {"one": "done", "two": "missing"}
 
 
-def test_signal_before_any_step_interrupts(toys, monkeypatch):
-    def arriving(request_stop, *rest):
-        request_stop(signal.SIGTERM)
-        return nullcontext()
-
-    monkeypatch.setattr(workers, "stop_on_signals", arriving)
-    with pytest.raises(Interrupted) as caught:
-        toys.run(toys.plan(CHAIN))
-    assert caught.value.exit_code == 143
-
-
-def test_manifest_lists_killed_attempts(toys):
-    (step,) = toys.plan(ONE)
-    attempts.start(toys.store.work(step.key), "killed_run", "one")
-    attempts._began.clear()  # as if another process had started it
-    toys.run(toys.plan(ONE))
-    manifest = toys.store.made(step.key)
-    assert [(attempt["outcome"], attempt["run"]) for attempt in manifest["attempts"]] == [
-        ("killed", "killed_run"), ("done", "run1"),
-    ]  # fmt: skip
-
-
 WAITS = """
 ready, go = ctx.out.parents[2] / "ready", ctx.out.parents[2] / "go"
 ready.touch()
@@ -255,20 +220,6 @@ def test_waiting_process_shares_the_holders_result_or_error(fails, toys):
     assert heard == [f"one        waits: process {os.getpid()} on {os.uname().nodename} (run run1) is making it"]
 
 
-def test_step_finished_before_our_lock_is_not_rerun(toys, monkeypatch):
-    toys.add("make", COUNTED)
-    plan, hold = toys.plan(ONE), locks.hold
-
-    def hold_after_the_other(*arguments: Any) -> Any:
-        monkeypatch.setattr(locks, "hold", hold)
-        toys.run(toys.plan(ONE))  # the other process, from start to end
-        return hold(*arguments)
-
-    monkeypatch.setattr(locks, "hold", hold_after_the_other)
-    toys.run(plan)
-    assert count(toys) == 1
-
-
 def test_forced_step_keeps_the_former_artifact(toys):
     """What a pin or another run reads stays; the key means the new artifact."""
     toys.run(toys.plan(CHAIN))
@@ -296,17 +247,6 @@ def test_forced_step_with_new_bytes_reruns_downstream(toys):
     toys.add("make", "(ctx.out / 'result.txt').write_text('third')")
     toys.run(toys.plan(ONE, force=["one"]))
     assert states(toys) == {"one": "done", "two": "input changed: source (one)"}
-
-
-def test_observations_rerun_nothing_downstream(toys):
-    toys.add("make", "ctx.log({'iteration': 1, 'time': time.time()}); (ctx.out / 'result.txt').write_text('1')")
-    toys.run(toys.plan(CHAIN))
-    first = toys.store.made(toys.plan(ONE)[0].key)
-    toys.run(toys.plan(ONE, force=["one"]))
-    second = toys.store.made(toys.plan(ONE)[0].key)
-    assert first["published"] < second["published"], "each execution has its record"
-    assert first["rid"] == second["rid"]
-    assert states(toys) == {"one": "done", "two": "done"}
 
 
 def test_work_on_other_input_bytes_is_not_resumed(toys):

@@ -22,7 +22,7 @@ from mlxchat.config.schema import Config, ExecutorConfig
 from mlxchat.errors import ConfigError, Interrupted
 from mlxchat.pipeline import place_steps, plan_of
 from mlxchat.runner import executors
-from mlxchat.runner.executors import Job, attach, check_installed, submit
+from mlxchat.runner.executors import Job, attach, submit
 from mlxchat.runner.process import stop_on_signals
 from mlxchat.store.attempts import iteration
 from mlxchat.store.manifest import read_manifest
@@ -143,13 +143,6 @@ def test_unreachable_cluster_is_one_message(programs, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"executor=slurm: .*slurm") as error:
         start(tmp_path / "count", [], settings=config_of("executor=slurm").executor)
     assert "\n" not in str(error.value)
-
-
-def test_missing_library_names_the_extra(monkeypatch):
-    monkeypatch.setattr(executors, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"executor=slurm needs submitit: pip install 'mlxchat\[submitit\]'"):
-        check_installed(replace(LOCAL, kind="slurm"))
-    check_installed(replace(LOCAL, kind="local"))
 
 
 def test_step_executor_overrides_the_runs_or_uses_conf():

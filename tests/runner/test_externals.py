@@ -10,7 +10,7 @@ import pytest
 from kit.toys import ONE
 from mlxchat.config.pins import File, Folder
 from mlxchat.config.schema import TaskItem
-from mlxchat.errors import ConfigError, StepFailed
+from mlxchat.errors import StepFailed
 from mlxchat.runner import keys
 from mlxchat.runner.keys import FileHashes
 from mlxchat.store import attempts
@@ -103,14 +103,6 @@ def test_folder_is_pinned_by_names_and_contents(tmp_path):
         pins.append(keys.pin_externals({"outside": Outside(str(tmp_path / name))}))
     assert pins[0] == pins[1] != pins[2]
     assert pins[0]["file of folder deep/model"] == hash_file(tmp_path / "one" / "deep" / "model")
-
-
-@pytest.mark.parametrize("name", ["absent", "empty", "file"])
-def test_empty_folder_is_refused(name, tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"outside\.path: .*no folder with files"):
-        keys.pin_externals({"outside": Outside(str(tmp_path / name))})
 
 
 def test_moved_file_keeps_its_key_and_another_setting_changes_it(tmp_path):

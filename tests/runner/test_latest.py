@@ -1,6 +1,5 @@
 """The latest run is the last one that finished a model."""
 
-import json
 import shutil
 import signal
 from typing import Any
@@ -10,7 +9,7 @@ import pytest
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import DataError, Interrupted
 from mlxchat.pipeline import _name_again
-from mlxchat.store.naming import called, find, find_model, latest, refs_of
+from mlxchat.store.naming import called, find, find_model, refs_of
 
 BASE = {"corpus": {"stage": "make"}, "pretrain": {"stage": "pretrain", "source": "corpus"}}
 WHOLE = {**BASE, "sft": {"stage": "sft", "source": "pretrain"}, "eval": {"stage": "copy", "source": "corpus"}}
@@ -63,19 +62,6 @@ def test_stopped_run_with_a_model_is_latest(models):
     assert chosen(models) == ("pretrain", "run2")
 
 
-def test_run_of_a_verb_is_latest_only_alone(models, tmp_path):
-    models.run(models.plan(WHOLE))
-    models.config.toy.number = 2
-    models.run(models.plan(BASE), becomes_latest=False)
-    assert chosen(models) == ("sft", "run1")
-    # The same without another run.
-    name = "20260101-000000-000001-1-import"
-    shutil.rmtree(models.outputs / "refs" / "run1")
-    (models.outputs / "refs" / "latest").unlink()
-    (models.outputs / "refs" / "run2").rename(models.outputs / "refs" / name)
-    assert chosen(models) == ("pretrain", name)
-
-
 def repeated(models: Any, pipeline: dict[str, dict[str, str]]) -> None:
     """Do what a command does whose steps are all done."""
     name = "20990101-000000-000001-1-again"
@@ -98,24 +84,3 @@ def test_unnamed_artifact_of_a_killed_run_gets_named(models):
     repeated(models, {"corpus": BASE["corpus"]})
     assert called(str(find(models.store, "corpus").run)) == "again"
     assert not (models.outputs / "refs" / "latest").is_symlink()
-
-
-def test_finished_steps_of_several_runs_become_one_run(models):
-    models.run(models.plan(WHOLE))
-    models.run(models.plan({**BASE, "other": {"stage": "copy", "source": "corpus"}}))
-    repeated(models, {**WHOLE, "other": {"stage": "copy", "source": "corpus"}})
-    assert latest(models.store) == "20990101-000000-000001-1-again"
-    assert set(refs_of(models.store)) == {*WHOLE, "other"}
-    assert json.loads((models.outputs / "runs" / latest(models.store) / "plan.json").read_text())["steps"]
-
-
-@pytest.mark.parametrize(
-    ("folder", "name"),
-    [
-        ("20261122-103100-000001-4242-quickstart", "quickstart"), ("20261122-103100-7-a-b-1", "a-b-1"),
-        ("20261122-103100-000001-4242-4-layers", "4-layers"), ("imported-20261122-103100", "imported-20261122-103100"),
-        ("mine", "mine"),
-    ],
-)  # fmt: skip
-def test_run_name_follows_its_number(folder, name):
-    assert called(folder) == name

@@ -11,7 +11,7 @@ from mlxchat.config.schema import CoreConfig, HubConfig, TaskItem
 from mlxchat.errors import ConfigError, MlxchatError
 from mlxchat.hub import listings
 from mlxchat.pipeline import plan_of, plan_to_run
-from mlxchat.runner.keys import find_unknown, pin_externals
+from mlxchat.runner.keys import pin_externals
 from mlxchat.store.fingerprint import identity_of
 from mlxchat.store.store import Store
 
@@ -55,23 +55,6 @@ def test_commit_and_branch_give_the_same_key(section, hub, repositories):
     assert hub.log == []
     assert pins == pin_externals(branch)
     assert identity_of(commit) == identity_of(branch)
-
-
-def test_offline_uses_the_recorded_commit(hub, repositories, monkeypatch, capsys):
-    before = pin_externals(hub_corpus())
-    listings.forget()
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert pin_externals(hub_corpus()) == before
-    assert f"org/texts: offline; main is commit {repositories[0].commit[:12]}, as recorded" in capsys.readouterr().err
-
-
-def test_unresponsive_hub_is_requested_once(hub, repositories, monkeypatch):
-    monkeypatch.setattr(listings, "_PLAN_SECONDS", 0.2)
-    hub.faults.latency_seconds = 5.0
-    assert find_unknown(pin_externals(hub_corpus())) == {"corpus.revision": "org/texts at main"}
-    asked = len(hub.log)
-    assert find_unknown(pin_externals(task())) == {"suite.maths.source": "openai/gsm8k at main"}
-    assert len(hub.log) == asked == 1
 
 
 def test_file_and_url_with_equal_bytes_share_a_key(hub, tmp_path):

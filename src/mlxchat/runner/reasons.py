@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlxchat.config.wording import first_of, format_bytes, format_seconds, plural, wrapped
@@ -57,7 +57,8 @@ def find_difference(step: PlannedStep, store: Store, contents: Mapping[str, str]
     nearest = _nearest_of(step.identity, made)
     if nearest is None:
         return Difference()
-    before, now = flatten(nearest["config"]), flatten(step.identity)
+    defaults = _defaults("", step.sections)
+    before, now = ({**defaults, **flatten(identity)} for identity in (nearest["config"], step.identity))
     for one, other in ((before, now), (now, before)):
         if "data_seed" in other and "seed" in one:
             one.setdefault("data_seed", one["seed"])  # omitted if both seeds are equal: Stage.seeds
@@ -74,6 +75,20 @@ def find_difference(step: PlannedStep, store: Store, contents: Mapping[str, str]
         },
         externals=changes(nearest.get("pins", {}), step.externals),
     )
+
+
+def _defaults(where: str, value: Any) -> dict[str, Any]:
+    """Return dotted key → default of the simple fields that a key leaves out at their default."""
+    found: dict[str, Any] = {}
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            found |= _defaults(f"{where}{key}.", item)
+    for item in fields(value) if is_dataclass(value) else ():
+        default = item.metadata.get("since_default", value)
+        if default is None or isinstance(default, str | int | float | list):
+            found[f"{where}{item.name}"] = default
+        found |= _defaults(f"{where}{item.name}.", getattr(value, item.name))
+    return found
 
 
 def _nearest_of(identity: Mapping[str, Any], candidates: Iterable[Manifest]) -> Manifest | None:

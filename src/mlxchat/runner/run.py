@@ -71,13 +71,9 @@ class Run:
         return self.folder.name
 
     def event(self, event: str, **details: Any) -> None:
-        """Add a line to events.jsonl."""
-        Records(self.folder / "events.jsonl").append({"time": now(), "event": event, **details})
-
-    def try_event(self, event: str, **details: Any) -> None:
-        """Add a line to events.jsonl if possible: the error may be about the disk."""
+        """Add a line to events.jsonl, if the disk accepts it."""
         with suppress(OSError):
-            self.event(event, **details)
+            Records(self.folder / "events.jsonl").append({"time": now(), "event": event, **details})
 
     def request_stop(self, number: int) -> None:
         """Record the signal that requests the run to stop."""
@@ -234,7 +230,7 @@ class _Attempt:
             text = _describe_error(error)
             with suppress(OSError):
                 attempt_log.finish(self.work, self.number, outcome, text, ctx.resumed_from)
-            run.try_event(f"step_{outcome}", step=step.name, error=text)
+            run.event(f"step_{outcome}", step=step.name, error=text)
             if isinstance(error, MlxchatError) or not isinstance(error, Exception):
                 raise
             raise self._failure(error) from error  # a stage may raise anything

@@ -51,7 +51,7 @@ def execute(plan: list[PlannedStep], store: Store, run: Run) -> None:
             "Its contents are intact. Fix that and run the same command again: it continues."
         ) from error
     except MlxchatError as error:
-        run.try_event("run_failed", step=leader.current, error=str(error))
+        run.event("run_failed", step=leader.current, error=str(error))
         raise
     run.event("run_done")
 
