@@ -127,7 +127,9 @@ def greedy(file: ParityFile) -> Iterator[Comparison]:
     expected = file.tensors["greedy"].tolist()
     beyond = model.sizes.vocab_size  # the vocabulary of such a model has no special tokens
     special = {"<|python_start|>": beyond, "<|python_end|>": beyond}
-    tokenizer: Any = SimpleNamespace(bos=beyond, assistant_end=beyond, ends=(beyond, beyond), special_ids=special)
+    tokenizer: Any = SimpleNamespace(
+        bos=beyond, assistant_end=beyond, ends=(beyond, beyond), special_ids=special, decode_bytes=lambda ids: b""
+    )
     (completion,) = Engine(model, tokenizer).complete([prompt], max_new_tokens=len(expected))
     yield _tokens("greedy continuation through the cache", completion.ids, expected)
     ids = list(prompt)

@@ -48,55 +48,13 @@ def swap(row: list[Any]) -> None:
     row[-1], row[-2] = row[-2], row[-1]
 
 
-def best_fit(values: Any, case: int, batch: int) -> Any:
-    return values["jul2026_bestfit"][case]["batches"][batch]
-
-
-def sized(values: Any, variant: str, row: int) -> Any:
-    return values[variant]["hyperparameters"][0]["rows"][row]
-
-
-def first_long(rows: list[Any]) -> list[Any]:
-    return next(row for row in rows if len(row) > 3)
-
-
 JSON: dict[str, tuple[str, str, Alter]] = {
     "a merge": ("tokenizer", "training", lambda v: swap(v["mergeable_ranks_base64"])),
-    "an encoded text": ("tokenizer", "encoding", lambda v: flip(first_long([case["ids"] for case in v["encode"]]))),
-    "a conversation": ("conversation", "conversations", lambda v: flip(v["cases"][0]["ids"], 3)),
-    "a prompt": ("conversation", "prompts", lambda v: flip(v["cases"][0]["completion_ids"])),
-    "a refusal": (
-        "conversation", "refusals", lambda v: v["errors"][0].update(conversation=v["cases"][0]["conversation"])
-    ),
-    "a row of documents": ("packing", "documents", lambda v: flip(best_fit(v, 4, 5)["inputs"][2])),
-    "a row of conversations": (
-        "packing", "conversations", lambda v: flip(v["chat_jul2026"][1]["batches"][0]["targets"][0])
-    ),
     "a multiplier": ("schedules", "schedules", lambda v: swap(v["jul2026"]["schedules"][5]["lr_multiplier"])),
-    "a run of a script": ("schedules", "scripts", lambda v: flip(v["jul2026"]["script_runs"][0]["muon_weight_decay"])),
-    "an iteration": ("schedules", "hyperparameters", lambda v: sized(v, "oct2025", 2).update(num_iterations=1)),
-    "bits per byte": (
-        "bpb", "bits", lambda v: v["cases"][5]["jul2026"].update(bpb=v["cases"][5]["jul2026"]["bpb"] + 1e-5)
-    ),
-    "a trained token": ("rl", "trained_tokens", lambda v: flip(v["cases"][0]["examples"][0]["targets"][0], 20)),
     "a policy loss": ("rl", "policy_gradient", lambda v: v["cases"][0]["oct2025"].update(loss_sum_over_passes=0.5)),
-    "a moved weight": (
-        "rl", "update", lambda v: v["cases"][0]["jul2026"]["update_norms"].update({"lm_head.weight": 0.1})
-    ),
-    "an exit": ("engine", "refusals", lambda v: flip(v["exit_in_expression"]["jul2026"]["batch_results"][0])),
-    "a probability": ("engine", "distributions", lambda v: flip(v["sampling"][3]["probs"][0])),
     "a greedy token": ("engine", "greedy", lambda v: flip(v["greedy"]["jul2026"][1]["tokens"])),
-    "a letter's logit": (
-        "core", "letters", lambda v: flip(v["chat_categorical"]["oct2025"][0]["results"][3]["letter_logits"])
-    ),
-    "a ChatCORE": ("core", "metric", lambda v: v["chatcore"]["jul2026"][0].update(chatcore=0.08)),
-    "a program's verdict": ("tasks", "executions", lambda v: v["humaneval"]["evaluate"][0].update(success=False)),
     "a calculation": ("tasks", "calculator", lambda v: v["calculator"][0].update(result="5")),
-    "an order of rows": ("tasks", "choices", lambda v: v["mmlu"]["permutation"].reverse()),
-    "a spelled word": (
-        "tasks", "spelling", lambda v: v["spellingbee"]["train"][0]["messages"][1]["content"][3].update(text="7")
-    ),
-}  # fmt: skip
+}
 
 TENSORS: dict[str, tuple[str, str, float]] = {
     "a logit": ("logits", "logits", 1e-3),
@@ -140,14 +98,6 @@ def test_altered_tensor_fails(what, variant, tmp_path):
     assert failures(altered, quantity)
 
 
-@pytest.mark.parametrize("variant", ["oct2025", "jul2026"])
-def test_altered_counts_fail(variant, tmp_path):
-    path = original(f"nanochat_{variant}_*.safetensors")
-    altered = tmp_path / path.name
-    save_file(load_file(path), altered, metadata=ParityFile(path).metadata | {"flops_per_token": "7"})
-    assert failures(altered, "counts") == ["FLOPs per token"]
-
-
 def test_nan_or_no_case_fails():
     assert not Comparison("", float("nan"), 1.0).ok
     assert not largest("", {"a": 0.0, "b": float("nan")}, 1.0).ok
@@ -155,33 +105,8 @@ def test_nan_or_no_case_fails():
     assert not exact("", [], 0).ok
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("mystery_a.json", "{}", "unknown format; expected a name like nanochat_*"),
-        ("rl_a.json", "{", "cannot be read as JSON"),
-        ("nanochat_oct2025_a.safetensors", "no tensors", "cannot be read as safetensors"),
-        ("tasks_a.json", "{}", "holds nothing of the format tasks_*"),
-    ],
-)
-def test_unreadable_file_is_reported_in_one_line(name, content, message, tmp_path, capsys):
-    path = tmp_path / name
-    path.write_text(content, encoding="utf-8")
-    assert check.main([str(path)]) == 2
-    (told,) = capsys.readouterr().err.splitlines()
-    assert str(path) in told
-    assert message in told
-
-
 def test_check_runs_from_any_folder_and_names_a_missing_file(tmp_path):
     command = [sys.executable, str(Path(check.__file__)), "nanochat_none.safetensors"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: nanochat_none.safetensors: no such file\n"
-
-
-def test_exceptions_and_missing_values_are_failed_lines(tmp_path, capsys):
-    for name, content in (("tasks_q.json", '{"calculator": [{"expr": "1+1"}]}'), ("schedules_q.json", "{}")):
-        (tmp_path / name).write_text(content, encoding="utf-8")
-        assert check.main([str(tmp_path / name)]) == 1
-        assert "KeyError" in capsys.readouterr().out
