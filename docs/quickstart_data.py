@@ -33,9 +33,11 @@ from typing import Any, TypeVar
 from mlxchat.tasks.arithmetic import Template, draw_numbers, draw_words, solve
 from mlxchat.tasks.base import LETTERS, held_out
 from mlxchat.tasks.quickstart import FOLDER
-from mlxchat.tasks.spelling import common_words, count_letters, first_words, is_only_spelled
+from mlxchat.tasks.spelling import count_letters, first_words, is_only_spelled
 
 _INPUTS = Path(__file__).with_suffix("")
+# Words of 3 to 8 letters that occur 30 times or more in the Bible and the Factbook; no names.
+COMMON_WORDS = (_INPUTS / "common_words.txt").read_text(encoding="ascii").split()
 _T = TypeVar("_T")
 Rows = Iterator[Any]
 
@@ -167,7 +169,7 @@ def _texts() -> dict[str, Any]:
 @cache
 def _other_words() -> list[str]:
     """Return words that the model does not learn to spell; those that other tasks hold out are not among them."""
-    return [word for word in common_words() if word not in first_words() and not held_out(f"word/{word}", 0.15)]
+    return [word for word in COMMON_WORDS if word not in first_words() and not held_out(f"word/{word}", 0.15)]
 
 
 def everyday_rows(split: str) -> Rows:

@@ -53,7 +53,7 @@ def run(ctx: Context) -> None:
     from mlxchat.rl.pairs import PairBatches, PairRows, sample_pairs, sum_pairs, validate, write_pairs
     from mlxchat.rl.rollouts import PolicyScores
     from mlxchat.tasks import Conversation, Task
-    from mlxchat.tasks.jsonl import Answers
+    from mlxchat.tasks.jsonl import both_answers
     from mlxchat.training.finetune import make_optimizer, save_trained
     from mlxchat.training.loop import Observation, fit
     from mlxchat.training.team_step import make_step
@@ -73,7 +73,7 @@ def run(ctx: Context) -> None:
             pairs = sample_pairs(ctx, name, task, engine, config, seed=ctx.seed(f"samples of {name}"))
             write_pairs(ctx.out / f"{name}_pairs.jsonl", pairs)
         found = PairRows(
-            open_mixture(ctx, name, Answers(pairs), tokenizer),
+            open_mixture(ctx, name, both_answers(pairs), tokenizer),
             answer_start=tokenizer.special_ids["<|assistant_start|>"],
             padding=tokenizer.assistant_end,
             row_tokens=config.row_tokens,

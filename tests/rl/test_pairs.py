@@ -22,7 +22,7 @@ from mlxchat.rl.pairs import PairBatches, PairRows, sample_pairs, sum_pairs, val
 from mlxchat.rl.rollouts import PolicyScores
 from mlxchat.tasks.answers import Conversation
 from mlxchat.tasks.base import Task, dialogue
-from mlxchat.tasks.jsonl import Answers
+from mlxchat.tasks.jsonl import both_answers
 from mlxchat.training.step import TrainStep
 
 RNG = np.random.default_rng(0)
@@ -78,7 +78,7 @@ PAIRS = [pair("the cat", "on the mat and the log"), pair("sat", "the dog"), pair
 
 def make_rows(pairs: list[Conversation], row_tokens: int = 64) -> PairRows:
     tokenizer = make_tokenizer()
-    rendered = [render_conversation(tokenizer, answer, None) for answer in Answers(pairs)]
+    rendered = [render_conversation(tokenizer, answer, None) for answer in both_answers(pairs)]
     offsets = np.cumsum([0, *(len(ids) for ids, _ in rendered)])
     ids, trained = (np.concatenate([each[which] for each in rendered]) for which in (0, 1))
     tokens = Tokens(offsets, ids.astype(np.uint16), trained.astype(bool))

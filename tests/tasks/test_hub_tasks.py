@@ -77,11 +77,9 @@ def test_number_follows_the_first_marker(response, number):
 )  # fmt: skip
 def test_verdicts_are_ours_or_nanochats(answer, response, ours, nanochats):
     talk = {"messages": [{}, {"content": [text(answer)]}]}
-    task = load_task("gsm8k", "test")
+    task: Any = load_task("gsm8k", "test")
     assert (task.reward(talk, response), is_right_by_nanochat(talk, response)) == (float(ours), nanochats)
-    theirs: Any = load_task("gsm8k", "test", nanochat_verdict=1.0)
-    assert theirs.reward(talk, response) == float(nanochats)
-    assert theirs.explain(talk, response) == (nanochats, {"nanochat_verdict": nanochats})
+    assert task.explain(talk, response) == (ours, {"nanochat_verdict": nanochats})
 
 
 QUESTION = {"question": "Which is red?", "subject": "colour", "choices": ["sky", "sea", "rose", "leaf"], "answer": 2}

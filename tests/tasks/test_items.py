@@ -72,7 +72,7 @@ def test_mixtures_and_suites_are_nanochats(choice, expected):
         ({**GSM8K, "options": {"sede": 1.0}}, 'task gsm8k has no option "sede".* Did you mean "seed"'),
         ({"task": "kinds_mc", "fields": ["capital"]}, 'task kinds_mc has no option "fields"'),
         ({"task": "identity_conversations", "source": {"url": "me.jsonl"}}, "expected an address .* path=FILE"),
-        ({"task": "spelling_bee", "source": {"words": "w.txt"}}, "expected an address .* or bundled"),
+        ({"task": "spelling_bee", "source": {"words": "w.txt"}}, "expected an address"),
         ({"task": "arithmetic", "options": {"steps": 3.0}}, "steps of task arithmetic is 3.0, expected 1 or 2"),
         ({"task": "arithmetic", "options": {"two_step_frac": 2.0}}, "two_step_frac of task arithmetic is 2.0, exp"),
         ({"task": "jsonl"}, "task jsonl has no path"),

@@ -33,8 +33,7 @@ from mlxchat.store.manifest import MANIFEST
 LISTING = "corpus.json"
 VALIDATION = "validation.parquet"
 COLUMN = "text"
-SUFFIXES = (".txt", ".jsonl", ".parquet")
-"""Of the local files of a corpus."""
+SUFFIXES = (".txt", ".jsonl", ".parquet")  # of the local files of a corpus
 # For FineWeb-Edu and ClimbMix: files of 95 MB with 250 million characters. Measured after the first download.
 ESTIMATED_CHARS_PER_BYTE = 2.6
 

@@ -24,14 +24,13 @@ from typing import Any
 import numpy as np
 
 from mlxchat.data.conversation import render_conversation
-from mlxchat.data.mixture import Mixture
 from mlxchat.data.sources import Check, Corpus, Shard
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError
 from mlxchat.ops.machine import available_cores
 from mlxchat.runner.context import Context
 from mlxchat.store.fingerprint import canonical_json
-from mlxchat.tasks.jsonl import Answers
+from mlxchat.tasks.answers import Conversation
 
 FORMAT = 2
 """Part of the keys of token files, which else depend on texts and tokenizer only: raise it when rendering changes."""
@@ -41,8 +40,7 @@ _PART_DOCUMENTS = 128
 _MOST_OPEN_SHARDS = 16
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Address = tuple[int, int]
-"""Shard and document in it, both from 0."""
+Address = tuple[int, int]  # shard and document in it, both from 0
 
 
 @dataclass(frozen=True)
@@ -251,7 +249,7 @@ def encode_shard(
     return _save(encoded(), folder, "documents", tokenizer.vocab_size)
 
 
-def open_mixture(ctx: Context, name: str, mixture: Mixture | Answers, tokenizer: Tokenizer) -> Tokens:
+def open_mixture(ctx: Context, name: str, mixture: Iterable[Conversation], tokenizer: Tokenizer) -> Tokens:
     """Return the tokenized conversations of a mixture or of pairs; `name` becomes part of the artifact's label."""
     digest = hashlib.sha256()
     for conversation in mixture:

@@ -47,10 +47,8 @@ GPT4_PATTERN = (
 RANKS_FILE = "ranks.tiktoken"
 CONFIG_FILE = "tokenizer_config.json"
 HF_FILE = "tokenizer.json"
-PICKLED_FILE = "tokenizer.pkl"
-"""nanochat's file."""
-PATTERN_KEY = "split_pattern"
-"""Key of the split pattern in CONFIG_FILE; absent if it is nanochat's."""
+PICKLED_FILE = "tokenizer.pkl"  # nanochat's
+PATTERN_KEY = "split_pattern"  # in CONFIG_FILE; absent if it is nanochat's
 _POSSESSIVE_INTERVAL = re.compile(r"(\{\d+(?:,\d*)?\})\+")
 
 

@@ -19,8 +19,7 @@ from mlxchat.tasks.answers import Conversation, calculator_parts, is_right
 
 _T = TypeVar("_T")
 LETTERS = ("A", "B", "C", "D")
-PARTS = ("text", "python", "python_output")
-"""Types of the parts of an answer: {"type", "text"}."""
+PARTS = ("text", "python", "python_output")  # types of the parts of an answer: {"type", "text"}
 
 
 @dataclass(eq=False)

@@ -87,7 +87,7 @@ class GSM8K(HubTask):
     """Grade-school word problems whose answers call the calculator, judged by the number after the first ####.
 
     Conversations are nanochat's. Verdicts differ in two cases: a response without a number after #### is always wrong,
-    and a full stop after the number is ignored.
+    and a full stop after the number is ignored. Evaluations record nanochat's, too.
     """
 
     name = "gsm8k"
@@ -95,16 +95,12 @@ class GSM8K(HubTask):
     subsets = ("main", "socratic")
     columns = ("question", "answer")
     prompt_tokens = 320
-    nanochat_verdict: bool = False
-    """Use nanochat's verdicts as scores and rewards. Evaluations always record them."""
 
     def _conversation_of(self, row: dict[str, Any]) -> Conversation:
         return dialogue(row["question"], calculator_parts(row["answer"], keep_empty=True))
 
     def evaluate(self, conversation: Conversation, response: str) -> bool:
         """Return True if the number after the first #### is right; a response without one is wrong."""
-        if self.nanochat_verdict:
-            return is_right_by_nanochat(conversation, response)
         number = final_number(str(conversation["messages"][-1]["content"][-1]["text"]))
         return number is not None and number == final_number(response)
 

@@ -24,8 +24,7 @@ from mlxchat.tasks.base import Task, find_fault
 if TYPE_CHECKING:
     import pyarrow as pa
 
-NANOCHAT_SEED = 42
-"""nanochat shuffles every data set with this seed."""
+NANOCHAT_SEED = 42  # nanochat shuffles every data set with it
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,6 @@ class HubSource:
 class UrlTask(Task):
     """A task that reads one file: `path`, or the address in the first of `source_options`."""
 
-    bundled: ClassVar[str | None] = None
-    """Value of the address option that selects data shipped with mlxchat; None: there are none."""
     sha256: str | None = None
     """Required hash of the file at the address; None: any contents."""
     path: str | Path | None = None
@@ -96,20 +93,18 @@ class UrlTask(Task):
         super().__post_init__()
         for source in self.needs():
             if not source.url.startswith(("http://", "https://")):
-                also = f" or {self.bundled}" if self.bundled else ""
                 raise ConfigError(
                     f'{self.source_options[0]} of task {self.name} is "{source.url}", expected an address (http://, '
-                    f"https://){also}. For a local file, set the task's option path=FILE."
+                    "https://). For a local file, set the task's option path=FILE."
                 )
 
     def needs(self) -> list[UrlSource]:
-        """Return the address as a source, unless the task reads local or bundled data."""
-        address = getattr(self, self.source_options[0])
-        return [] if self.path is not None or address == self.bundled else [UrlSource(address, self.sha256)]
+        """Return the address as a source, unless the task reads a local file."""
+        return [] if self.path is not None else [UrlSource(getattr(self, self.source_options[0]), self.sha256)]
 
-    def _file(self) -> Path | None:
-        """Return the path of the file, downloaded if necessary; None: bundled data."""
-        return Path(self.path) if self.path is not None else next(iter(self.fetch()), None)
+    def _file(self) -> Path:
+        """Return the path of the file, downloaded if necessary."""
+        return Path(self.path) if self.path is not None else self.fetch()[0]
 
 
 @dataclass(eq=False, kw_only=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -118,8 +118,6 @@ class Jsonl(Task):
             self.held_out_frac = 0.1 if self.path is None else self.usually_held_out
         if not 0 <= self.held_out_frac < 1:
             raise ConfigError(f"held_out_frac of task {self.name} is {self.held_out_frac}, expected 0 to below 1.")
-        if self.contains not in (0, 1):
-            raise ConfigError(f"contains of task {self.name} is {self.contains}, expected 0 (equal) or 1 (contains).")
 
     def _read(self, path: Path) -> list[Conversation]:
         return read_conversations(path)
@@ -212,21 +210,13 @@ def _whole(value: dict[str, Any], name: str) -> list[dict[str, Any]]:
     return messages
 
 
-class Answers:
-    """Both answers of each pair as conversations, the chosen one first."""
-
-    def __init__(self, pairs: Sequence[Conversation] | Task) -> None:
-        """Take conversations with a rejected answer."""
-        self._pairs = pairs
-
-    def __len__(self) -> int:
-        return 2 * len(self._pairs)
-
-    def __iter__(self) -> Iterator[Conversation]:
-        for index in range(len(self._pairs)):
-            pair = self._pairs[index]
-            yield {"messages": pair["messages"]}
-            yield {"messages": [*pair["messages"][:-1], {"role": "assistant", "content": pair["rejected"]}]}
+def both_answers(pairs: Sequence[Conversation] | Task) -> list[Conversation]:
+    """Return both answers of each pair as conversations, the chosen one first."""
+    found: list[Conversation] = []
+    for pair in (pairs[index] for index in range(len(pairs))):
+        rejected = {"role": "assistant", "content": pair["rejected"]}
+        found += [{"messages": pair["messages"]}, {"messages": [*pair["messages"][:-1], rejected]}]
+    return found
 
 
 @dataclass(eq=False, kw_only=True)
@@ -243,9 +233,7 @@ class IdentityConversations(UrlTask):
 
     @cached_property
     def _lines(self) -> list[Conversation]:
-        path = self._file()
-        assert path is not None, "no data are bundled"
-        return read_conversations(path, ends_answered=False)
+        return read_conversations(self._file(), ends_answered=False)
 
     def _own_size(self) -> int:
         return len(self._lines)

@@ -16,7 +16,6 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import ClassVar
 
-from mlxchat.errors import DataError
 from mlxchat.tasks.answers import Conversation, calculator_parts
 from mlxchat.tasks.base import Task, dialogue, held_out
 from mlxchat.tasks.downloads import UrlTask
@@ -35,12 +34,6 @@ _LOWER_FRACTION = 0.3
 _MARK_FRACTION = 0.5
 _LETTER_OF_WORD_FRACTION = 0.9
 _QUOTES = ("", "'", '"')
-
-
-@cache
-def common_words() -> list[str]:
-    """Return the words of 3 to 8 letters that occur 30 times or more in the Bible and the Factbook; no names."""
-    return (_FOLDER / "common_words.txt").read_text(encoding="ascii").split()
 
 
 @cache
@@ -95,16 +88,14 @@ class _WordListTask(UrlTask):
     """A task about words drawn from a list. With seed 0 the training split has nanochat's conversations."""
 
     source_options: ClassVar[tuple[str, ...]] = ("words", "sha256")
-    bundled: ClassVar[str | None] = "bundled"
     words: str = WORDS_URL
-    """Address of a list with one word per line, or "bundled": the common words of the bundled texts."""
+    """Address of a list with one word per line."""
     nanochat_seeds: bool = False
     """Draw the test split from the training split's seeds, as nanochat does."""
 
     @cached_property
     def _words(self) -> list[str]:
-        path = self._file()
-        return common_words() if path is None else _read_words(path)
+        return self._file().read_text(encoding="utf-8").split()
 
     def _own_size(self) -> int:
         return 1000
@@ -177,11 +168,3 @@ def _count_aloud(word: str, letter: str) -> list[dict[str, str]]:
 @cache
 def _questions() -> list[str]:
     return list(json.loads((_FOLDER / "spelling_questions.json").read_text(encoding="utf-8")))
-
-
-@cache
-def _read_words(path: Path) -> list[str]:
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as a UTF-8 list of words ({error}).") from error
