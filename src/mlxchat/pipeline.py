@@ -128,7 +128,7 @@ def run_pipeline(
     planned = {step.name: step for step in plan}
     tracker = Tracker(
         config.tracker, folder, ids=[step.settings_key for step in plan], settings=redact(plain_of(config)), say=_say,
-        records=lambda step, name: store.work(planned[step].key) / "ckpt" / "records" / f"{name}.jsonl",
+        records=lambda step: store.work(planned[step].key) / "ckpt" / "records" / "metrics.jsonl",
     )  # fmt: skip
 
     def take(step: str, record: Record) -> None:

@@ -28,8 +28,7 @@ config = TrackerConfig(kind=kind, project="parity", tags=["offline"])
 records = run.parent.parent / "records"
 records.mkdir(exist_ok=True)
 tracker = Tracker(config, run, ids=["a", "b"], settings={"seed": 42, "model": {"depth": 4}}, say=print,
-                  records=lambda step, name: records / f"{name}.jsonl")
-(records / "samples.jsonl").write_text('{"iteration": 1, "prompt": "once", "text": "upon a | time"}\\n')
+                  records=lambda step: records / "metrics.jsonl")
 (run / "report.md").write_text("# all went well")
 (run / "report.html").write_text("<p>all went well</p>")
 for i in range(begin, end):
@@ -77,9 +76,8 @@ def test_tensorboard_gets_curves_and_results(tmp_path):
     folder.mkdir(parents=True)
     said: list[str] = []
     config = TrackerConfig(kind="tensorboard", project="p", tags=["t"])
-    (folder / "samples.jsonl").write_text('{"iteration": 1, "prompt": "once", "text": "upon a | time\\nago"}\n')
     (folder / "report.md").write_text("# all went well")
-    tracker = Tracker(config, folder, ids=["a"], say=said.append, records=lambda step, name: folder / f"{name}.jsonl")
+    tracker = Tracker(config, folder, ids=["a"], say=said.append, records=lambda step: folder / "metrics.jsonl")
     for iteration in (1, 2):
         tracker.log("pretrain", {"iteration": iteration, "loss": 8.0 / iteration})
         tracker.log("sft", {"iteration": iteration, "loss": 1.0})
@@ -97,15 +95,13 @@ def test_tensorboard_gets_curves_and_results(tmp_path):
     ]
     found = [(step, value.tag, value.simple_value) for step, value in values if value.tag == "loss"]
     assert found == [(1, "loss", 8.0), (2, "loss", 4.0)]
-    ((step, samples),) = [(step, value.tensor.string_val[0]) for step, value in values if "samples" in value.tag]
-    assert (step, samples.decode()) == (1, "| prompt | text |\n| --- | --- |\n| once | upon a \\| time<br>ago |")
     assert (tmp_path / "tensorboard" / "1" / "sft").is_dir()
     last = [v for event in events_of(tmp_path / "tensorboard" / "1" / "results") for v in event.summary.value]
     assert ("eval_sft/mean_centered", 0.25) in [(value.tag, value.simple_value) for value in last]
     texts = {
         value.tag.partition("/")[0]: value.tensor.string_val[0].decode() for value in last if value.tensor.string_val
     }
-    assert texts["artifacts"].splitlines()[2] == "| sft | checkpoint | a1b2 | /store/sft-a1b2 |"
+    assert texts["artifacts"] == "- sft: checkpoint /store/sft-a1b2"
     assert texts["report"] == "# all went well"
 
 
@@ -123,8 +119,6 @@ def test_trackio_continues_its_run(tmp_path, environ):
     assert losses == [(i, 8.0 / i) for i in range(1, 6)]
     assert any("final/eval_sft/mean_centered" in json.loads(metrics) for _, _, metrics in rows)
     assert json.loads(configs[0][1])["model"]["depth"] == 4
-    samples = [(step, json.loads(m)["pretrain/samples"]) for _, step, m in rows if "pretrain/samples" in json.loads(m)]
-    assert [step for step, _ in samples] == [1]
     assert any("report" in json.loads(metrics) for _, _, metrics in rows)
     assert "pretrain-a1b2" in everything
 

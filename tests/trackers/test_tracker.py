@@ -5,13 +5,12 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from mlxchat import trackers
 from mlxchat.config.schema import TrackerConfig
 from mlxchat.trackers import Tracker, numbers_of
-from mlxchat.trackers.services import Published, Results, TrackedRun
+from mlxchat.trackers.services import Results, TrackedRun
 
 
 class Notebook:
@@ -20,7 +19,6 @@ class Notebook:
     def __init__(self, *, fails_at: int | None = None) -> None:
         self.runs: list[TrackedRun] = []
         self.logged: list[tuple[str, int, dict[str, float]]] = []
-        self.tables: list[tuple[str, int, str, list[Any]]] = []
         self.results: Results | None = None
         self.fails_at = fails_at
 
@@ -32,9 +30,6 @@ class Notebook:
         if len(self.logged) == self.fails_at:
             raise RuntimeError("no route to host")
         self.logged.append((step, iteration, numbers))
-
-    def table(self, step: str, iteration: int, name: str, header: Any, rows: Any) -> None:
-        self.tables.append((step, iteration, name, list(rows)))
 
     def finish(self, results: Results) -> None:
         self.results = results
@@ -55,42 +50,6 @@ def start(
 def write(path: Path, *records: dict[str, Any]) -> None:
     with path.open("a") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
-
-
-def test_samples_and_rollouts_arrive_as_tables(tmp_path):
-    """Iterations come once, when they are complete, and the last ones from the artifact."""
-    work, done = tmp_path / "work", tmp_path / "done"
-    work.mkdir()
-    notebook = Notebook()
-    tracker = start(tmp_path, "1", notebook, records=lambda step, name: work / f"{name}.jsonl")
-    rollout = {"question": 7, "sample": 0, "prompt": "1+1", "output": "x" * 9999, "expected": None, "reward": 0.5,
-               "parts": {}, "right": True, "advantage": 0.0, "tokens": 3, "finished": True}  # fmt: skip
-    write(work / "samples.jsonl", *({"iteration": 1, "prompt": p, "text": f"{p}1"} for p in "ab"))
-    write(work / "rollouts.jsonl", {"iteration": 2, **rollout})
-    tracker.log("rl", {"iteration": 1, "loss": 1.0})
-    tracker.log("rl", {"iteration": 2, "loss": 1.0})
-    write(work / "rollouts.jsonl", {"iteration": 2, **rollout, "sample": 1})
-    tracker.log("rl", {"iteration": 3, "loss": 1.0})
-    write(work / "samples.jsonl", {"iteration": 3, "prompt": "a", "text": "a3"})
-    work.rename(done)
-    tracker.finish(Results(artifacts={"rl": Published(id="ab", kind="checkpoint", folder=done)}))
-    long = "x" * 1999 + "…"
-    assert notebook.tables == [
-        ("rl", 1, "samples", [["a", "a1"], ["b", "b1"]]),
-        ("rl", 2, "rollouts", [[7, sample, "1+1", long, "", 0.5, "True", 3] for sample in (0, 1)]),
-        ("rl", 3, "samples", [["a", "a3"]]),
-    ]
-
-
-def test_service_without_tables_gets_none(tmp_path):
-    notebook, said = Notebook(), []
-    plain = SimpleNamespace(log=notebook.log, finish=notebook.finish)
-    write(tmp_path / "samples.jsonl", {"iteration": 1, "prompt": "a", "text": "b"})
-    options = {"records": lambda step, name: tmp_path / f"{name}.jsonl", "open_service": lambda run: plain}
-    tracker = start(tmp_path, "1", None, said, **options)
-    tracker.log("sft", {"iteration": 2, "loss": 1.0})
-    tracker.finish(Results())
-    assert (notebook.results, said) == (Results(), [])
 
 
 def test_records_arrive_in_order(tmp_path):
@@ -136,7 +95,7 @@ def test_finished_or_different_runs_are_not_continued(tmp_path):
 def test_records_before_a_crash_are_sent_first(tmp_path):
     notebook = Notebook()
     write(tmp_path / "metrics.jsonl", *({"iteration": i, "loss": float(i)} for i in (1, 2, 3, 4)))
-    tracker = start(tmp_path, "1", notebook, records=lambda step, name: tmp_path / f"{name}.jsonl")
+    tracker = start(tmp_path, "1", notebook, records=lambda step: tmp_path / "metrics.jsonl")
     tracker.log("sft", {"iteration": 4, "loss": 4.0})
     tracker.log("sft", {"iteration": 5, "loss": 5.0})
     tracker.finish(Results())

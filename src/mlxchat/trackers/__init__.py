@@ -1,4 +1,4 @@
-"""Sends metrics, samples and rollouts to W&B, Trackio, TensorBoard or a user's own service.
+"""Sends metrics to W&B, Trackio, TensorBoard or a user's own service.
 
 A tracker never fails or delays a training: it runs in a thread, and its first failure (missing package, no network, any
 error) gives one warning, after which the run continues without it.
@@ -17,7 +17,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,17 +31,8 @@ from mlxchat.trackers.services import Results, Service, TrackedRun
 # How long the end of a run waits for the service to send the rest.
 FINISH_SECONDS = 60.0
 NOTE = "tracker.json"
-# Interval of writing the note, which is written one interval late because services send with a delay. After a kill,
-# up to two intervals of records may be sent again.
 _NOTE_SECONDS = 10.0
 _SERVICES = {"wandb": "WandbService", "trackio": "TrackioService", "tensorboard": "TensorBoardService"}
-_TABLES = {
-    "samples": ("prompt", "text"),
-    "rollouts": ("question", "sample", "prompt", "output", "expected", "reward", "right", "tokens"),
-}
-"""Record files other than metrics.jsonl, and the columns of their tables."""
-_MOST_ROWS = 64
-_MOST_CHARS = 2000
 
 
 class Tracker:
@@ -49,7 +40,7 @@ class Tracker:
 
     def __init__(
         self, config: TrackerConfig, folder: Path, *, ids: Iterable[str] = (), settings: dict[str, Any] | None = None,
-        records: Callable[[str, str], Path] | None = None, say: Callable[[str], None] = print,
+        records: Callable[[str], Path] | None = None, say: Callable[[str], None] = print,
         open_service: Callable[[TrackedRun], Service] | None = None,
     ) -> None:  # fmt: skip
         """Start tracking, or continue an unfinished tracked run with the same ids.
@@ -59,15 +50,14 @@ class Tracker:
             folder: folder of the run, below outputs/runs.
             ids: ids of all steps of the plan.
             settings: the configuration, without secrets.
-            records: returns the path of a running step's records: metrics, samples, rollouts. A service that lost
-                metrics in a crash, or was chosen after the step started, gets them before the first new record.
+            records: returns the path of a running step's metrics. A service that lost some in a crash, or was chosen
+                after the step started, gets them before the first new record.
             say: prints a warning.
             open_service: opens the service in place of `config.kind`.
         """
         self._kind, self._say, self._records = config.kind, say, records
         self._begun: set[str] = set()
-        self._files: dict[tuple[str, str], _Growing] = {}
-        self._waiting: queue.Queue[tuple[str, Any] | Results] = queue.Queue()
+        self._waiting: queue.Queue[tuple[str, int, dict[str, float]] | Results] = queue.Queue()
         self._is_broken = False
         self._thread: threading.Thread | None = None
         if config.kind == "none":
@@ -90,54 +80,34 @@ class Tracker:
             return
         if step not in self._begun:
             self._begun.add(step)
-            if self._records is not None:
-                with suppress(OSError):
-                    for past in Records(self._records(step, "metrics")).read():
-                        if isinstance(past.get("iteration"), int) and past["iteration"] < iteration:
-                            self._pass(step, past)
+            with suppress(OSError):
+                for past in Records(self._records(step)).read() if self._records is not None else ():
+                    if isinstance(past.get("iteration"), int) and past["iteration"] < iteration:
+                        self._pass(step, past)
         self._pass(step, record)
-        if self._records is not None:
-            for name in _TABLES:
-                self._pass_tables(step, name, self._records(step, name), before=iteration)
 
     def _pass(self, step: str, record: dict[str, Any]) -> None:
         iteration, numbers = record["iteration"], numbers_of(record, without="iteration")
         if self._journal.is_new(step, iteration) and numbers:
-            self._waiting.put(("log", (step, iteration, numbers)))
-
-    def _pass_tables(self, step: str, name: str, path: Path, *, before: float = math.inf) -> None:
-        """Send a table for each iteration below `before` with new records in a file."""
-        columns = _TABLES[name]
-        for iteration, records in self._files.setdefault((step, name), _Growing()).read(path, before):
-            if self._journal.is_new(f"{step}/{name}", iteration):
-                rows = [[_cell_of(record.get(column)) for column in columns] for record in records[:_MOST_ROWS]]
-                self._waiting.put(("table", (step, iteration, name, columns, rows)))
+            self._waiting.put((step, iteration, numbers))
 
     def finish(self, results: Results | None = None) -> None:
         """End the tracked run with its results; wait up to `FINISH_SECONDS` for the service."""
         if self._thread is None:
             return
         results = results or Results(is_done=False)
-        for step in self._begun & results.artifacts.keys():
-            for name in _TABLES:
-                self._pass_tables(step, name, results.artifacts[step].folder / f"{name}.jsonl")
         self._waiting.put(results)
         self._thread.join(FINISH_SECONDS)
         if self._thread.is_alive():
             self._complain(f"still busy after {FINISH_SECONDS:g} s, not waiting any longer")
-        if self._is_broken:
-            self._journal.write(is_ended=results.is_done)
-        else:
-            self._journal.settle(is_ended=results.is_done)
+        self._journal.write(is_ended=results.is_done)
         self._thread = None
 
     def _work(self, run: TrackedRun, open_service: Callable[[TrackedRun], Service]) -> None:
         try:
             service = open_service(run)
             while not isinstance(entry := self._waiting.get(), Results):
-                method, arguments = entry
-                if method != "table" or hasattr(service, "table"):
-                    getattr(service, method)(*arguments)
+                service.log(*entry)
             service.finish(entry)
         except ImportError as error:
             remedy = "" if is_own(self._kind) else f"; install it: pip install 'mlxchat[{self._kind}]'"
@@ -152,37 +122,6 @@ class Tracker:
             self._say(redact(
                 f"warning: tracker={self._kind} failed ({line}); the run continues without it"
             ))  # fmt: skip
-
-
-class _Growing:
-    """A record file that grows, read incrementally."""
-
-    def __init__(self) -> None:
-        self._offset = 0
-        self._waiting: dict[int, list[dict[str, Any]]] = {}
-
-    def read(self, path: Path, before: float) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """Yield the new records of each iteration below `before`; later iterations may be incomplete."""
-        with suppress(OSError), path.open("rb") as file:
-            if path.stat().st_size < self._offset:  # a resumed step has truncated it
-                self._offset = 0
-            file.seek(self._offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self._offset += len(line)
-                record = Records.parse(line)
-                if record is not None and isinstance(record.get("iteration"), int):
-                    self._waiting.setdefault(record["iteration"], []).append(record)
-        for iteration in sorted(each for each in self._waiting if each < before):
-            yield iteration, self._waiting.pop(iteration)
-
-
-def _cell_of(value: Any) -> str | float:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return value
-    text = "" if value is None else str(value)
-    return text if len(text) <= _MOST_CHARS else text[: _MOST_CHARS - 1] + "…"
 
 
 def numbers_of(record: Mapping[str, Any], *, without: str = "") -> dict[str, float]:
@@ -220,7 +159,6 @@ class Journal:
         self.key = hashlib.sha256(f"{same}/{self.name}".encode()).hexdigest()[:16]
         self._before: dict[str, int] = dict(found["passed"]) if found else {}
         self._passed = dict(self._before)
-        self._settled = dict(self._before)
         self._note = {"kind": kind, "project": project, "same": same, "name": self.name, "key": self.key}
         self._written = 0.0
         self.write(is_ended=False)
@@ -237,18 +175,12 @@ class Journal:
             self.write(is_ended=False)
         return True
 
-    def settle(self, *, is_ended: bool) -> None:
-        """Write the note at the end, after the service has sent everything."""
-        self._settled = dict(self._passed)
-        self.write(is_ended=is_ended)
-
     def write(self, *, is_ended: bool) -> None:
         """Write the note."""
         self._written = time.monotonic()
-        note = {**self._note, "ended": is_ended, "passed": self._settled}
+        note = {**self._note, "ended": is_ended, "passed": self._passed}
         with suppress(OSError):  # without the note the next run starts a new tracked run
             write_whole(self._path, json.dumps(note))
-        self._settled = dict(self._passed)
 
 
 def _unfinished(folder: Path, same: str) -> dict[str, Any] | None:

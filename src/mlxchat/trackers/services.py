@@ -6,13 +6,12 @@ Each imports its package when a run starts to use it.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 Numbers = dict[str, float]
-Row = Sequence[str | float]
 
 _INIT_SECONDS = 60.0
 # Records that a killed process may lose of TensorBoard's files; the next process writes them again.
@@ -66,9 +65,6 @@ class Service(Protocol):
     def log(self, step: str, iteration: int, numbers: Numbers) -> None:
         """Log the numbers of a step at one of its iterations."""
 
-    def table(self, step: str, iteration: int, name: str, header: Sequence[str], rows: Sequence[Row]) -> None:
-        """Log a step's table of samples or rollouts at an iteration. Optional in users' services."""
-
     def finish(self, results: Results) -> None:
         """Log the results and end. The run may start again under the same key."""
 
@@ -79,25 +75,28 @@ class WandbService:
     The x axis of a step's curves is the step's iteration.
     """
 
+    package = "wandb"
+
     def __init__(self, run: TrackedRun) -> None:
         """Begin the run, or continue it.
 
         Raises:
-            ImportError: wandb is not installed.
-            Exception: raised by wandb, for instance without a key or a network.
+            ImportError: the package is not installed.
+            Exception: raised by the package, for instance without a key or a network.
         """
-        import wandb
+        self._library: Any = import_module(self.package)
+        self._run = self._begin(run)
+        self._steps: set[str] = set()
 
-        self._library: Any = wandb
-        self._run: Any = wandb.init(
+    def _begin(self, run: TrackedRun) -> Any:
+        return self._library.init(
             project=run.project, name=run.name, id=run.key, resume="allow", config=run.settings, tags=run.tags,
             dir=os.environ.get("WANDB_DIR") or str(run.outputs),
             # wandb must neither capture nor print terminal output
-            settings=wandb.Settings(console="off", silent=True, init_timeout=_INIT_SECONDS),
+            settings=self._library.Settings(console="off", silent=True, init_timeout=_INIT_SECONDS),
         )  # fmt: skip
-        self._steps: set[str] = set()
 
-    def log(self, step: str, iteration: int, numbers: Mapping[str, Any]) -> None:
+    def log(self, step: str, iteration: int, numbers: Numbers) -> None:
         """Add a point to each of the step's curves."""
         if step not in self._steps:
             self._steps.add(step)
@@ -105,81 +104,56 @@ class WandbService:
             self._run.define_metric(f"{step}/*", step_metric=f"{step}/iteration")
         self._run.log({f"{step}/iteration": iteration, **{f"{step}/{name}": value for name, value in numbers.items()}})
 
-    def table(self, step: str, iteration: int, name: str, header: Sequence[str], rows: Sequence[Row]) -> None:
-        """Add a table at an iteration."""
-        self.log(step, iteration, {name: _table(self._library, header, rows)})
-
     def finish(self, results: Results) -> None:
-        """Set the summary, add the table of metrics and the report, link the artifacts, and end the run."""
-        for step, numbers in results.numbers.items():
-            self._run.summary.update({f"{step}/{name}": value for name, value in numbers.items()})
+        """Add final numbers and the report, link the artifacts, and end the run."""
+        final = {f"final/{step}/{name}": value for step, ns in results.numbers.items() for name, value in ns.items()}
+        self._run.log(final)
         if results.report is not None:
             self._run.log({"report": self._library.Html(results.report.read_text("utf-8"), data_is_not_path=True)})
         for step, published in results.artifacts.items():
-            self._run.log_artifact(_reference(self._library, step, published))
-        self._run.finish(exit_code=0 if results.is_done else 1)
+            # A link: the id and the folder, without copying files.
+            about = {"id": published.id, "step": step}
+            artifact = self._library.Artifact(f"{step}-{published.id}", type=published.kind, metadata=about)
+            artifact.add_reference(published.folder.absolute().as_uri(), checksum=False)
+            self._link(artifact)
+        self._end(is_done=results.is_done)
+
+    def _link(self, artifact: Any) -> None:
+        self._run.log_artifact(artifact)
+
+    def _end(self, *, is_done: bool) -> None:
+        self._run.finish(exit_code=0 if is_done else 1)
 
 
-class TrackioService:
-    """A run of Trackio: a local SQLite file (TRACKIO_DIR, `trackio show`), or a Space (TRACKIO_SPACE_ID)."""
+class TrackioService(WandbService):
+    """A run of Trackio, which speaks wandb's API: a local SQLite file (TRACKIO_DIR), or a Space (TRACKIO_SPACE_ID)."""
 
-    def __init__(self, run: TrackedRun) -> None:
-        """Begin the run, or continue it.
+    package = "trackio"
 
-        Raises:
-            ImportError: trackio is not installed.
-            Exception: raised by trackio.
-        """
-        import trackio
-
-        self._library: Any = trackio
-        settings = {**run.settings, "tags": run.tags} if run.tags else run.settings
+    def _begin(self, run: TrackedRun) -> Any:
         # Trackio reserves names that begin with an underscore.
-        settings = {name: value for name, value in settings.items() if not name.startswith("_")}
-        self._run: Any = trackio.init(
-            project=run.project, name=run.name, config=settings, resume="allow", embed=False,
+        settings = {name: value for name, value in run.settings.items() if not name.startswith("_")}
+        return self._library.init(
+            project=run.project, name=run.name, config={**settings, "tags": run.tags}, resume="allow", embed=False,
             auto_log_gpu=False, auto_log_cpu=False,
         )  # fmt: skip
 
-    def log(self, step: str, iteration: int, numbers: Mapping[str, Any]) -> None:
+    def log(self, step: str, iteration: int, numbers: Numbers) -> None:
         """Add a point to each of the step's curves."""
         self._run.log({f"{step}/{name}": value for name, value in numbers.items()}, step=iteration)
 
-    def table(self, step: str, iteration: int, name: str, header: Sequence[str], rows: Sequence[Row]) -> None:
-        """Add a table at an iteration."""
-        self.log(step, iteration, {name: _table(self._library, header, rows)})
+    def _link(self, artifact: Any) -> None:
+        self._library.log_artifact(artifact)
 
-    def finish(self, results: Results) -> None:
-        """Add final numbers, the table of metrics and the report, link the artifacts, and end the run."""
-        final: dict[str, Any] = {
-            f"final/{step}/{name}": value for step, ns in results.numbers.items() for name, value in ns.items()
-        }
-        if results.report is not None:
-            final["report"] = self._library.Html(results.report.read_text("utf-8"), data_is_not_path=True)
-        if final:
-            self._run.log(final)
-        for step, published in results.artifacts.items():
-            self._library.log_artifact(_reference(self._library, step, published))
+    def _end(self, *, is_done: bool) -> None:
         self._run.finish()
-
-
-def _table(library: Any, header: Sequence[str], rows: Sequence[Row]) -> Any:
-    return library.Table(columns=list(header), data=[list(row) for row in rows])
-
-
-def _reference(library: Any, step: str, published: Published) -> Any:
-    """Return a wandb or trackio artifact that links ours: its id and folder, without copying files."""
-    about = {"id": published.id, "step": step}
-    artifact = library.Artifact(f"{step}-{published.id}", type=published.kind, metadata=about)
-    artifact.add_reference(published.folder.absolute().as_uri(), checksum=False)
-    return artifact
 
 
 class TensorBoardService:
     """TensorBoard event files, written by tensorboardX: outputs/tensorboard/<run>/<step>.
 
     Each step has a folder and so a curve: `tensorboard --logdir outputs/tensorboard` overlays the losses of pretraining
-    and fine-tuning. Tables and the report are shown as text.
+    and fine-tuning. The report is shown as text.
     """
 
     def __init__(self, run: TrackedRun) -> None:
@@ -201,10 +175,6 @@ class TensorBoardService:
         for name, value in numbers.items():
             self._writer(step, iteration).add_scalar(name, value, iteration)
 
-    def table(self, step: str, iteration: int, name: str, header: Sequence[str], rows: Sequence[Row]) -> None:
-        """Write a table as Markdown."""
-        self._writer(step, iteration).add_text(name, _markdown(header, rows), iteration)
-
     def _writer(self, step: str, iteration: int) -> Any:
         if step not in self._writers:
             # A killed run's records of later iterations are computed again; the viewer drops the old ones.
@@ -219,14 +189,13 @@ class TensorBoardService:
         )
 
     def finish(self, results: Results) -> None:
-        """Write final numbers, tables and the report, and close the files."""
-        links = [[step, each.kind, each.id, str(each.folder)] for step, each in results.artifacts.items()]
+        """Write final numbers and the report, and close the files."""
         texts = {
-            "artifacts": _markdown(["step", "kind", "id", "folder"], links) if links else "",
+            "artifacts": "\n".join(f"- {step}: {each.kind} {each.folder}" for step, each in results.artifacts.items()),
             "report": results.report.with_suffix(".md").read_text("utf-8") if results.report is not None else "",
             "tags": ", ".join(self._tags),
         }
-        if results.numbers or links:
+        if results.numbers or results.artifacts:
             with self._begin("results") as writer:
                 for step, numbers in results.numbers.items():
                     for name, value in numbers.items():
@@ -236,13 +205,3 @@ class TensorBoardService:
                         writer.add_text(name, text, 0)
         for writer in self._writers.values():
             writer.close()
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Row]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
-
-
-def _cell(value: str | float) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", "<br>")
