@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -85,16 +84,6 @@ def test_free_lock_is_taken_and_released(tmp_path):
     assert not locks.is_held(path)
 
 
-def test_exiting_forked_child_leaves_the_parents_lock(tmp_path):
-    with locks.hold(tmp_path / "x.lock", {"step": "sft"}):
-        child = os.fork()
-        if child == 0:
-            os._exit(0)
-        os.waitpid(child, 0)
-        assert locks.is_held(tmp_path / "x.lock")
-        assert locks.owns(tmp_path / "x.lock")
-
-
 def test_file_system_without_locks_is_refused(tmp_path, monkeypatch):
     def no_locks(handle: int, operation: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
@@ -114,31 +103,6 @@ def test_waiter_for_a_removed_lock_file_takes_the_new_one(tmp_path, hold_elsewhe
         assert not locks.owns(path)
         path.touch()  # as another process would make it
         assert not locks.owns(path)
-
-
-def test_refused_wait_keeps_the_holders_record(tmp_path):
-    def refuse(owner: dict[str, Any]) -> None:
-        raise ZeroDivisionError
-
-    path = tmp_path / "gc.lock"
-    with locks.hold(path, {"step": "sft"}):
-        with pytest.raises(ZeroDivisionError), locks.hold(path, {}, refuse):
-            pass
-        assert locks.read_owner(path)["step"] == "sft"
-        assert locks.owns(path)
-
-
-def test_brief_check_of_a_lock_is_not_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr(locks, "_GLANCE_SECONDS", 5.0)  # the timer may be late on a busy machine
-    path = tmp_path / "x.lock"
-    path.touch()
-    glance = os.open(path, os.O_RDWR)
-    fcntl.flock(glance, fcntl.LOCK_EX)
-    timer = threading.Timer(0.01, lambda: os.close(glance))
-    timer.start()
-    with locks.hold(path, {}, lambda owner: pytest.fail("nobody holds it")) as waited:
-        assert not waited
-    timer.join()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from mlxchat.errors import StoreError
-from mlxchat.store.catalog import read_catalog
 from mlxchat.store.manifest import write_manifest
 from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
@@ -69,9 +68,3 @@ def test_pin_and_step_of_one_name_are_ambiguous(store):
     with pytest.raises(StoreError, match=rf"ambiguous: use latest/sft \(sft-d4-{FIRST[:16]}\), pins/sft \(rl-"):
         resolve(store, "sft")
     assert resolve(store, "pins/sft").name.startswith("rl")
-
-
-def test_damaged_manifest_is_listed_as_damaged(store):
-    (store.outputs / "store" / f"rl-d4-{THIRD[:16]}" / "manifest.json").write_text('{"rid": ')
-    (damaged,) = (summary for summary in read_catalog(store) if "damaged" in summary)
-    assert damaged["folder"].startswith("rl-d4-")

@@ -1,6 +1,5 @@
 """Shared artifacts: created once per content, and never partial."""
 
-import os
 import shutil
 import signal
 import subprocess
@@ -12,8 +11,6 @@ from typing import Any
 
 import pytest
 
-from mlxchat.store import locks
-from mlxchat.store.fingerprint import compute_key
 from mlxchat.store.manifest import SHARED_KIND, describe_outputs
 from mlxchat.store.shared import SharedArtifacts
 from mlxchat.store.store import Store
@@ -50,15 +47,6 @@ def test_existing_artifact_is_reused(shared):
     assert obtain(shared, refuse) == obtain(open_shared(shared.outputs), refuse, label="other") == place
 
 
-@pytest.mark.parametrize("changes", [{"version": 2}, {"identity": {"text": "abd"}}], ids=str)
-def test_other_formats_and_contents_are_other_artifacts(shared, changes):
-    def write_other(folder: Path) -> dict[str, float]:
-        (folder / "tokens").write_text("other")
-        return {}
-
-    assert obtain(shared, write_other, **changes) != obtain(shared, write)
-
-
 def test_shared_artifact_has_lineage_and_digests(shared):
     place = obtain(shared, write)
     (manifest,) = Store(shared.outputs).manifests()
@@ -81,22 +69,6 @@ def test_failure_leaves_nothing_and_is_repeated(shared, error):
         obtain(shared, fail)
     assert list((shared.outputs / "store").iterdir()) == list((shared.outputs / "work").iterdir()) == []
     assert (obtain(shared, write) / "tokens").exists()
-
-
-def test_waiting_is_reported_once_and_can_be_stopped(shared):
-    lines: list[str] = []
-    patience = [1, 2, 3]
-
-    def check() -> None:
-        if lines and not patience:
-            raise TimeoutError
-        if lines:
-            patience.pop()
-
-    rid = compute_key(SHARED_KIND, 1, {"text": "abc"}, {}, {})
-    with locks.hold(Store(shared.outputs).lock(rid), {"run": "other"}), pytest.raises(TimeoutError):
-        obtain(open_shared(shared.outputs, lines.append), refuse, check=check)
-    assert lines == [f"tokens     waiting: process {os.getpid()} on {os.uname().nodename} is encoding shard"]
 
 
 PROCESS = """

@@ -13,7 +13,7 @@ import pytest
 
 from mlxchat.errors import StoreError
 from mlxchat.store.manifest import SCHEMA, describe_outputs, read_manifest, write_manifest
-from mlxchat.store.naming import refs_of, resolve
+from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store, artifact_name
 
 KEY = "abcdefghijklmnop" + "q" * 36
@@ -33,13 +33,6 @@ def make_artifact(store: Store, text: str = "content", **more: Any) -> Path:
     place = store.publish(out, "d4", manifest(**more))
     shutil.rmtree(store.work(KEY))
     return place
-
-
-def test_manifest_without_git_is_valid(toys, monkeypatch):
-    """Installed from a wheel there is no git checkout, and `git` is null in manifests."""
-    monkeypatch.setattr("mlxchat.store.environment.git_state", lambda folder: None)
-    toys.run(toys.plan({"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}))
-    assert read_manifest(resolve(toys.store, "second"))["git"] is None
 
 
 def test_invalid_manifest_is_not_published(store):

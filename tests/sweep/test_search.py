@@ -29,7 +29,7 @@ TPE = [
     "stage=pretrain", "pretrain.num_iterations=1",
 ]  # fmt: skip
 HALVING = [
-    "sweep=halving", "sweep.name=s", "sweep.trials=4", "sweep.factor=2", "pretrain.num_iterations=12",
+    "sweep=halving", "sweep.name=s", "sweep.trials=4", "pretrain.num_iterations=12",
     "pretrain.eval_every=2", "optimizer.matrix_lr=tag(log,interval(0.001,0.3))",
 ]  # fmt: skip
 
@@ -202,7 +202,7 @@ def test_failed_trials_do_not_stop_the_search(outputs, tiny, say):
     assert [row["name"] for row in compared[:2]] == ["tokenizer.vocab_size=330", "tokenizer.vocab_size=280"]
 
 
-def test_trials_outside_the_best_half_stop_at_a_rung(halving):
+def test_trials_outside_the_best_third_stop_at_a_rung(halving):
     trials = journal(halving[0])
     curves = [curve for *_, curve in trials]
 
@@ -211,11 +211,11 @@ def test_trials_outside_the_best_half_stop_at_a_rung(halving):
 
     def is_worse(number: int, rung: int) -> bool:
         reached = sorted(value for each in range(number + 1) if (value := at_rung(each, rung)) is not None)
-        return at_rung(number, rung) not in (None, *reached[: max(1, len(reached) // 2)])
+        return at_rung(number, rung) not in (None, *reached[: max(1, len(reached) // 3)])
 
     assert {state for _, state, *_ in trials} == {"PRUNED", "COMPLETE"}
     for number, (_, state, _, curve) in enumerate(trials):
-        worse = [at for at in sorted(curve) for rung in (1, 2, 4, 8) if rung <= at and is_worse(number, rung)]
+        worse = [at for at in sorted(curve) for rung in (1, 3, 9) if rung <= at and is_worse(number, rung)]
         assert (state == "PRUNED", max(curve)) == ((True, worse[0]) if worse else (False, 12))
 
 

@@ -616,11 +616,6 @@ class SweepConfig:
     """minimize or maximize; null: as the metric's stage declares."""
     trials: int = field(default=20, metadata={"at_least": 1})
     """Number of trials, including those of earlier commands."""
-    first_rung: int = field(default=1, metadata={"at_least": 1})
-    """halving: iterations before the first comparison of trials, which uses the next record of the metric."""
-    factor: int = field(default=3, metadata={"at_least": 2})
-    """halving: one in this many trials continues past a rung; the next rung comes after this many times the
-    iterations."""
     random_trials: int = field(default=10, metadata={"at_least": 1})
     """Random trials before earlier results guide the choice."""
     seed: int = field(default=0, metadata={"at_least": 0})

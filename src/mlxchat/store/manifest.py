@@ -111,6 +111,8 @@ def find_damage(folder: Path, manifest: Manifest, *, again: bool = True) -> Iter
                 _read[path] = (hash_file(path), stamp)
             if _read[path][0] != file["sha256"]:
                 yield f"{file['path']} has other contents than its manifest says"
+        except FileNotFoundError:
+            yield f"{file['path']} is missing"
         except OSError as error:
             is_absent = isinstance(error, FileNotFoundError)
             yield f"{file['path']} {'is missing' if is_absent else f'cannot be read ({error.strerror})'}"

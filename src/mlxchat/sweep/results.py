@@ -1,4 +1,4 @@
-"""Results of sweeps and searches: the metrics that steps declare, the table, the plots and the report of all jobs."""
+"""Results of sweeps and searches: the metrics that steps declare, the table and the report of all jobs."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def write_state(folder: Path, rows: Sequence[Row], **facts: Any) -> None:
 def conclude(
     folder: Path, store: Store, rows: Sequence[Row], *, metric: str | None, less_is_better: bool, unit: str = "job"
 ) -> list[Row]:
-    """Write table, plots and report of all jobs, name the best model, and print what was made.
+    """Write table and report of all jobs, name the best model, and print what was made.
 
     Args:
         folder: the sweep's folder; the end of its name is the sweep's name.
@@ -135,7 +135,6 @@ def conclude(
     Returns:
         the rows, best first; pruned rows and then rows without the metric last.
     """
-    from mlxchat.sweep.plot import draw_sweep
     from mlxchat.sweep.scaling import laws_of_report, trainings_of, write_scaling
 
     rows = sorted(
@@ -143,16 +142,11 @@ def conclude(
     )
     keys = differing([row["settings"] for row in rows])
     write_state(folder, rows, name=called(folder.name), sorted_by=metric)
-    made = [_write_table(folder, rows, keys, metric, unit, less_is_better=less_is_better)]
-    picture = draw_sweep(rows, keys, metric, less_is_better=less_is_better) if metric is not None else None
-    if picture is not None:
-        (folder / "plot.png").write_bytes(picture)
-        made.append(folder / "plot.png")
-    print(f"sweep: {', '.join(map(str, made))}", flush=True)
+    _write_table(folder, rows, keys, metric, unit, less_is_better=less_is_better)
     manifests = [store.made(step["key"]) for row in rows for step in row["steps"]]
     trainings = trainings_of(filter(None, manifests))
-    if files := write_scaling(trainings, folder):
-        print(f"scaling: {', '.join(map(str, files))}", flush=True)
+    if (scaling := write_scaling(trainings, folder)) is not None:
+        print(f"scaling: {scaling}", flush=True)
     if any(step["rid"] for row in rows for step in row["steps"]):
         print(f"report: {_write_report(folder, store, laws_of_report(trainings))}", flush=True)
     _name_best(rows, metric, folder, store, unit)
@@ -177,8 +171,10 @@ def _rank(row: Row, metric: str | None, less_is_better: bool) -> tuple[bool, boo
 
 def _write_table(
     folder: Path, rows: Sequence[Row], keys: Sequence[str], metric: str | None, unit: str, *, less_is_better: bool
-) -> Path:
-    """Write table.md, table.csv and table.json, print the table, and return the path of the first."""
+) -> None:
+    """Write table.md, table.csv, table.json and, if something can be drawn, plot.png; print the table."""
+    from mlxchat.sweep.plot import draw_sweep
+
     flat = [
         {unit: row["job"], **{key: row["settings"].get(key, "") for key in keys}, **row["metrics"]}
         | {key: row[key] for key in _LAST if row.get(key)}
@@ -195,8 +191,10 @@ def _write_table(
         writer.writeheader()
         writer.writerows(flat)
     order = f"{unit}s by {metric}, {'smallest' if less_is_better else 'largest'} first\n\n" if metric else ""
-    print(f"\n{visible(order + table)}\n", flush=True)
-    return folder / "table.md"
+    picture = draw_sweep(flat, keys, metric) if metric is not None else None
+    if picture is not None:
+        (folder / "plot.png").write_bytes(picture)
+    print(f"\n{visible(order + table)}\n\nsweep: {folder / 'table.md'}", flush=True)
 
 
 def _cell(value: Any) -> str:

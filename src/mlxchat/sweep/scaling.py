@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlxchat.report.document import Block
-from mlxchat.report.plots import COLOURS, Picture, label_log_axis, make_panels, name_axes, render_png, styled
+from mlxchat.report.plots import COLOURS, Picture, label_log_axis, make_panels, name_axes
 from mlxchat.store.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -164,28 +164,17 @@ def _fit_budget(trainings: list[Training]) -> Budget:
     )
 
 
-def write_scaling(trainings: list[Training], folder: Path) -> list[Path]:
-    """Write scaling.csv if there are at least three sizes, and scaling.md and scaling.png if parabolas fit.
-
-    Returns:
-        the paths written, in this order.
-    """
+def write_scaling(trainings: list[Training], folder: Path) -> Path | None:
+    """Write scaling.csv with a row for each training and return its path; None with fewer than three sizes."""
     if len({one.size for one in trainings}) < _FEWEST_SIZES:
-        return []
-    table, words, picture = (folder / f"scaling.{kind}" for kind in ("csv", "md", "png"))
+        return None
     groups = group_by_budget(trainings)
     rows = [{"flops_budget": f"{group[0].flops:.4g}", **one.row} for group in groups for one in group]
-    with table.open("w", newline="", encoding="utf-8") as file:
+    with (folder / "scaling.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    laws = fit_scaling_laws(trainings)
-    if laws is None:
-        return [table]
-    words.write_text(describe_laws(laws), encoding="utf-8")
-    with styled():
-        picture.write_bytes(render_png(_draw(laws)))
-    return [table, words, picture]
+    return folder / "scaling.csv"
 
 
 def laws_of_report(trainings: list[Training]) -> list[Block]:
@@ -195,13 +184,13 @@ def laws_of_report(trainings: list[Training]) -> list[Block]:
         return []
     alt = "; ".join(f"{one.flops:.3g} FLOPs: best N {one.size or 'outside'}" for one in laws.budgets)
     picture = Picture(name="laws", title="Scaling laws", alt=alt, draw=partial(_draw, laws))
-    return [describe_laws(laws).replace("# ", "## ", 1), [picture]]
+    return [describe_laws(laws), [picture]]
 
 
 def describe_laws(laws: ScalingLaws) -> str:
     """Return the laws as Markdown: the best model of each budget, and its power laws."""
     lines = [
-        "# Scaling laws", "",
+        "## Scaling laws", "",
         "The best model of each budget, at the minimum of a parabola over log N. N counts the parameters that",
         "`pretrain.horizon_parameters` names, D the tokens. ± is a standard error.", "",
         "| FLOPs | models | best N | best D | D / N | bits per byte |", "|---:|---:|---:|---:|---:|---:|",

@@ -211,7 +211,7 @@ def _definition(search: Search) -> dict[str, Any]:
     flat = {f"{step.name}: {key}": value for step in search.plan for key, value in flatten(step.identity).items()}
     return {
         "kind": sweep.kind, "metric": search.target, "direction": search.direction, "seed": sweep.seed,
-        "random_trials": sweep.random_trials, "first_rung": sweep.first_rung, "factor": sweep.factor,
+        "random_trials": sweep.random_trials,
         "fixed": {name: value for name, value in flat.items() if name.partition(": ")[2] not in search.space},
         "space": {f" {key}": distribution_to_json(found) for key, found in search.space.items()},
     }  # fmt: skip
@@ -270,7 +270,7 @@ def ask(study: optuna.Study, space: Space, sweep: SweepConfig) -> optuna.Trial:
     sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=sweep.random_trials)
     pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
     if sweep.kind == "halving":
-        pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=sweep.first_rung, reduction_factor=sweep.factor)
+        pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
     copy = optuna.create_study(direction=study.direction, sampler=sampler, pruner=pruner)
     copy.add_trials(study.trials)
     return copy.ask(space)
@@ -379,7 +379,6 @@ def _conclude(search: Search, rows: list[Row]) -> int:
         print("no trial succeeded")
     less_is_better = search.direction == "minimize"
     conclude(search.folder, search.store, rows, metric=search.target, less_is_better=less_is_better, unit="trial")
-    print(f"side by side: mlxchat compare {search.folder.name}; mlxchat report {search.folder.name}")
     best = _best(search, rows)
     if best is None:
         return 1
