@@ -51,7 +51,7 @@ def run(ctx: Context) -> None:
     from mlxchat.ops.device import prepare_machine
     from mlxchat.planning.horizon import count_later_iterations
     from mlxchat.planning.memory import choose_micro_batch
-    from mlxchat.rl.forecast import describe, longest_answer
+    from mlxchat.rl.forecast import describe
     from mlxchat.rl.rollouts import PolicyScores, Rollouts, longest_prompt, pass_at_k, updates_per_rollout
     from mlxchat.training.finetune import make_optimizer, save_trained
     from mlxchat.training.loop import Observation, fit
@@ -69,7 +69,7 @@ def run(ctx: Context) -> None:
     updates = updates_per_rollout(config)
     # A copy of the trained weights. Of adapters it is small: adapters that are not trained yet leave the base as it is.
     reference = trained_parameters(model) if config.kl_coefficient > 0 else None
-    row_tokens = longest_prompt(tokenizer, config, practice, held_out) + longest_answer(config)
+    row_tokens = longest_prompt(tokenizer, practice, held_out) + config.max_new_tokens
     micro_batch = choose_micro_batch(ctx, describe(config, ctx.config.optimizer, model.sizes, row_tokens))
     ctx.derive(
         {

@@ -10,7 +10,6 @@ import pytest
 
 from kit.models import make_model
 from kit.training import make_optimizer, rl_config, rollout_of
-from mlxchat.data.conversation import render_for_completion
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Completion, Engine
 from mlxchat.errors import StepFailed
@@ -18,7 +17,7 @@ from mlxchat.model.gpt import GPT
 from mlxchat.model.parameters import flatten_parameters, set_parameters
 from mlxchat.optim.optimizer import Rates
 from mlxchat.rl.loss import policy_loss
-from mlxchat.rl.rollouts import PolicyScores, Rollouts, longest_prompt, pass_at_k, render_question
+from mlxchat.rl.rollouts import PolicyScores, Rollouts, pass_at_k
 from mlxchat.training.batches import Batch
 from mlxchat.training.step import TrainStep
 
@@ -274,28 +273,3 @@ def test_drifted_quantised_rollouts_stop_and_leave_the_position(tokenizer, monke
     with pytest.raises(StepFailed, match=r"iteration 1 of RL: 4-bit rollouts drifted .* rl.rollout_bits=8 or"):
         source.next_batch(0)
     assert source.state() == before
-
-
-# The system prompt, and the longest held-out answer
-
-
-def test_system_prompt_precedes_every_question(tokenizer):
-    """Joined to the question by an empty line, as in nanochat; a question's own system message replaces it."""
-    config = rl_config(system_prompt="Be brief.", eval_max_new_tokens=5)
-    engine: Any = ScriptedEngine(tokenizer, lambda question, sample: sample == 0)
-    task: Any = Numbers(3)
-
-    def rendered(question: int) -> list[int]:
-        message = {"role": "user", "content": f"Be brief.\n\n{question}"}
-        return render_for_completion(tokenizer, {"messages": [message, {"role": "assistant", "content": ""}]})
-
-    source = scripted(engine, 3, system_prompt="Be brief.")
-    source.next_batch(0)
-    assert engine.prompts == [rendered(question) for question in engine.asked[0]]
-    assert engine.settings["max_new_tokens"] == 8
-    pass_at_k(engine, task, config, seed=0)
-    assert engine.prompts == [rendered(question) for question in (0, 1, 2) for _ in range(4)]
-    assert engine.settings["max_new_tokens"] == 5
-    assert longest_prompt(tokenizer, config, task) == len(rendered(0))
-    own = {"messages": [{"role": role, "content": role} for role in ("system", "user", "assistant")]}
-    assert render_question(tokenizer, own, config) == render_for_completion(tokenizer, own), "it has a system message"

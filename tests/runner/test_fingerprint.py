@@ -43,13 +43,12 @@ NOT_IDENTITY = {
     *(
         f"{stage}.{name}"  # what is in a teacher's folder counts, or its id as an input
         for stage in ("midtrain", "sft")
-        for name in ("teacher.path", "teacher.artifact", "suite", "suite_every", "suite_max_new_tokens",
-                     "suite_batch_rows")
+        for name in ("teacher.path", "teacher.artifact", "suite", "suite_every")
     ),
-    "rl.entropy_every", "rl.rollouts_kept", "eval.batch_rows", "eval.prompts",
+    "eval.batch_rows", "eval.prompts",
     "outside.path",  # what is in the folder counts instead
     *(f"imported.{name}" for name in ("name", "repository", "revision", "folder", "step")),  # its files count
-    "training.on_nan", "training.max_skipped_in_a_row",
+    "training.on_nan",
 }  # fmt: skip
 # What is in the files counts instead, wherever they are: test_externals.py, test_remote_keys.py.
 PINNED = {"paths", "path", "text", "source", "revision", "bundle", "sha256"}

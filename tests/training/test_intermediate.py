@@ -52,7 +52,7 @@ def train(
         return {"val_bpb": NUMBERS[iteration - 1], "val_perplexity": 10 * NUMBERS[iteration - 1]}
 
     def observe(ctx: Context, model: GPT) -> list[Observation]:
-        ctx.publisher = publish
+        ctx.publish = publish
         return [Observation(run=validate, every=(1,))]
 
     done = training.train(

@@ -183,8 +183,10 @@ def test_skipped_updates_are_counted_and_recorded(train_with, straight, capsys):
     assert train_with("stopped", {2, 4}, **SKIP).bits == done.bits
 
 
-def test_too_many_skipped_in_a_row_stop(train_with):
+def test_too_many_skipped_in_a_row_stop(train_with, monkeypatch):
     bad = {0, 2, 3, 4}
-    assert train_with("enough", bad, **SKIP, max_skipped_in_a_row=3).ctx.metrics["skipped_iterations"] == 4
+    monkeypatch.setattr("mlxchat.training.monitor._MOST_SKIPPED", 3)
+    assert train_with("enough", bad, **SKIP).ctx.metrics["skipped_iterations"] == 4
+    monkeypatch.setattr("mlxchat.training.monitor._MOST_SKIPPED", 2)
     with pytest.raises(StepFailed, match="iteration 5 of 6"):
-        train_with("too many", bad, **SKIP, max_skipped_in_a_row=2)
+        train_with("too many", bad, **SKIP)

@@ -56,8 +56,9 @@ def test_core_estimates_change_no_byte_and_continue_after_a_stop(train, plain, p
     assert resumed.ctx.resumed_from == 2
 
 
-def test_suite_changes_no_byte(train, plain, tokenizer):
-    sft = replace(composed().sft, suite=SUITE, suite_every=2, suite_max_new_tokens=4)
+def test_suite_changes_no_byte(train, plain, tokenizer, monkeypatch):
+    monkeypatch.setattr("mlxchat.training.observations.SUITE_ANSWER_TOKENS", 4)
+    sft = replace(composed().sft, suite=SUITE, suite_every=2)
     done = train("with", 4, observations=lambda ctx, model: observe_suite(ctx, sft, model, tokenizer))
     assert done.bits == plain.bits
     accuracies, metrics = done.curve("accuracy_letters"), done.ctx.metrics

@@ -375,8 +375,6 @@ class RLConfig(FinetuneConfig):
     """Questions to train on; the task rewards the answers, unless `rewards` is set."""
     evaluation: TaskItem = field(default_factory=lambda: TaskItem(task="arithmetic", split="test"))
     """Held-out questions for pass@k."""
-    system_prompt: str | None = field(default=None, metadata={"since_default": None})
-    """System prompt before each question, in training and evaluation, unless the task has its own; null: none."""
     questions_per_iteration: int = field(default=16, metadata={"at_least": 1})
     samples_per_question: int = 16
     max_new_tokens: int = field(default=256, metadata={"at_least": 1})
@@ -427,13 +425,6 @@ class RLConfig(FinetuneConfig):
     of tokens that are unrelated to the reward, so the policy drifts."""
     eval_samples: int = field(default=8, metadata={"at_least": 1})
     """Samples per held-out question, for pass@1 … pass@eval_samples."""
-    eval_max_new_tokens: int | None = field(default=None, metadata={"since_default": None, "at_least": 1})
-    """Longest held-out answer; null: max_new_tokens."""
-    entropy_every: int | None = field(default=5, metadata={"identity": False, "at_least": 1})
-    """Rollouts between measurements of the policy's entropy, one forward pass each; null: only where the loss needs
-    log-probabilities anyway (several updates, a KL term or rollout_bits), and then in each rollout."""
-    rollouts_kept: int | None = field(default=4, metadata={"identity": False})
-    """Questions of each rollout whose answers are kept in rollouts.jsonl; null: all."""
 
 
 @dataclass(kw_only=True)
@@ -775,10 +766,6 @@ class ConversationConfig(FinetuneConfig):
     """Tasks whose accuracy is measured during training, with greedy answers; empty: none."""
     suite_every: int | None = field(default=200, metadata={"identity": False, "at_least": 1})
     """Iterations between measurements of the suite; null: only at the end."""
-    suite_max_new_tokens: int = field(default=512, metadata={"identity": False, "at_least": 1})
-    """Longest generated answer."""
-    suite_batch_rows: int = field(default=32, metadata={"identity": False, "at_least": 1})
-    """Answers generated at a time."""
 
 
 @dataclass(kw_only=True)
@@ -858,8 +845,6 @@ class TrainingConfig:
 
     on_nan: str = field(default="stop", metadata={"identity": False, "one_of": ("stop", "skip")})
     """If the loss or gradient norm is NaN or infinite: stop the training, or skip the update."""
-    max_skipped_in_a_row: int = field(default=20, metadata={"identity": False, "at_least": 1})
-    """Consecutive updates that may be skipped before the training stops."""
 
 
 @dataclass(kw_only=True)

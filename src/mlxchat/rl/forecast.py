@@ -27,7 +27,7 @@ def memory(config: Config, stage: str, sizes: GPTSizes) -> Training:
     limits = [task_class(item.task).prompt_tokens for item in (config.rl.task, config.rl.evaluation)]
     known = [limit for limit in limits if limit is not None]
     if len(known) == len(limits):  # a token is a byte or more
-        row_tokens = max(known) + len((config.rl.system_prompt or "").encode()) + longest_answer(config.rl)
+        row_tokens = max(known) + config.rl.max_new_tokens
     return describe(config.rl, config.optimizer, sizes, row_tokens)
 
 
@@ -45,11 +45,6 @@ def problems(config: Config, step: PlannedStep, plan: list[PlannedStep], sizes: 
             )
     settings = (f"{step.stage.name}.{name}" for name in same)
     yield from find_extension_problems(step, plan, ("seed", "optimizer.kind", "optimizer.variant", *settings))
-
-
-def longest_answer(config: RLConfig) -> int:
-    """Return the most tokens that an answer may have, in practice or evaluation."""
-    return max(config.max_new_tokens, config.eval_max_new_tokens or 0)
 
 
 def describe(config: RLConfig, optimizer: OptimizerConfig, sizes: GPTSizes, row_tokens: int) -> Training:

@@ -30,13 +30,15 @@ from mlxchat.ops.machine import round_up
 from mlxchat.optim.optimizer import Flat
 from mlxchat.rl.loss import Floats, advantages_of, check_rollout_drift, importance_weights, policy_loss
 from mlxchat.rl.rewards import Reward
-from mlxchat.tasks.answers import Conversation, answer_text
+from mlxchat.tasks.answers import answer_text
 from mlxchat.tasks.base import Task
 from mlxchat.training.batches import Batch, BatchSource
 
 Log = Callable[[dict[str, Any]], None]
 
 _EVALUATED_ROWS = 128
+_ENTROPY_EVERY = 5  # rollouts between measurements of the entropy, one forward pass each
+_QUESTIONS_KEPT = 4  # of each rollout in rollouts.jsonl
 # Heights of batches are multiples of it, so that few shapes are compiled.
 _ROWS_STEP = 16
 
@@ -174,8 +176,8 @@ class Rollouts(BatchSource):
         """Shuffle the questions; `seed` is also that of all samples.
 
         `engine` samples from the trained model or its quantised weights, `scores` are those of the trained model. `log`
-        gets the numbers of each iteration and update, `keep` the completions of `rollouts_kept` questions, one record
-        each. `reference` are the weights of the frozen reference; None: no KL term.
+        gets the numbers of each iteration and update, `keep` the completions of the first questions, one record each.
+        `reference` are the weights of the frozen reference; None: no KL term.
         """
         self.engine, self._task, self._config, self._seed = engine, task, config, seed
         self._log, self._keep, self._scores, self._reference = log, keep, scores, reference
@@ -237,10 +239,10 @@ class Rollouts(BatchSource):
         advantages = advantages_of(np.array([group.rewards for group in groups]), config.advantages)
         rollout = Rollout.of_groups(groups, advantages, padding=self.engine.tokenizer.assistant_end)
         numbers = self._numbers(groups, asked)
-        if needs_log_probs(config) or (config.entropy_every is not None and number % config.entropy_every == 0):
+        if needs_log_probs(config) or number % _ENTROPY_EVERY == 0:
             numbers |= self._add_log_probs(rollout, iteration)
         self._log({"iteration": iteration, **numbers})
-        for group, own in list(zip(groups, advantages, strict=True))[: config.rollouts_kept]:
+        for group, own in list(zip(groups, advantages, strict=True))[:_QUESTIONS_KEPT]:
             self._keep_group(iteration, group, own)
         # Last, because a failure above must leave the position as it was: the training is saved then.
         self.mean_reward, self._num_asked = numbers["reward"], first + len(asked)
@@ -269,7 +271,7 @@ class Rollouts(BatchSource):
         config, tokenizer = self._config, self.engine.tokenizer
         questions = [int(self._order[(first + place) % len(self._order)]) for place in range(count)]
         conversations = [self._task[question] for question in questions]
-        prompts = [render_question(tokenizer, conversation, config) for conversation in conversations]
+        prompts = [render_for_completion(tokenizer, conversation) for conversation in conversations]
         options = {"seed": seed, "log_probabilities": config.rollout_bits is not None}
         sampled = sample(self.engine, prompts, config, config.samples_per_question, **options)
         groups = []
@@ -350,13 +352,12 @@ def pass_at_k(engine: Engine, task: Task, config: RLConfig, *, seed: int) -> dic
     samples, less noisy than pass_at_1.
     """
     samples, tokenizer = config.eval_samples, engine.tokenizer
-    most = config.eval_max_new_tokens or config.max_new_tokens
     solved: list[list[bool]] = []
     per_pass = max(1, _EVALUATED_ROWS // samples)
     for start in range(0, len(task), per_pass):
         conversations = [task[index] for index in range(start, min(start + per_pass, len(task)))]
-        prompts = [render_question(tokenizer, conversation, config) for conversation in conversations]
-        groups = sample(engine, prompts, config, samples, seed=draw_seed(seed, start), max_new_tokens=most)
+        prompts = [render_for_completion(tokenizer, conversation) for conversation in conversations]
+        groups = sample(engine, prompts, config, samples, seed=draw_seed(seed, start))
         for conversation, completions in zip(conversations, groups, strict=True):
             solved.append([task.evaluate(conversation, row.text(tokenizer)) for row in completions])
     verdicts = np.array(solved)
@@ -366,17 +367,9 @@ def pass_at_k(engine: Engine, task: Task, config: RLConfig, *, seed: int) -> dic
     return means | {f"{name}_stderr": float(values.std() / np.sqrt(len(task))) for name, values in each.items()}
 
 
-def render_question(tokenizer: Tokenizer, conversation: Conversation, config: RLConfig) -> list[int]:
-    """Return the ids of a prompt: system_prompt, unless the question has a system message, and the question."""
-    messages = conversation["messages"]
-    if config.system_prompt and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": config.system_prompt}, *messages]
-    return render_for_completion(tokenizer, {**conversation, "messages": messages})
-
-
-def longest_prompt(tokenizer: Tokenizer, config: RLConfig, *tasks: Task) -> int:
+def longest_prompt(tokenizer: Tokenizer, *tasks: Task) -> int:
     """Return the tokens of the longest prompt of some tasks."""
-    return max(len(render_question(tokenizer, task[index], config)) for task in tasks for index in range(len(task)))
+    return max(len(render_for_completion(tokenizer, task[index])) for task in tasks for index in range(len(task)))
 
 
 def draw_seed(seed: int, number: int) -> int:

@@ -20,6 +20,7 @@ from mlxchat.store.naming import resolve
 from mlxchat.store.store import SAVED, Store
 from mlxchat.tasks import task_class
 
+SUITE_ANSWER_TOKENS = 512  # of the suite during training, at most
 # What weights, moments and the position in the data depend on.
 _SAME_PRETRAINING = ("model", "architecture", "optimizer.kind", "optimizer.variant", "pretrain.packing")
 _SAME_CONVERSATIONS = (
@@ -100,7 +101,7 @@ def describe(
 ) -> Training:
     """Return what the memory of iterations of `rows` rows of conversations depends on."""
     adapters = resolve_adapter(f"{stage}.adapter", section.adapter, sizes)
-    row_tokens = sizes.context_tokens + section.suite_max_new_tokens
+    row_tokens = sizes.context_tokens + SUITE_ANSWER_TOKENS
     answers = any(task_class(item.task).kind == "generative" for item in section.suite.values())
     remedies = (f"no {stage}.teacher",) if teacher is not None else adapter_remedies(stage, adapters)
     return Training(

@@ -27,6 +27,7 @@ from mlxchat.training.step import TrainStep
 _EMA_DECAY = 0.9
 _RECENT = 10  # iterations that speeds are of
 _MOST_DOCUMENTS_NAMED = 8
+_MOST_SKIPPED = 20  # iterations in a row without finite numbers, with training.on_nan=skip
 
 
 @dataclass
@@ -144,7 +145,7 @@ class Monitor:
         warning = f"loss {loss} and gradient norm {norm}, batch of {documents}"
         counts.skipped += 1
         counts.skipped_in_a_row += 1
-        if training.on_nan == "stop" or counts.skipped_in_a_row > training.max_skipped_in_a_row:
+        if training.on_nan == "stop" or counts.skipped_in_a_row > _MOST_SKIPPED:
             raise StepFailed(
                 f"{self.ctx.step} stopped: iteration {iteration} of {self.num_iterations} gave {warning}. "
                 "With training.on_nan=skip such updates are skipped and the training continues."

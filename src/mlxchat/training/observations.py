@@ -24,7 +24,10 @@ from mlxchat.model.gpt import GPT
 from mlxchat.ops.machine import DECODED_ROWS
 from mlxchat.runner.context import Context
 from mlxchat.runner.progress import Progress
+from mlxchat.training.forecast import SUITE_ANSWER_TOKENS
 from mlxchat.training.loop import Observation
+
+_ANSWERS = 32  # of the suite that are generated at a time
 
 
 def observe_core(ctx: Context, config: PretrainConfig, model: GPT, tokenizer: Tokenizer) -> list[Observation]:
@@ -59,7 +62,7 @@ def observe_suite(ctx: Context, config: ConversationConfig, model: GPT, tokenize
         return []
     rows = ctx.derived.get("sampled_rows", DECODED_ROWS)
     engine = Engine(model, tokenizer, max_rows=rows, team=ctx.team)
-    answering = Answering(batch_rows=config.suite_batch_rows, max_new_tokens=config.suite_max_new_tokens)
+    answering = Answering(batch_rows=_ANSWERS, max_new_tokens=SUITE_ANSWER_TOKENS)
     tasks = {name: open_item(ctx, item) for name, item in config.suite.items()}
 
     def measure(work: Path) -> dict[str, float]:
