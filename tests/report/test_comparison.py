@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlxchat.report.collect import RunReport, StepReport
-from mlxchat.report.comparison import comparison, comparison_charts, comparison_table, title_of_sweep
-from mlxchat.report.document import render_markdown
+from mlxchat.report.comparison import comparison_charts
 
 
 @pytest.fixture
@@ -33,34 +32,6 @@ def job(*steps):
     return RunReport(name="job", folder=Path("20261121-1"), steps=list(steps))
 
 
-def texts(table, column):
-    return [row[table.header.index(column)].text for row in table.rows]
-
-
-def test_equal_columns_are_a_note(training):
-    jobs = [job(training("a", last=3.0, total_tokens=41000)), job(training("b", last=2.0, total_tokens=41000))]
-    table = comparison_table(jobs, ["seed=1", "seed=2"])
-    assert "tokens 41k" in table.notes[0]
-    assert "FLOPs 1.00e10" in table.notes[0]
-    assert "tokens" not in table.header
-
-
-def test_each_row_names_model_and_run(training):
-    jobs = [job(training("a"), training("c", "sft")), job(training("b"), training("d", "sft"))]
-    table = comparison_table(jobs, ["seed=1", "seed=2"])
-    assert texts(table, "id") == ["sft-c", "sft-d"]
-    assert texts(table, "run") == ["run-of-c", "run-of-d"]
-    assert "| run-of-c | sft-c |" in render_markdown(comparison("t", jobs, ["seed=1", "seed=2"]))
-
-
-def test_metric_is_the_first_column_and_stands_once(training):
-    jobs = [job(training("a", last=3.0)), job(training("b", last=2.0))]
-    table = comparison_table(jobs, ["seed=1", "seed=2"], "pretrain.val_bpb")
-    assert table.header[:2] == ["Settings", "pretrain.val_bpb"]
-    assert texts(table, "pretrain.val_bpb") == ["3.0000", "2.0000"]
-    assert "val bpb" not in table.header
-
-
 def test_shared_steps_are_drawn_once(training):
     shared = [training("a"), training("a"), training("b", last=2.0)]
     jobs = [job(one, training(f"s{n}", "sft", last=n)) for n, one in enumerate(shared)]
@@ -73,9 +44,3 @@ def test_curves_that_are_left_out_are_counted(training):
     jobs = [job(training(f"r{n}", last=n)) for n in range(8)]
     charts = {chart.name: chart for chart in comparison_charts(jobs, [f"seed={n}" for n in range(8)])}
     assert charts["pretrain-val_bpb"].title == "pretrain: validation (the first 6 of 8)"
-
-
-def test_sweep_is_named_by_its_run_and_settings():
-    jobs = [{"model": "d2", "seed": 1, "lr": 0.1}, {"model": "d3", "seed": 1, "lr": 0.2}]
-    assert title_of_sweep("town", jobs) == "town: model, lr"
-    assert title_of_sweep("town", jobs[:1]) == "town"

@@ -6,8 +6,6 @@ from typing import Any
 import pytest
 
 from kit.pages import weakest_contrast
-from mlxchat.report.comparison import comparison
-from mlxchat.report.document import write_page
 
 pytestmark = pytest.mark.slow
 
@@ -70,18 +68,3 @@ def test_print_is_light(show):
     page.emulate_media(media="print", color_scheme="dark")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.pdf(format="A4").startswith(b"%PDF")
-
-
-@pytest.mark.parametrize("width", [390, 1280])
-def test_metric_of_a_sweep_is_on_the_screen(browser, reported, tmp_path, width):
-    names = [
-        f"pretrain.schedule.init_lr_frac={n} sft.schedule.init_lr_frac=0.25 optimizer.adamw_groups.head.lr=0.01"
-        for n in (0.5, 1)
-    ]
-    blocks = comparison("A sweep", [reported.read(), reported.read()], names, "pretrain.num_iterations")
-    page = browser.new_page(viewport={"width": width, "height": 900})
-    page.goto(write_page(tmp_path / "sweep.html", "A sweep", blocks).as_uri())
-    box = page.locator("td", has_text="1.6k").first.bounding_box()
-    assert box["x"] + box["width"] <= width
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    page.close()

@@ -43,13 +43,17 @@ def test_unknown_name_is_refused(whole):
         tell(whole, "nothing")
 
 
-def test_sweep_is_reported(whole, tmp_path):
+def test_sweep_is_reported(whole):
     plan = json.loads((whole.run / "plan.json").read_text())
     folder = whole.root / "multirun" / "20261121-1"
     folder.mkdir(parents=True)
-    jobs = {
-        str(n): {"overrides": [], "settings": {}, "title": f"model=d{2 * n}", "steps": plan["steps"]} for n in (1, 2)
-    }
+    jobs = {str(n): {"settings": {}, "title": f"model=d{2 * n}", "steps": plan["steps"]} for n in (1, 2)}
     (folder / "sweep.json").write_text(json.dumps({"jobs": jobs}))
     tell(whole, "20261121-1")
-    assert "| model=d4 |" in (folder / "report.md").read_text()
+    assert "| model=d4 |" in (folder / "report.md").read_text(), "while it runs"
+    table = [{"job": n, "model": f"d{2 * n}", "eval.val_bpb": 1.25, "status": "done"} for n in (2, 1)]
+    (folder / "table.json").write_text(json.dumps(table))
+    tell(whole, "20261121-1")
+    lines = (folder / "report.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith("| job | model | eval.val")]
+    assert [line for line in lines if line.startswith("| 2 | d4 | 1.25 | done")]

@@ -156,13 +156,13 @@ def _report(options: Namespace) -> int:
 
     name, out = next(iter(options.names), LATEST), Path(options.out) if options.out else None
     if sweep := _sweep_folder(options.outputs, name):
-        title, reports, titles, metric = reports_of_sweep(options.outputs, sweep)
+        title, (reports, titles) = called(sweep.name), reports_of_sweep(options.outputs, sweep)
     else:
-        reports, titles, metric = [_report_of(Store(options.outputs), name)], [], ""
+        reports, titles = [_report_of(Store(options.outputs), name)], []
         title = title_of(reports[0])
     if options.cost_per_hour is not None:
         reports = [replace(each, cost_per_hour=options.cost_per_hour) for each in reports]
-    blocks = comparison(title, reports, titles, metric) if sweep else document(reports[0])
+    blocks = comparison(sweep, reports, titles) if sweep else document(reports[0])
     if out is not None and out.suffix == ".html":
         place = write_page(out, title, blocks)
     else:

@@ -1,35 +1,29 @@
-"""Comparison of several runs: settings that differ, results, overlaid curves, scaling."""
+"""The report of a sweep: its table, the curves of its jobs, bits per byte against FLOPs."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from mlxchat.config.wording import ABSENT, format_count, format_dollars, format_seconds, plural
+from mlxchat.config.wording import plural
 from mlxchat.errors import ConfigError
-from mlxchat.evals.scores import mapping
-from mlxchat.report.collect import RunReport, StepReport, checkpoint_name, collect_steps, read_json, text
+from mlxchat.report.collect import RunReport, StepReport, checkpoint_name, collect_steps
 from mlxchat.report.document import Block, Group, escape
 from mlxchat.report.plots import COLOURS, Curve, Picture, draw_curves, slug, smooth
-from mlxchat.report.summary import num_parameters, trained_tokens
-from mlxchat.report.tables import Cell, Table, computing_seconds, format_metric, format_value, known, shown
-from mlxchat.store.fingerprint import flatten
-from mlxchat.store.naming import model_of
+from mlxchat.report.tables import Cell, Table, format_value
+from mlxchat.store.naming import called
 
 # One curve per colour.
 MOST_CURVES = len(COLOURS) - 1
-_MOST_SETTINGS = 12
-_MOST_IN_TITLE = 4
-_ORIGIN = ("run", "id")
-"""Columns of the run's model, else its last artifact, and of the run that made it: kept also if they are equal."""
 _MOST_NAMED = 8
 """Labelled points; more labels would overlap."""
 
 
-def reports_of_sweep(outputs: Path, folder: Path) -> tuple[str, list[RunReport], list[str], str]:
-    """Return a title, the reports of a sweep's jobs in the order of its table, their names, and the metric it is by.
+def reports_of_sweep(outputs: Path, folder: Path) -> tuple[list[RunReport], list[str]]:
+    """Return the reports of a sweep's jobs in the order of its table, and their names.
 
     Raises:
         ConfigError: no job has artifacts.
@@ -38,100 +32,43 @@ def reports_of_sweep(outputs: Path, folder: Path) -> tuple[str, list[RunReport],
     jobs = [job for job in state["jobs"].values() if job.get("steps")]
     if not jobs:
         raise ConfigError(f"{folder}: no job of it has artifacts")
-    titles = [job["title"] for job in jobs]
     reports = [collect_steps(outputs, job["title"], job["steps"], folder) for job in jobs]
-    title = title_of_sweep(state.get("name") or folder.name, [job["settings"] for job in jobs])
-    return title, reports, titles, state.get("sorted_by") or ""
+    return reports, [job["title"] for job in jobs]
 
 
-def title_of_sweep(name: str, settings: Sequence[Mapping[str, object]]) -> str:
-    """Return the run's name and the settings that differ between the jobs."""
-    keys = _differing(settings)
-    more = f" and {len(keys) - _MOST_IN_TITLE} more" if len(keys) > _MOST_IN_TITLE else ""
-    return f"{name}: {', '.join(keys[:_MOST_IN_TITLE])}{more}" if keys else name
-
-
-def comparison_table(reports: Sequence[RunReport], names: Sequence[str], metric: str = "") -> Table:
-    """Return a row for each run: settings that differ, scores, size, effort, the model and the run that made it.
-
-    Columns that are equal in all rows are a note. A score is the last of its kind in the pipeline.
-
-    Args:
-        reports: the runs.
-        names: a name for each; settings that are part of all names get no column.
-        metric: STEP.METRIC that the rows are ordered by; empty: none.
-    """
-    settings = [_settings(report) for report in reports]
-    is_named_by_settings = bool(_parts(names))
-    keys = [] if is_named_by_settings else _differing(settings)[:_MOST_SETTINGS]
-    columns = [
-        {**{key: Cell(format_value(found.get(key))) for key in keys}, **_columns(report, metric)}
-        for found, report in zip(settings, reports, strict=True)
+def comparison(
+    folder: Path, reports: Sequence[RunReport], names: Sequence[str], further: Sequence[Block] = ()
+) -> list[Block]:
+    """Return the report of a sweep: its table, the curves of its jobs, and `further` blocks."""
+    blocks: list[Block] = [
+        f"# {escape(called(folder.name))}",
+        Group("byline", [plural(len(reports), "job")]),
+        "## Results",
+        Group("runs", [_table_of(folder, names)]),
     ]
-    rows: dict[str, list[Cell]] = {}
-    equal = []
-    for kind in dict.fromkeys(kind for found in columns for kind in found):
-        cells = [found.get(kind, Cell(ABSENT)) for found in columns]
-        if kind not in (metric, *_ORIGIN) and len(cells) > 1 and len({(c.text, c.detail) for c in cells}) == 1:
-            equal.append(f"{kind} {cells[0].text} {cells[0].detail}".rstrip())
-        elif [cell.text for cell in cells] != [cell.text for cell in rows.get(metric, ())]:
-            rows[kind] = cells
+    if charts := comparison_charts(reports, names):
+        blocks += ["## Curves", charts]
+    return [
+        *blocks,
+        *further,
+        f"Written by mlxchat from {escape(folder.name)}. Every number comes from the manifests, metrics.jsonl and "
+        "scores.json of the jobs.",
+    ]
+
+
+def _table_of(folder: Path, names: Sequence[str]) -> Table:
+    """Return the table that the sweep wrote, best job first; while it runs, the names of its jobs."""
+    path = folder / "table.json"
+    rows: list[dict[str, Any]] = [{"job": name} for name in names]
+    if path.exists():
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    is_text = {key: any(isinstance(row.get(key), str) for row in rows) for key in columns}
     return Table(
-        header=["Settings" if is_named_by_settings else "Name", *rows],
-        align="l" + "".join("l" if kind in (*keys, *_ORIGIN) else "r" for kind in rows),
-        rows=[[Cell(name), *cells] for name, *cells in zip(names, *rows.values(), strict=True)],
-        notes=[f"Equal in all: {', '.join(equal)}."] if equal else [],
-    )  # fmt: skip
-
-
-def _differing(settings: Sequence[Mapping[str, object]]) -> list[str]:
-    keys = dict.fromkeys(key for found in settings for key in found)
-    return [key for key in keys if len({str(found.get(key)) for found in settings}) > 1]
-
-
-def _settings(report: RunReport) -> dict[str, object]:
-    """Return the identity settings of a run's steps as dotted key → value."""
-    return {
-        key: value for step in report.steps for key, value in flatten(mapping(step.manifest.get("config"))).items()
-        if isinstance(value, str | int | float | bool) or value is None
-    }  # fmt: skip
-
-
-def _columns(report: RunReport, metric: str) -> dict[str, Cell]:
-    found: dict[str, Cell] = {}
-    step_name, _, fact = metric.rpartition(".")
-    if (one := report.step(step_name)) and (value := one.fact(fact)) is not None:
-        found[metric] = Cell(format_metric(fact, value))
-    for step in report.steps:
-        if step.stage == "pretrain" and (bpb := step.fact("val_bpb")) is not None:
-            found["val bpb"] = Cell(f"{bpb:.4f}")
-    for step in report.evals:
-        for kind in ("val_bpb", "core", "chatcore", "mean_centered"):
-            if step.scores and (measure := step.scores.find(kind)):
-                cell = shown(measure)
-                detail = f"{cell.detail} ({checkpoint_name(step)})".lstrip()
-                found[measure.name] = Cell(cell.text, detail)
-    for step in report.steps:
-        if step.stage == "pretrain" and step.manifest:
-            flops = step.fact("total_flops")
-            found["parameters"] = Cell(known(format_count, num_parameters(step)))
-            found["tokens"] = Cell(known(format_count, trained_tokens(step)))
-            found["FLOPs"] = Cell(f"{flops:.2e}".replace("e+", "e") if flops else ABSENT)
-    found["time"] = Cell(known(format_seconds, computing_seconds(report)))
-    if cost := format_dollars(computing_seconds(report), report.cost_per_hour):
-        found["cost"] = Cell(cost)
-    if made := {step.name: step.folder for step in report.steps if step.folder is not None}:
-        last = model_of(made) or [*made.values()][-1]
-        found |= {"run": Cell(text(read_json(last / "manifest.json").get("run")) or ABSENT), "id": Cell(last.name)}
-    return found
-
-
-def _parts(names: Sequence[str]) -> list[list[tuple[str, str]]]:
-    """Return the (key, value) pairs of names that are settings, such as `model=d2 seed=1`; empty if any is not."""
-    found = [[tuple(part.split("=", 1)) for part in name.split(" ")] for name in names]
-    is_settings = all(len(pair) == 2 for pairs in found for pair in pairs)
-    same_keys = len({tuple(pair[0] for pair in pairs) for pairs in found}) == 1
-    return [[(pair[0], pair[1]) for pair in pairs] for pairs in found] if is_settings and same_keys else []
+        header=columns,
+        align="".join("l" if is_text[key] else "r" for key in columns),
+        rows=[[Cell(format_value(row.get(key))) for key in columns] for row in rows],
+    )
 
 
 def comparison_charts(reports: Sequence[RunReport], names: Sequence[str]) -> list[Picture]:
@@ -166,23 +103,6 @@ def _overlay(step: str, key: str, what: str, unit: str, found: list[tuple[str, S
     said = ", ".join(curve.label for curve in curves)
     alt = f"Curves of {what} of step {step}; they end at {said}."
     return [draw_curves(f"{slug(step)}-{slug(key)}", f"{step}: {what}", alt, curves, y=unit)]
-
-
-def comparison(title: str, reports: Sequence[RunReport], names: Sequence[str], metric: str = "") -> list[Block]:
-    """Return the report of several runs, ordered by a metric if one is given."""
-    blocks: list[Block] = [
-        f"# {escape(title)}",
-        Group("byline", [escape(f"{plural(len(reports), 'run')} compared{metric and f', best {metric} first'}")]),
-        "## Results",
-        Group("runs", [comparison_table(reports, names, metric)]),
-    ]
-    if charts := comparison_charts(reports, names):
-        blocks += ["## Curves", charts]
-    return [
-        *blocks,
-        f"Written by mlxchat from {escape(reports[0].folder.name)}. Every number comes from the manifests, "
-        "metrics.jsonl and scores.json of the runs.",
-    ]
 
 
 @dataclass(frozen=True, kw_only=True)

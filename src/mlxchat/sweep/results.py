@@ -207,10 +207,8 @@ def _write_report(folder: Path, store: Store, laws: Sequence[Any]) -> Path:
     from mlxchat.report.comparison import comparison, reports_of_sweep
     from mlxchat.report.document import write_document
 
-    title, reports, titles, metric = reports_of_sweep(store.outputs, folder)
-    blocks = comparison(title, reports, titles, metric)
-    blocks[-1:-1] = laws
-    return write_document(folder, title, blocks)
+    blocks = comparison(folder, *reports_of_sweep(store.outputs, folder), further=laws)
+    return write_document(folder, called(folder.name), blocks)
 
 
 def _name_best(rows: Sequence[Row], metric: str | None, folder: Path, store: Store, unit: str) -> None:
