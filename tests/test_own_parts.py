@@ -121,12 +121,7 @@ def test_invalid_stage_file_is_refused(name, text, message, example):
 
 
 def test_package_provides_stages_and_groups(example):
-    """As an installer lays it down: its folders and its entry points on the path."""
     installed = (example / "package").rename(example / "site-packages")
-    metadata = installed / "verse-1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: verse\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[mlxchat.stages]\nverse = verse.stages\n")
     elsewhere = example / "elsewhere"
     elsewhere.mkdir()
     environ = {"PYTHONPATH": str(installed), "XDG_CACHE_HOME": str(example / "cache")}

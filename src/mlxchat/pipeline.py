@@ -63,11 +63,7 @@ class Pipeline:
         return plan_of(self.config, Store(Path(self.config.outputs)))
 
     def run(self) -> dict[str, Artifact]:
-        """Complete the pipeline as `mlxchat` does, and return step → artifact.
-
-        Raises:
-            MlxchatError: raised by steps and the store.
-        """
+        """Complete the pipeline as `mlxchat` does, and return step → artifact."""
         run_pipeline(self.composed)
         store = Store(Path(self.config.outputs))
         return {step.name: Artifact(place) for step in self.plan() if (place := store.find(step.rid)) is not None}
@@ -99,9 +95,6 @@ def run_pipeline(
         job: part of a sweep that it runs, such as job3. It is appended to the run's name, and the run does not become
             the latest one: the names RUN, latest and STEP never mean a job.
         on_record: called with a step's name and each record of its metrics.jsonl.
-
-    Raises:
-        MlxchatError: raised by steps and the store.
     """
     team, config = current_team(), composed.config
     store = Store(Path(config.outputs))
@@ -173,13 +166,7 @@ def _run_of(composed: Composed, folder: Path, need: TextNeed | None, **options: 
 def complete_elsewhere(words: list[str], run: str, step: str, key: str, *, forced: bool, dtype: str) -> None:
     """Complete one step of a run that another process leads, inside a job; the step's inputs exist.
 
-    Args:
-        words: the command line of the run.
-        run: name of the run.
-        step: name of the step.
-        key: its key, as the run planned it.
-        forced: run it although its artifact exists.
-        dtype: `machine.compute_dtype` of the run.
+    `words` is the run's command line, `key` the step's key and `dtype` the compute_dtype that the run planned with.
     """
     composed = compose_config(*split_options(words))
     machine = replace(composed.config.machine, compute_dtype=dtype)

@@ -14,7 +14,7 @@ from mlxchat.runner.stage import Stage, Stages
 
 
 def schema_of(places: Sequence[str]) -> type[Config]:
-    """Return `Config` with the sections of the user's stages in these places and in installed packages.
+    """Return `Config` with the sections of the user's stages in these places.
 
     Raises:
         ConfigError: a place has no stage, or a stage's settings are not a dataclass that YAML can fill.

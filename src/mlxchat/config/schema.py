@@ -881,7 +881,7 @@ class Config:
     fail_fast: bool = False
     """Whether a failed step also stops the steps that do not need it."""
     stages: list[str] = field(default_factory=list)
-    """Your own stages: folders, such as ./my_stages, and modules. Those of installed packages are always found."""
+    """Your own stages: folders, such as ./my_stages, and modules, also of installed packages."""
     pipeline: dict[str, dict[str, Any]] = MISSING
     """Step → {stage: STAGE, ROLE: STEP}. A role may also be import:NAME (an imported model) or artifact:NAME (any
     model of the store). with: {setting: value} overrides the stage's section for this step; executor: slurm, or

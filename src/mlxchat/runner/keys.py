@@ -35,11 +35,7 @@ class FileHashes:
         self._known = read_cache(self._place, "files 1")
 
     def of(self, path: Path) -> str:
-        """Return a file's sha256.
-
-        Raises:
-            OSError: it cannot be read.
-        """
+        """Return a file's sha256."""
         name, status = str(path.resolve()), path.stat()
         stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
         before, found = self._known.get(name, (None, ""))
@@ -65,9 +61,6 @@ def pin_externals(
         sections: sections of the configuration.
         hash_of: hash function of files.
         unread: sections and settings to skip.
-
-    Raises:
-        ConfigError: lists everything that is missing.
     """
     pins: dict[str, str] = {}
     problems: list[str] = []
@@ -107,12 +100,7 @@ def check_pins(
 ) -> None:
     """Raise StepFailed if a step's external data are not those of its key, whose pins these are.
 
-    Args:
-        step: name of the step.
-        pins: what `pin_externals` returned when the step was planned.
-        sections: sections of the configuration.
-        when: time of the change, for the message: "since it was planned", "while it ran".
-        unread: sections and settings to skip.
+    `when` is the time of the change, for the message: "since it was planned", "while it ran".
     """
     try:
         now = pin_externals(sections, unread=unread)
@@ -146,10 +134,7 @@ def package_digest(library: Path = Path(__file__).parents[1]) -> str:
 def code_of_stage(path: Path, module: str, root: Path | None = None) -> dict[str, str]:
     """Return name → digest of the code that a stage runs: the package, its file, and a user's stage's own imports.
 
-    Args:
-        path: the stage's file.
-        module: dotted name of its module.
-        root: folder of the user's modules; None: the current one.
+    The user's modules are in the folder `root`; None: the current one.
     """
     files = {f"stages/{path.name}": path}
     if not module.startswith(f"{PACKAGE}."):

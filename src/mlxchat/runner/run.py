@@ -97,11 +97,7 @@ def find_done(
 
 
 def complete(step: PlannedStep, store: Store, run: Run, planned: dict[str, PlannedStep]) -> Path:
-    """Make the artifact of a step, unless another process does so first; return it.
-
-    Raises:
-        MlxchatError: it could not be made, here or in the other process.
-    """
+    """Make the artifact of a step, unless another process does so first; return it."""
     work, lock = store.work(step.key), store.lock(step.key)
     known = attempt_log.ended(work)
     with _hold(run, step, lock, "is making it", work) as waited:

@@ -1,8 +1,7 @@
 """Stages: Python files that declare a `Stage` and define its `run`.
 
-Ours are in stages/. Users' stages are in the folders and modules of the configuration's `stages`, and in modules that
-installed packages declare under the entry-point group `mlxchat.stages`. Planning imports the files, so they import
-what only `run` needs inside `run`.
+Ours are in stages/, users' in the folders and modules of the configuration's `stages`. Planning imports the files, so
+they import what only `run` needs inside `run`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any, Literal
 from mlxchat.config.parts import import_module, module_files
 from mlxchat.errors import ConfigError, suggest
 
-_PACKAGE = "mlxchat.stages"  # also the group of entry points
+_PACKAGE = "mlxchat.stages"
 _DECLARATION = "stage = Stage(version=1, inputs={…}, produces=KIND, outputs=[FILE])"
 
 CHECKPOINT_FILES = ("config.json", "checkpoint.json", "tokenizer.json", "tokenizer_config.json")
@@ -117,24 +116,19 @@ class Stage:
 
 
 class Stages(Mapping[str, Stage]):
-    """Name → stage: ours, those of installed packages, and those of a configuration."""
+    """Name → stage: ours, and those of a configuration."""
 
     def __init__(self, places: Iterable[str] = ()) -> None:
         """Find the stage files; ours are imported on demand.
 
         Args:
             places: folders (with a slash, such as ./my_stages) and modules, as in the configuration's `stages`.
-
-        Raises:
-            ConfigError: a place does not exist or has no stage, a file cannot be imported, or two stages have the same
-                name.
         """
         self._ours = stage_files()
         self.own: dict[str, Stage] = {}
-        """The stages of users and packages."""
-        found = [(place, Path.cwd()) for place in dict.fromkeys(places)]
-        for place, here in [*found, *((place, None) for place in _installed_places())]:
-            for stage in _stages_at(place, here):
+        """The stages of users."""
+        for place in dict.fromkeys(places):
+            for stage in _stages_at(place, Path.cwd()):
                 other = self._ours.get(stage.name) or (self.own[stage.name].path if stage.name in self.own else None)
                 if other is not None and other != stage.path:
                     raise ConfigError(f"two stages are called {stage.name}: {other} and {stage.path}. Rename one file")
@@ -159,11 +153,7 @@ def stage_files() -> dict[str, Path]:
 
 @cache
 def read_stage(path: Path, module: str, root: Path | None = None) -> Stage:
-    """Import a stage's file and return what it declares.
-
-    Raises:
-        ConfigError: it cannot be imported, or declares no stage.
-    """
+    """Import a stage's file and return what it declares."""
     try:
         found = getattr(import_module(module, root), "stage", None)
     except SyntaxError as error:
@@ -183,7 +173,7 @@ def best_of(stage: str, metric: str) -> Callable[..., float] | None:
     return None if found is None else choices.get(found.better)
 
 
-def _stages_at(place: str, root: Path | None) -> list[Stage]:
+def _stages_at(place: str, root: Path) -> list[Stage]:
     """Return the stages of a folder or module, searched in `root` first; files that declare none are not imported."""
     module = place
     if "/" in place or place == ".":
@@ -207,22 +197,14 @@ def _stages_at(place: str, root: Path | None) -> list[Stage]:
     return found
 
 
-def _files_of(module: str, root: Path | None) -> list[tuple[str, Path]]:
+def _files_of(module: str, root: Path) -> list[tuple[str, Path]]:
     """Return dotted name and file of a module, or of the modules of a package."""
     file = module_files(module, root).get(module)
     if file is not None and file.name != "__init__.py":
         return [(module, file)]
     # Users' folders may lack __init__.py.
-    folder = (root or Path.cwd()).joinpath(*module.split(".")) if file is None else file.parent
+    folder = root.joinpath(*module.split(".")) if file is None else file.parent
     return [(f"{module}.{each.stem}", each) for each in sorted(folder.glob("[!_]*.py"))]
-
-
-@cache
-def _installed_places() -> tuple[str, ...]:
-    """Return the modules that installed packages declare as locations of stages."""
-    from importlib.metadata import entry_points
-
-    return tuple(sorted({entry.value for entry in entry_points(group=_PACKAGE)}))
 
 
 @cache

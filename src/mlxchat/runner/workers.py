@@ -31,11 +31,6 @@ def execute(plan: list[PlannedStep], store: Store, run: Run) -> None:
 
     A run that finishes a model becomes the latest one. A failed step also fails the steps that need it; the others
     continue, unless fail_fast is set.
-
-    Raises:
-        Interrupted: a signal arrived; finished steps are kept, and running steps can be continued.
-        MlxchatError: a step raised it; StepFailed if several failed.
-        StoreError: the outputs folder can no longer be written.
     """
     for step in plan:
         _ = step.code  # digested now: later edits must not be recorded for steps that run now
