@@ -32,11 +32,11 @@ from mlxchat.planning.inputs import TextNeed, check_inputs, find_text_need
 from mlxchat.planning.memory import check_memory
 from mlxchat.runner.executors import check_installed
 from mlxchat.runner.keys import find_unknown
+from mlxchat.runner.leader import execute
 from mlxchat.runner.plan import PlannedStep, entries_of, make_plan
 from mlxchat.runner.process import stop_on_signals
 from mlxchat.runner.reasons import format_plan
 from mlxchat.runner.run import Run, complete
-from mlxchat.runner.workers import execute
 from mlxchat.store.crash import crash_point
 from mlxchat.store.environment import Environment
 from mlxchat.store.files import Record, Records, now, write_whole

@@ -18,9 +18,9 @@ import yaml
 
 from mlxchat.errors import MlxchatError
 from mlxchat.runner import stage
+from mlxchat.runner.leader import execute
 from mlxchat.runner.plan import make_plan
 from mlxchat.runner.run import Run
-from mlxchat.runner.workers import execute
 from mlxchat.store.environment import Environment
 from mlxchat.store.files import now
 from mlxchat.store.store import Store

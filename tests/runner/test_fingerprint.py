@@ -4,10 +4,9 @@ import base64
 import hashlib
 import importlib.metadata
 import json
-import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache, partial
@@ -15,8 +14,6 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import Config, MomentumConfig
@@ -80,12 +77,6 @@ READ_BY: dict[str, set[str]] = {
     "seed": TRAININGS | EVALUATIONS,
     "data_seed": {"corpus", "tokenizer", "midtrain", "sft"},
 }
-
-plain_data = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=4),
-    max_leaves=12,
-)
 
 
 @pytest.fixture
@@ -197,28 +188,6 @@ def below(steps: set[str]) -> set[str]:
         if more <= steps:
             return steps
         steps = steps | more
-
-
-def shuffled(value: Any, rng: random.Random) -> Any:
-    """Return equal data whose mappings list their keys in another order."""
-    if isinstance(value, Mapping):
-        return {key: shuffled(value[key], rng) for key in rng.sample(list(value), len(value))}
-    return [shuffled(item, rng) for item in value] if isinstance(value, list) else value
-
-
-def sorted_deep(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: sorted_deep(value[key]) for key in sorted(value)}
-    return [sorted_deep(item) for item in value] if isinstance(value, list) else value
-
-
-@settings(max_examples=25)
-@given(plain_data, st.randoms(use_true_random=False))
-def test_canonical_text_is_injective_and_ignores_key_order(data, rng):
-    text = canonical_json(data)
-    assert repr(sorted_deep(json.loads(text))) == repr(sorted_deep(data))
-    assert canonical_json(shuffled(data, rng)) == text
-    assert identity_of((data, [1])) == identity_of([data, (1,)])
 
 
 def test_leaves_cover_every_field_of_the_schema():

@@ -200,7 +200,13 @@ class PlannedStep:
         if forced:
             self.reason = "forced"
         elif made is not None and not pending:
-            self._judge_made(made)
+            if self.code_policy != "ignore":
+                self.drift = changed_names(made["code"].get("modules", {}), self.code["modules"])
+            changed = first_of(self.drift, _MOST_MODULES_SHOWN)
+            if changed and self.code_policy == "strict":
+                self.reason = f"code changed: {changed}"
+            else:
+                self.state, self.reason = "done", f"code drift (warn): {changed}" if changed else ""
         else:
             trees = {role: manifest["tree"] for role, manifest in self.inputs_made(store, planned).items()}
             self.difference = find_difference(self, store, trees)
@@ -211,16 +217,6 @@ class PlannedStep:
             else:
                 named = ", ".join(f"{role} {made['name']}" for role, made in self.artifacts.items())
                 self.reason = f"{named or self.difference}{resumes}"
-
-    def _judge_made(self, made: Manifest) -> None:
-        """Set the state of a step whose artifact exists: changed code may have it run again."""
-        if self.code_policy != "ignore":
-            self.drift = changed_names(made["code"].get("modules", {}), self.code["modules"])
-        changed = first_of(self.drift, _MOST_MODULES_SHOWN)
-        if self.drift and self.code_policy == "strict":
-            self.reason = f"code changed: {changed}"
-        else:
-            self.state, self.reason = "done", f"code drift (warn): {changed}" if self.drift else ""
 
     def take(self, made: Manifest | None) -> None:
         """Set the artifact of the key from its record; None: there is none yet."""

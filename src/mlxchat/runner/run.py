@@ -110,7 +110,6 @@ def complete(step: PlannedStep, store: Store, run: Run, planned: dict[str, Plann
             with _hold(run, step, store.outputs / "locks" / "gc.lock", "is collecting garbage"):
                 pass
             place = _Attempt(step, store, run, step.inputs_made(store, planned)).make()
-        step.take(store.made(step.key))
         step.state = "done"  # for downstream steps
         return place
 

@@ -14,7 +14,7 @@ from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.process import keep_awake, stop_on_signals
 from mlxchat.runner.run import Run, complete, find_done, summarise
 from mlxchat.store import attempts
-from mlxchat.store.files import Record, Records, write_whole
+from mlxchat.store.files import Records, write_whole
 from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import LATEST, MODEL, links, runs
 from mlxchat.store.store import SAVED, Store
@@ -146,7 +146,7 @@ class _Leader:
     def _submit(self, step: PlannedStep, executor: ExecutorConfig) -> None:
         """Submit a step, or find the job that an earlier command submitted, which continues if its command ends."""
         run, record = self.run, self.store.jobs / f"{step.key}.jsonl"
-        self.seen[step.name] = len(self._metrics(self.store.work(step.key) / "ckpt" / "records"))
+        self.seen[step.name] = len(Records(self.store.work(step.key) / "ckpt" / "records" / "metrics.jsonl").read())
         job = attach(record)
         if job is None:
             assert run.order is not None, "a step has an executor"
@@ -167,14 +167,10 @@ class _Leader:
             self.run.say(f"{step.name:<10} {job.name} {news}")
 
     def _pass_on(self, step: PlannedStep, folder: Path) -> None:
-        records = self._metrics(folder)
+        records = Records(folder / "metrics.jsonl").read()
         for record in records[self.seen[step.name] :]:
             self.run.on_metrics(step.name, record)
         self.seen[step.name] = max(self.seen[step.name], len(records))
-
-    @staticmethod
-    def _metrics(folder: Path) -> list[Record]:
-        return Records(folder / "metrics.jsonl").read()
 
     def _take(self, step: PlannedStep, job: Job) -> None:
         """Record the result of a step whose job has ended: what is in the store, or why the job failed."""
