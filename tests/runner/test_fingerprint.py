@@ -34,7 +34,7 @@ NOT_IDENTITY = {
     *(
         f"pretrain.{name}"  # CORE is only looked at there
         for name in ("core.bundle", "core.sha256", "core.max_per_task", "core.tasks", "core.long_prompts", "core_every",
-                     "core_max_per_task", "sample_every", "sample_tokens", "prompts",
+                     "sample_every", "sample_tokens", "prompts",
                      "sample_temperature", "sample_top_k")
     ),
     *(

@@ -126,7 +126,7 @@ def test_trackio_continues_its_run(tmp_path, environ):
 @pytest.mark.slow
 def test_killed_training_continues_its_curve(tmp_path, mlxchat, tiny):
     pytest.importorskip("tensorboardX")
-    settings = [*tiny, "stage=pretrain", "tracker=tensorboard", "pretrain.num_iterations=6", "machine.log_every=1"]
+    settings = [*tiny, "stage=pretrain", "tracker=tensorboard", "pretrain.num_iterations=6"]
     settings += ["machine.checkpoint_seconds=0", f"outputs={tmp_path / 'outputs'}"]
     killed = mlxchat(*settings, environ={"MLXCHAT_CRASH_AT": "train.iteration:4"})
     assert killed.returncode == -9

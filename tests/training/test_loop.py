@@ -80,10 +80,10 @@ def test_observations_and_records_follow_their_cadences(train, straight):
 
         return Observation(run=note, **cases[number][0])
 
-    done = train(observations=[observation(number) for number in range(len(cases))], context={"log_every": 4})
+    done = train(observations=[observation(number) for number in range(len(cases))])
     assert called == [expected for _, expected in cases]
     assert [list(done.curve(f"number_{number}")) for number in range(len(cases))] == called
-    assert list(done.curve("loss")) == [4, 6]
+    assert list(done.curve("loss")) == [1, 2, 3, 4, 5, 6]
     assert done.curve("loss")[4] != straight.curve("loss")[4], "it has no dropout"
 
 

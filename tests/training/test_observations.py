@@ -25,7 +25,7 @@ def pretrain(tmp_path: Path) -> PretrainConfig:
     kind = "multiple_choice"
     tasks = {label: (kind, 0, 50, core_items(kind, count)) for label, count in (("one", 12), ("two", 13))}
     folder = write_bundle(tmp_path / "bundle", tasks)
-    return replace(composed().pretrain, core=CoreConfig(bundle=str(folder)), core_every=2, core_max_per_task=10)
+    return replace(composed().pretrain, core=CoreConfig(bundle=str(folder)), core_every=2)
 
 
 @pytest.fixture(scope="module")

@@ -261,14 +261,8 @@ class AdapterConfig:
     group_size: int = field(default=64, metadata={"one_of": (32, 64, 128)})
     """With bits: consecutive numbers of a row that share a scale; 32, 64 or 128."""
     learning_rate: float = field(default=0.001, metadata={"above": 0})
-    """AdamW's peak learning rate of the adapters, for a model of width optimizer.reference_width. The optimizer
-    section's rates and the schedule's init_lr_frac do not apply."""
-    width_exponent: float = 0.78
-    """The rate is multiplied by (optimizer.reference_width / width)^width_exponent; 0: no scaling."""
-    beta1: float = field(default=0.9, metadata={"at_least": 0, "below": 1})
-    beta2: float = field(default=0.999, metadata={"at_least": 0, "below": 1})
-    weight_decay: float = field(default=0.0, metadata={"at_least": 0})
-    """Decoupled: each iteration shrinks the parameters by learning rate × weight_decay."""
+    """AdamW's peak learning rate of the adapters, for a model of width optimizer.reference_width; others get
+    it × (reference_width / width)^0.78. The optimizer section's rates and the schedule's init_lr_frac do not apply."""
 
     def __eq__(self, other: object) -> bool:
         """Return True if both have the same effect: with kind none, the other fields have none."""
@@ -710,8 +704,6 @@ class PretrainConfig(TrainingStageConfig):
     """CORE to estimate during training, with the fields of eval.core; null: none."""
     core_every: int | None = field(default=2000, metadata={"identity": False, "at_least": 1})
     """Iterations between estimates; null: only at the end."""
-    core_max_per_task: int | None = field(default=500, metadata={"identity": False, "at_least": 1})
-    """Examples of each task in an estimate, at most; null: core.max_per_task."""
     sample_every: int | None = field(default=2000, metadata={"identity": False, "at_least": 1})
     """Iterations between samples; null: only at the end."""
     sample_temperature: float = field(default=0.0, metadata={"identity": False, "at_least": 0})
@@ -784,8 +776,6 @@ class MachineConfig:
     checkpoint_seconds: float = field(default=60, metadata={"at_least": 0})
     """Seconds between resumable states, at least; 50 times what the last one took, if that is more, so that saving
     takes 2 % of the time at most. 0: after every iteration."""
-    log_every: int = field(default=1, metadata={"at_least": 1})
-    """Iterations between metrics records."""
     memory_limit_bytes: int | None = field(default=None, metadata={"at_least": 0})
     """Memory that MLX may use, of which it may keep half for reuse on a Mac; null: on a Mac what Metal recommends, on
     CUDA 95 % of the GPU's memory."""

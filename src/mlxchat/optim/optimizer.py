@@ -57,9 +57,8 @@ class AdamWRule(NamedTuple):
 
 
 def adapter_rule(config: AdapterConfig, width: int, optimizer: OptimizerConfig) -> AdamWRule:
-    """Return AdamW's rule for adapters on a model of this width."""
-    lr = config.learning_rate * (optimizer.reference_width / width) ** config.width_exponent
-    return AdamWRule(lr, (config.beta1, config.beta2), config.weight_decay)
+    """Return AdamW's rule for adapters on a model of this width, without weight decay."""
+    return AdamWRule(config.learning_rate * (optimizer.reference_width / width) ** 0.78, (0.9, 0.999), 0.0)
 
 
 class Optimizer:
@@ -99,8 +98,7 @@ class Optimizer:
         shapes = {name: value.shape for name, value in trained_parameters(model).items()}
         for name, shape in sorted(shapes.items()):
             if adapter is not None:
-                # DoRA's row lengths do not decay.
-                self.adamw_rules[name] = adapter._replace(weight_decay=0.0) if name.endswith(".m") else adapter
+                self.adamw_rules[name] = adapter
                 continue
             group = next((group for start, group in _GROUPS.items() if name.startswith(start)), "matrices")
             if group == "matrices" and not (name.startswith("transformer.h.") and len(shape) == 2):

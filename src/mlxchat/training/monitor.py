@@ -103,8 +103,7 @@ class Monitor:
         if self._mfu_per_speed is not None:
             record["mfu"] = self._mfu_per_speed * speed
             shown["mfu"] = f"{record['mfu']:.0%}"
-        if iteration % ctx.config.machine.log_every == 0 or iteration == self.num_iterations or "warning" in record:
-            ctx.log({"iteration": iteration, **record})
+        ctx.log({"iteration": iteration, **record})
         progress.update(iteration, **shown, memory=format_bytes(mx.get_peak_memory()))
 
     def finish(self) -> None:

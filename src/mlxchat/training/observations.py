@@ -27,6 +27,7 @@ from mlxchat.runner.progress import Progress
 from mlxchat.training.forecast import SUITE_ANSWER_TOKENS
 from mlxchat.training.loop import Observation
 
+_CORE_EXAMPLES = 500  # of each task of CORE, as in nanochat
 _ANSWERS = 32  # of the suite that are generated at a time
 
 
@@ -38,11 +39,10 @@ def observe_core(ctx: Context, config: PretrainConfig, model: GPT, tokenizer: To
     core = config.core
     if core is None:
         return []
-    limits = [limit for limit in (config.core_max_per_task, core.max_per_task) if limit is not None]
+    most = min(_CORE_EXAMPLES, core.max_per_task or _CORE_EXAMPLES)
 
     def estimate(work: Path) -> dict[str, float]:
         asked = _scoring(ctx, Engine(model, tokenizer, team=ctx.team))
-        most = min(limits, default=None)
         result, _ = evaluate_core(ctx, asked, core, max_per_task=most, work=work, progress=_hidden)
         if result["core"] is None:
             centered = [task["centered"] for task in result["tasks"].values()]
