@@ -24,7 +24,7 @@ QUESTIONS = [
     "Mia has 12 candles and buys 7 more. How many candles does Mia have now?",
     "What is the capital of France?",
 ]
-TYPED = [*QUESTIONS, "/temperature 0.7", "/retry", "/save talk.json"]
+TYPED = [*QUESTIONS, "/temperature 0.7", "/retry"]
 COLUMNS = 92
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,8 +25,6 @@ COMMANDS = {
     "/edit": ("[TEXT]", "edit the last question and ask it again"),
     "/clear": ("", "forget the conversation"),
     "/system": ("[TEXT]", "set the system prompt; without text: remove it"),
-    "/save": ("FILE", "save the conversation to a file"),
-    "/load": ("FILE", "continue the conversation in a file"),
     "/temperature": ("T", "0: always the most likely token"),
     "/topk": ("K", "sample among the K most likely tokens; 0: all"),
     "/topp": ("P", "sample among the most likely tokens with total probability P; 1: all"),
@@ -253,50 +250,18 @@ class Chat:
         self.system = text or None
         return f"system prompt: {text}" if text else "no system prompt"
 
-    def _do_save(self, file: str) -> str:
-        if not file:
-            raise ValueError
-        place = Path(file).expanduser()
-        if place.exists() and not _is_conversation(place):
-            return f"{file} exists and is not a conversation: choose another name"
-        said = {"model": self.name, "system": self.system, "messages": self.messages}
-        try:
-            place.write_text(json.dumps(said, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            return f"{file} cannot be written: {error.strerror}"
-        return f"{len(self.messages)} messages are in {file}"
-
-    def _do_load(self, file: str) -> str:
-        if not file:
-            raise ValueError
-        try:
-            said = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
-            messages, system = list(said["messages"]), said.get("system")
-        except OSError as error:
-            return f"{file} cannot be read: {error.strerror}"
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return f'{file} is not a conversation: expected {{"messages": [{{"role": …, "content": …}}]}}'
-        if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system":
-            system = messages.pop(0).get("content")
-        if messages:
-            self.engine.render(messages)  # raises if it is not a conversation
-        if len(messages) % 2:
-            return f"{file} ends with a question; expected one with its answer"
-        self.messages, self.system = messages, system
-        return f"{len(messages)} messages from {said.get('model') or 'a conversation'}"
-
     def _do_temperature(self, value: str) -> str:
         self.temperature = _within(float(value), 0, 10)
         return f"temperature {self.temperature:g}"
 
     def _do_topk(self, value: str) -> str:
         self.top_k = int(_within(int(value), 0, 1 << 20)) or None
-        return f"among the {self.top_k} most likely tokens" if self.top_k else "among all tokens"
+        return f"top-k {self.top_k or 'off'}"
 
     def _do_topp(self, value: str) -> str:
         share = _within(float(value), 1e-6, 1)
         self.top_p = None if share == 1 else share
-        return f"among the likeliest with a share {share:g}"
+        return f"top-p {share:g}"
 
     def _do_tokens(self, value: str) -> str:
         self.max_tokens = int(_within(int(value), 1, 1 << 20))
@@ -351,13 +316,6 @@ class Shown:
             self.kind, self._call = kind, ""
         self._call += text
         yield text, kind != "text"
-
-
-def _is_conversation(place: Path) -> bool:
-    try:
-        return "messages" in json.loads(place.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
 
 
 def _within(value: float, least: float, most: float) -> float:
