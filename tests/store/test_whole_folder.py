@@ -1,6 +1,9 @@
 """Files and folders are written atomically, and leftovers of killed processes are removed."""
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,10 +47,16 @@ def test_existing_path_is_replaced_only_by_force(tmp_path, kind):
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
 
 
-def test_leftovers_of_killed_processes_are_removed(tmp_path):
-    for name in (".out.unfinished", ".out.replaced"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "half").touch()
+def test_killed_export_leaves_no_folder_and_its_leftovers_are_removed(tmp_path):
+    script = f"""
+from pathlib import Path
+from mlxchat.store.files import whole_folder
+with whole_folder(Path({str(tmp_path / "out")!r})) as folder:
+    (folder / "half").touch()
+"""
+    environ = os.environ | {"MLXCHAT_CRASH_AT": "export.synced"}
+    assert subprocess.run([sys.executable, "-c", script], env=environ, check=False).returncode == -signal.SIGKILL
+    assert [each.name for each in tmp_path.iterdir()] == [".out.unfinished"]
     fill(tmp_path / "out")
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
     assert [each.name for each in (tmp_path / "out").iterdir()] == ["inside"]
