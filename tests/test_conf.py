@@ -22,8 +22,6 @@ from mlxchat.composition.sections import config_of
 from mlxchat.config.schema import Config
 from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
 from mlxchat.planning.horizon import count_iterations, derive_hyperparameters, derive_numbers
-from mlxchat.planning.inputs import find_downloads
-from mlxchat.runner.context import Context
 from mlxchat.runner.plan import make_plan
 from mlxchat.runner.stage import Stages
 from mlxchat.store.fingerprint import flatten
@@ -166,16 +164,6 @@ def test_default_is_the_quickstart():
     assert composed("model.depth=6") == deeper
 
 
-def test_model_on_bundled_corpus_downloads_nothing():
-    config, full = composed("model=d20", "corpus=bundled"), composed("model=d20")
-    plan = make_plan(config, Store(Path("/none")))
-    assert find_downloads(config, plan, Store(Path("/none"))) == {}
-    assert config.corpus == composed().corpus
-    assert (config.model, config.pretrain.batch) == (full.model, full.pretrain.batch)
-    assert config.sft.schedule == full.sft.schedule
-    assert config.tokenizer.vocab_size <= 58_217, "tokens that the bundled text yields"
-
-
 @pytest.mark.parametrize(
     ("overrides", "implied"),
     [
@@ -207,22 +195,6 @@ def test_experiments_set_no_part_of_other_groups():
     for file in (ROOT / "conf" / "experiment").glob("*.yaml"):
         keys = flatten({key: value for key, value in yaml.safe_load(file.read_text()).items() if key != "defaults"})
         assert [key for key in keys if f"{key}.".startswith(tuple(f"{section}." for section in sections))] == [], file
-
-
-def test_seed_changes_no_validation_data():
-    first, second = (composed(f"seed={seed}") for seed in (1, 2))
-    assert first == replace(second, seed=1)
-
-    def context(config: Config) -> Context:
-        return Context(
-            step="sft", config=None, inputs={}, out=Path(), work=Path(), stage="sft",  # type: ignore[arg-type]  # not read
-            root_seed=config.seed, root_data_seed=config.data_seed, stop_signal=lambda: None,
-            on_metrics=lambda step, record: None,
-        )  # fmt: skip
-
-    one, two = context(first), context(second)
-    assert one.data_seed("validation") == two.data_seed("validation") == context(composed()).seed("validation")
-    assert one.seed("order") != two.seed("order")
 
 
 def test_data_seed_changes_keys():

@@ -261,18 +261,6 @@ def test_overrides_may_omit_brackets_and_plus():
     assert compose_config(list(pairs)).config == compose_config(list(pairs.values())).config
 
 
-@pytest.mark.parametrize(("word", "setting"), [("pretrain", "stage=pretrain"), ("smoke", "experiment=smoke")])
-def test_stage_or_experiment_as_verb_gets_its_setting(word, setting, refuse):
-    assert f"mlxchat {setting} seed=1\n" in refuse("seed=1", verb=word)
-
-
-def test_verb_may_follow_settings_and_options(tmp_path, say):
-    for words in (["--config-dir", str(tmp_path)], [f"--config-dir={tmp_path}"], ["seed=7", "~pipeline.rl"]):
-        more = ["~pipeline.eval_rl"] if "seed=7" in words else []
-        said = say(*words, "plan", "stage=corpus", *more, f"outputs={tmp_path}/outputs")
-        assert said.startswith("corpus ")
-
-
 def test_key_below_a_section_that_is_null_is_refused(refuse):
     text = refuse("eval.core.max_per_task=5")
     assert "eval.core.max_per_task: eval.core is null; core=nanochat sets it" in text

@@ -48,14 +48,6 @@ def test_tasks_are_counted_and_trained_text_is_between_marks(show):
     assert "\x1b" not in printed
 
 
-def test_other_stages_and_suites_are_shown(show):
-    assert "stage rl: 2,000 conversations" in show("stage=rl", "-n", "0")
-    printed = show("stage=midtrain", "midtrain.train_on=all", "--validation", "-n", "0")
-    assert "(validation)" in printed
-    assert "midtrain trains on every token" in printed
-    assert show("suite=quickstart", "-n", "1", "--task", "kinds_mc").startswith("suite quickstart: ")
-
-
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -13,7 +13,6 @@ import pytest
 from kit.artifacts import make_model, make_tokenizer, publish
 from kit.numpy_gpt import numpy_logits
 from mlxchat.model.checkpoint import save_checkpoint
-from mlxchat.store.store import Store
 from mlxchat.tasks import load_task
 
 
@@ -72,19 +71,6 @@ def test_gsm8k_has_both_verdicts_and_any_of_n(hub, tmp_path, say, monkeypatch):
     # Right in ours: 1 1 0 0 and 1 0 1 0. In nanochat's, to whom "7." is no 7: 1 0 0 0 and 1 0 0 0.
     right, _, any_of_two, theirs, any_of_theirs = row.split()[1:6]
     assert (right, any_of_two, theirs, any_of_theirs) == ("50.0%", "75.0%", "25.0%", "25.0%")
-
-
-def test_json_is_alone_on_stdout(made, mlxchat, tmp_path):
-    text = tmp_path / "text.jsonl"
-    text.write_text(
-        "".join(json.dumps({"text": f"The cat {number} sat on the mat. " * 4}) + "\n" for number in range(200))
-    )
-    options = ["--task", "bpb", "--json", "corpus=files", f"corpus.paths=[{text}]", "eval.bpb_tokens=1000"]
-    done = mlxchat("eval", "base", *options, f"outputs={made}")
-    assert done.returncode == 0, done.stderr
-    scores = json.loads(done.stdout)
-    assert 5 < scores["bpb"]["val"] < 15
-    assert Store(made).find(scores["artifact"].rpartition("-")[2]) is not None
 
 
 def test_base_model_chooses_as_numpy(made, tmp_path, say):

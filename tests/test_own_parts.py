@@ -181,9 +181,3 @@ def test_own_tracker_gets_records_and_results(example):
     assert (example / "outputs" / "printed.txt").read_text() == "pretrain 3 ['loss']\nfinished ['pretrain']\n"
     with pytest.raises(ConfigError, match=r"tracker\.kind: nowhere:T: there is no module"):
         compose_config(["tracker.kind=nowhere:T"])
-
-
-def test_own_metrics_are_swept(example, say):
-    said = say("-m", *WORDS, "count.most=1,3", "sweep.metric=count.share")
-    rows = [line.split("|")[1:4] for line in said.splitlines() if line.startswith("| ")]
-    assert [[cell.strip() for cell in row] for row in rows[2:]] == [["2", "3", "1"], ["1", "1", "0.375"]]

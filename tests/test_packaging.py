@@ -86,13 +86,6 @@ def build_wheel(folder: Path) -> Path:
     return wheel
 
 
-def test_folder_called_mlxchat_does_not_shadow_the_package(tmp_path):
-    """Bug: in the parent folder of a checkout `import mlxchat` found an empty namespace package."""
-    (tmp_path / "mlxchat").mkdir()
-    run([sys.executable, "-c", "import mlxchat.cli, mlxchat.conf, mlxchat.stages.pretrain"], tmp_path)
-    run([sys.executable, "-m", "mlxchat", "--version"], tmp_path)
-
-
 @pytest.mark.parametrize("package", sorted(PACKAGE_DIR))
 def test_every_file_travels_as_code_or_data(package):
     files = files_below(ROOT / PACKAGE_DIR[package])
@@ -120,14 +113,6 @@ def test_lock_satisfies_every_requirement(extra):
         if not requirement.specifier.contains(locked.get(canonicalize_name(requirement.name), ("0", []))[0])
     ]
     assert unmet == []
-
-
-@pytest.mark.parametrize("name", [name for name in LOCKS if "cuda" in name])
-def test_cuda_lock_only_adds_to_the_first_lock(name):
-    common, cuda = lock_entries("requirements.lock"), lock_entries(name)
-    backend = name.removeprefix("requirements-").removesuffix(".lock").replace("cuda", "mlx-cuda-")
-    assert cuda.keys() & common.keys() == set()
-    assert cuda[backend][0] == common["mlx"][0] == common["mlx-cpu"][0]
 
 
 def test_wheel_carries_configuration_and_stages(tmp_path):
@@ -186,20 +171,3 @@ def test_wheel_runs_without_an_installation(program, command, tmp_path):
     run([*start, "experiment=smoke"], tmp_path / "empty")
     assert (tmp_path / "empty" / "outputs" / "refs" / "latest" / "rl").exists()
     run([*start, "chat", "-p", "Hello!"], tmp_path / "empty")
-
-
-def table_rows(title: str) -> list[list[str]]:
-    """Return the cells of each row below a title of docs/internals/dependencies.md."""
-    text = (ROOT / "docs" / "internals" / "dependencies.md").read_text(encoding="utf-8")
-    lines = text.partition(f"## {title}\n")[2].partition("\n## ")[0].splitlines()
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][1:]
-
-
-def test_table_of_dependencies_names_each_with_its_extras():
-    project = PYPROJECT["project"]
-    expected = {requirement.name: set[str]() for requirement in requirements()}
-    for extra in project["optional-dependencies"]:
-        for requirement in requirements(extra)[len(project["dependencies"]) :]:
-            expected.setdefault(requirement.name, set()).add(extra)
-    plain = {row[0]: set[str]() for row in table_rows("What a plain installation brings")}
-    assert plain | {row[1]: set(row[0].split(", ")) for row in table_rows("Extras")} == expected

@@ -45,17 +45,6 @@ def test_every_composed_key_has_a_row(pages):
     assert [key for key in keys if not known.fullmatch(key)] == []
 
 
-def test_rows_show_default_bounds_and_identity(pages):
-    rows = {
-        match[1]: line for line in pages["config"].splitlines() if (match := re.search(r'<code id="([^"]+)"', line))
-    }
-    assert "| `48`<br>d20: `64` | yes |" in rows["model.aspect_ratio"]
-    assert "Accepted: best_fit or stream" in rows["pretrain.packing"]
-    assert "| no |" in rows["pretrain.eval_every"]
-    assert "| no |" in rows["machine.device"]
-    assert "| contents |" in rows["corpus.hub.revision"]
-
-
 def test_metrics_page_explains_every_metric():
     text = (DOCS / "reference" / "metrics.md").read_text(encoding="utf-8")
     metrics = {metric.name for stage in Stages().values() for metric in stage.metrics} - {"*"}

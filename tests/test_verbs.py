@@ -14,7 +14,6 @@ import pytest
 
 from kit.commands import Say, run_here
 from kit.toys import PIPELINE
-from mlxchat.commands.arguments import quoted
 from mlxchat.commands.completion import complete_for_shell
 from mlxchat.composition.compose import group_options
 from mlxchat.config.verbs import VERBS
@@ -176,29 +175,6 @@ def test_rm_removes_only_with_apply(two, say):
     assert "no artifact or run" in say("rm", "run1", code=2)
 
 
-def test_status_shows_process_iteration_and_speed(two, say):
-    rid = "a" * 52
-    attempts.start(two.store.work(rid), "run9", "sft")
-    metrics = Records(two.store.work(rid) / "ckpt" / "records" / "metrics.jsonl")
-    for iteration in (1, 2):
-        metrics.append({"iteration": iteration, "tokens_per_second": 4321.0})
-    with two.store.lock(rid).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(json.dumps({"pid": 77, "host": "here", "run": "run9", "step": "sft"}))
-        file.flush()
-        assert "running in process 77 on here (run run9) at iteration 2, 4.32k tok/s" in say("status")
-        (work,) = json.loads(say("status", "--json"))["work"]
-    assert (work["state"], work["pid"], work["iteration"], work["tokens_per_second"]) == ("running", 77, 2, 4321.0)
-    folder = two.outputs / "runs" / "run9"
-    folder.mkdir()
-    (folder / "plan.json").write_text(json.dumps({"command": "mlxchat experiment=smoke"}))
-    attempts._began.clear()  # as if another process had started it
-    text = say("status")
-    assert re.search(
-        r"^left over\n  sft +killed at iteration 2\n +continue: mlxchat experiment=smoke$", text, re.MULTILINE
-    )
-
-
 def test_samples_shows_running_and_finished_trainings(toys, say):
     toys.add(
         "make",
@@ -268,13 +244,6 @@ def test_completion_covers_verbs_options_keys_and_artifacts(two, complete, tmp_p
     assert complete("mlxchat data fetch --dr") == {"--dry-run"}
     two.store.set_ref("pins", "best", resolve(two.store, "first"))
     assert complete(f"mlxchat pin {place} --remove ") >= {"best"}
-
-
-@pytest.mark.parametrize("value", ["it's", "back\\", "both\\'", "\\\\", "", "a b=c,{d: [e]}"])
-def test_quoting_round_trips(value):
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    assert OverridesParser.create().parse_override(f"name={quoted(value)}").value() == value
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
