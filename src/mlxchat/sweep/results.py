@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -172,7 +171,7 @@ def _rank(row: Row, metric: str | None, less_is_better: bool) -> tuple[bool, boo
 def _write_table(
     folder: Path, rows: Sequence[Row], keys: Sequence[str], metric: str | None, unit: str, *, less_is_better: bool
 ) -> None:
-    """Write table.md, table.csv, table.json and, if something can be drawn, plot.png; print the table."""
+    """Write table.md, table.json and, if something can be drawn, plot.png; print the table."""
     from mlxchat.sweep.plot import draw_sweep
 
     flat = [
@@ -186,10 +185,6 @@ def _write_table(
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     (folder / "table.md").write_text(table + "\n", encoding="utf-8")
     (folder / "table.json").write_text(json.dumps(flat, indent=1) + "\n", encoding="utf-8")
-    with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(flat)
     order = f"{unit}s by {metric}, {'smallest' if less_is_better else 'largest'} first\n\n" if metric else ""
     picture = draw_sweep(flat, keys, metric) if metric is not None else None
     if picture is not None:

@@ -87,7 +87,6 @@ class ScalingLaws:
     budgets: list[Budget]  # by FLOPs
     size: PowerLaw | None  # N*(C)
     tokens: PowerLaw | None  # D*(C)
-    bpb: PowerLaw | None  # the lowest bits per byte of each budget over C
 
 
 def trainings_of(manifests: Iterable[Manifest]) -> list[Training]:
@@ -132,7 +131,6 @@ def fit_scaling_laws(trainings: Sequence[Training]) -> ScalingLaws | None:
         budgets=budgets,
         size=fit_power_law(flops, [one.size or 0.0 for one in found]),
         tokens=fit_power_law(flops, [one.tokens for one in found]),
-        bpb=fit_power_law(flops, [one.bpb for one in found]),
     )
 
 
@@ -205,7 +203,7 @@ def describe_laws(laws: ScalingLaws) -> str:
         else:
             lines.append(f"{start} {one.size:,.0f} | {one.tokens:,.0f} | {one.tokens / one.size:.1f} | {one.bpb:.4f} |")
     lines.append("")
-    for label, law in (("N*", laws.size), ("D*", laws.tokens), ("bits per byte", laws.bpb)):
+    for label, law in (("N*", laws.size), ("D*", laws.tokens)):
         if law is not None:
             lines.append(f"- {label} = {law.at_centre:.4g} · (C / {law.centre:.3g})^({law.growth})")
     return "\n".join(lines) + "\n"

@@ -103,7 +103,7 @@ def run_search(arguments: list[str]) -> int:
 
     with locks.hold(search.folder / "search.lock", {"search": search.folder.name}, tell_waiting):
         study = open_study(search.folder / "journal.log", search.direction)
-        check_definition(study, redact(_definition(search)), search.folder)
+        check_definition(study, search)
         _run_trials(search, study)
         return _conclude(search, rows_of(study))
 
@@ -203,33 +203,27 @@ def examples_of(distribution: Any) -> Sequence[Any]:
     return getattr(distribution, "choices", None) or (distribution.low, distribution.high)
 
 
-def _definition(search: Search) -> dict[str, Any]:
-    """Return what identifies a search: metric, space and all fixed settings."""
-    from optuna.distributions import distribution_to_json
-
-    sweep = search.sweep
-    flat = {f"{step.name}: {key}": value for step in search.plan for key, value in flatten(step.identity).items()}
-    return {
-        "kind": sweep.kind, "metric": search.target, "direction": search.direction, "seed": sweep.seed,
-        "random_trials": sweep.random_trials,
-        "fixed": {name: value for name, value in flat.items() if name.partition(": ")[2] not in search.space},
-        "space": {f" {key}": distribution_to_json(found) for key, found in search.space.items()},
-    }  # fmt: skip
-
-
-def check_definition(study: optuna.Study, definition: dict[str, Any], folder: Path) -> None:
-    """Record the definition of a search, or check that it equals the recorded one.
+def check_definition(study: optuna.Study, search: Search) -> None:
+    """Record what identifies a search (metric, space, all fixed settings), or check that it equals what is recorded.
 
     Raises:
         ConfigError: the journal belongs to another search; lists the differences.
     """
+    from optuna.distributions import distribution_to_json
+
+    sweep, space = search.sweep, search.space
+    flat = {f"{step.name}: {key}": value for step in search.plan for key, value in flatten(step.identity).items()}
+    now: dict[str, Any] = {key: value for key, value in flat.items() if key.partition(": ")[2] not in space}
+    now |= {"sweep": [sweep.kind, search.target, search.direction, sweep.random_trials], "sweep.seed": sweep.seed}
+    now |= {f"space of {key}": distribution_to_json(found) for key, found in space.items()}
+    now = json.loads(json.dumps(redact(now)))
     known = study.user_attrs.get("definition")
     if known is None:
-        study.set_user_attr("definition", definition)
-    elif changed := changes(flatten(known), flatten(json.loads(json.dumps(definition)))):
+        study.set_user_attr("definition", now)
+    elif changed := changes(known, now):
         lines = [f"  {key}: {old} → {new}" for key, (old, new) in sorted(changed.items())]
         tail = "Choose another name (sweep.name=NAME), or remove that folder."
-        raise ConfigError("\n".join([f"{folder} holds a search with other settings:", *lines, tail]))
+        raise ConfigError("\n".join([f"{search.folder} holds a search with other settings:", *lines, tail]))
 
 
 class _Unlocked:
@@ -324,16 +318,16 @@ def _run_trial(search: Search, number: int, trial: optuna.Trial) -> Row:
     row: Row = {"job": number, "settings": dict(trial.params), "status": "failed", "metrics": {}, "steps": []}
     row["title"] = _shown(trial.params)
     step, _, metric = search.target.rpartition(".")
-    curve: dict[int, float] = {}
+    seen: set[int] = set()
     store = search.store
 
     def is_worse(name: str, record: Record) -> bool:
         """Report a record of the metric; return True if the trial is to be pruned."""
-        iteration, value = record.get("iteration"), record.get(metric)
-        if search.sweep.kind != "halving" or name != step or value is None or iteration in (None, *curve):
+        iteration, value = record.get("iteration", -1), record.get(metric)
+        if search.sweep.kind != "halving" or name != step or value is None or iteration in (-1, *seen):
             return False
-        curve[int(str(iteration))] = value
-        trial.report(value, int(str(iteration)))
+        seen.add(iteration)
+        trial.report(value, iteration)
         if trial.should_prune():
             row.update(status="pruned", iterations=iteration, value=value, metrics={search.target: value})
         return bool(row["status"] == "pruned")
