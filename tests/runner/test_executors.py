@@ -167,7 +167,7 @@ def test_step_executor_overrides_the_runs_or_uses_conf():
             "pipeline.pretrain.executor={kind: slurm, cpus_per_task: 0}",
             "executor.cpus_per_task is 0, expected at least 1",
         ),
-        ("executor.kind=slrum", 'executor.kind is "slrum", expected one of local, slurm'),
+        ("executor.kind=slrum", 'executor.kind is "slrum", expected local, slurm'),
         ("pipeline.pretrain.executor={kind: slurm, gpus_per_node: 'a100:8'}", "a100:8, but a job is one process"),
     ],
 )

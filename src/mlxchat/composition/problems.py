@@ -14,7 +14,6 @@ from mlxchat.composition.sections import config_of, executor_of
 from mlxchat.config.parts import is_own, load_part, part_file
 from mlxchat.config.schema import (
     ADAMW_GROUPS,
-    EXECUTORS,
     NO_ADAPTER,
     BatchConfig,
     Config,
@@ -101,9 +100,6 @@ def _execution(config: Config) -> Iterator[str]:
 
 
 def _executor(where: str, executor: ExecutorConfig) -> Iterator[str]:
-    if executor.kind not in EXECUTORS:
-        known = ", ".join(EXECUTORS)
-        yield f'{where}.kind is "{executor.kind}", expected one of {known}.{suggest(executor.kind, EXECUTORS)}'
     gpus = (executor.gpus_per_node or "0").rpartition(":")[2]
     if executor.kind == "ray" and not gpus.isdigit():
         yield f"{where}.gpus_per_node is {executor.gpus_per_node}, expected a whole number for Ray"
@@ -295,9 +291,6 @@ def _imported(config: Config) -> Iterator[str]:
     imported = config.imported
     if not any(step.get("stage") == "imported" for step in config.pipeline.values()):
         return
-    if imported.format not in (known := ("nanochat", "hf", "adapter")):
-        expected = f"expected nanochat, hf or adapter.{suggest(imported.format, known)}"
-        yield f'imported.format is "{imported.format}", {expected}'
     if (imported.repository is None) == (imported.folder is None):
         given = "both are" if imported.folder is not None else "neither is"
         yield f"exactly one of imported.repository and imported.folder must be set; {given}"
@@ -345,8 +338,9 @@ def find_bound_problems(key: str, section: Any) -> Iterator[str]:
         if (known := bounds.get("one_of")) is not None and value not in known:
             named = [str(each) for each in known]
             shown = f'"{value}"' if isinstance(value, str) else value
-            expected = (", " if null else " or ").join(named)
-            yield f"{where} is {shown}, expected {expected}{null}.{suggest(str(value), named)}"
+            last = "" if null else f" or {named.pop()}"
+            hint = suggest(str(value), [str(each) for each in known])
+            yield f"{where} is {shown}, expected {', '.join(named)}{last}{null}.{hint}"
         if not all(holds(value, bounds[name]) for name, (_, holds) in _BOUNDS.items() if name in bounds):
             expected = " and ".join(f"{words} {bounds[name]}" for name, (words, _) in _BOUNDS.items() if name in bounds)
             if {"at_least", "at_most"} <= bounds.keys():

@@ -546,7 +546,10 @@ class ImportConfig:
 
     name: str = field(default="imported", metadata={"identity": False})
     """Name of the artifact."""
-    format: str = field(default="nanochat", metadata={"pin": Found("mlxchat.interop.importing:pins_of")})
+    format: str = field(
+        default="nanochat",
+        metadata={"one_of": ("nanochat", "hf", "adapter"), "pin": Found("mlxchat.interop.importing:pins_of")},
+    )
     """nanochat (model_<step>.pt, meta_<step>.json, tokenizer.pkl), hf (a folder of NanoChatForCausalLM), or adapter
     (mlx-lm adapters for the checkpoint that the step reads)."""
     repository: str | None = field(default=None, metadata={"identity": False})
@@ -794,7 +797,7 @@ REQUEUES = {"local": 0, "slurm": 1000, "submitit_local": 1000, "ray": 3}
 class ExecutorConfig:
     """Where steps run; not part of any key. Names are those of submitit and sbatch."""
 
-    kind: str = "local"
+    kind: str = field(default="local", metadata={"one_of": EXECUTORS})
     """local; slurm: a SLURM job; submitit_local: the same on this machine, without SLURM; ray: a Ray task."""
     timeout_min: int = field(default=240, metadata={"at_least": 1})
     """Time limit of a job in minutes; the job then saves its state and is queued again."""

@@ -25,7 +25,7 @@ VERBS = {
     "export": ("models:export", "write a model for another tool: export ID --to hf|nanochat|mlx|mlx-adapter|peft PATH"),
     "import": ("models:import_model", "import a model or adapters of another tool: import nanochat|hf|adapter WHAT"),
     "chat": ("models:chat", "chat with a model (-p QUESTION for one answer)"),
-    "serve": ("models:serve", "serve models over HTTP: OpenAI's API, nanochat's API, and a chat page"),
+    "serve": ("models:serve", "serve models over HTTP: OpenAI's API and a chat page"),
     "eval": ("evaluate:evaluate", "evaluate a model on a task or suite: eval sft --task gsm8k --limit 100 --samples 8"),
     "distill": ("distill:distill", "collect a teacher's answers from an OpenAI-compatible endpoint, to train on"),
     "data": ("data:data", "download and show data of the Hub: data fetch|show"),

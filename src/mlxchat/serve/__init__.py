@@ -1,1 +1,1 @@
-"""A model over HTTP: OpenAI's interface, nanochat's own, and a page to chat in."""
+"""A model over HTTP: OpenAI's interface, and a page to chat in."""
