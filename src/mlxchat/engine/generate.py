@@ -39,14 +39,10 @@ if TYPE_CHECKING:
 class Completion:
     """The generated tokens of a row."""
 
-    ids: list[int] = field(default_factory=list)
-    """Generated ids, including the final <|assistant_end|>."""
-    mask: list[int] = field(default_factory=list)
-    """1 where the id was sampled, 0 where it was forced."""
-    log_probabilities: list[float] = field(default_factory=list)
-    """If requested: of each sampled id, in nats; 0 where it was forced."""
-    finished: bool = False
-    """Whether the row ended with an end token."""
+    ids: list[int] = field(default_factory=list)  # including the final <|assistant_end|>
+    mask: list[int] = field(default_factory=list)  # 1 where the id was sampled, 0 where it was forced
+    log_probabilities: list[float] = field(default_factory=list)  # if requested: in nats; 0 where the id was forced
+    finished: bool = False  # whether the row ended with an end token
 
     def text(self, tokenizer: Any) -> str:
         """Return the answer's text, without the end token."""

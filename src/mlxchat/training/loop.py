@@ -27,14 +27,11 @@ _COUNTED = ("num_iterations", "num_updates", "total_tokens", "total_flops")
 class Observation:
     """A measurement between iterations, such as validation. It changes neither weights nor random numbers."""
 
-    run: Callable[[int], dict[str, float]]
-    """Takes the number of iterations done; returns numbers to log."""
-    every: tuple[int | None, ...] = ()
-    """Iterations between calls; it is due where any of these divides the number done."""
+    run: Callable[[int], dict[str, float]]  # takes the number of iterations done; returns numbers to log
+    every: tuple[int | None, ...] = ()  # iterations between calls; due where any of these divides the number done
     at_start: bool = False
     at_end: bool = True
-    title: str = ""
-    """Its name on the progress line while it runs; empty: the line stays."""
+    title: str = ""  # its name on the progress line while it runs; empty: the line stays
 
     def is_due(self, done: int, *, ends: bool) -> bool:
         """Return whether to call it after `done` iterations, with which the training perhaps ends."""

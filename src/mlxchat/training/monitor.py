@@ -34,15 +34,12 @@ _MOST_SKIPPED = 20  # iterations in a row without finite numbers, with training.
 class Counts:
     """What a resumed training continues with."""
 
-    loss: float = 0.0
-    """Exponential sum of the losses (decay 0.9, as nanochat prints it), and of their weights."""
-    loss_weight: float = 0.0
+    loss: float = 0.0  # exponential sum of the losses (decay 0.9, as nanochat prints it)
+    loss_weight: float = 0.0  # and of their weights
     tokens: int = 0
     seconds: float = 0.0
-    waited: float = 0.0
-    """Seconds of reading data."""
-    skipped: int = 0
-    """Iterations whose update was skipped."""
+    waited: float = 0.0  # seconds of reading data
+    skipped: int = 0  # iterations whose update was skipped
     skipped_in_a_row: int = 0
 
 

@@ -35,12 +35,10 @@ _LOSS_PARTS = ("ce", "kl")
 class Gradients(NamedTuple):
     """Loss and gradients of some rows of a batch, in the dtype that they were computed in."""
 
-    loss: mx.array
-    """Scalar, or with a teacher (3,): total, ce and kl."""
-    whole: Flat
-    """Of all parameters but embeddings, by name."""
+    loss: mx.array  # scalar, or with a teacher (3,): total, ce and kl
+    whole: Flat  # of all parameters but embeddings, by name
+    # Of embeddings, by name: token ids (N,), and the gradients (N, C) of the rows that they read.
     read: dict[str, tuple[mx.array, mx.array]]
-    """Of embeddings, by name: token ids (N,), and the gradients (N, C) of the rows that they read."""
 
 
 class Sums(NamedTuple):
