@@ -35,6 +35,7 @@ def head() -> Iterator[None]:
     # Its sockets need a shorter path than the folder of MLX's kernels, which goes with their compiler.
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TMPDIR", raising=False)
+        patch.setenv("RAY_AUTH_MODE", "disabled")
         places = os.environ["PATH"].split(os.pathsep)
         patch.setenv("PATH", os.pathsep.join(each for each in places if "mlxchat-compiler" not in each))
         command = [

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -196,7 +197,7 @@ class _Here:
         SLURM sends SIGUSR2 (chosen by submitit) at the time limit and SIGTERM, twice, at preemption, in any order.
         Yields a function that returns a stopped job to its queue, or returns why it does not.
         """
-        ended, cancelled = threading.Event(), threading.Event()
+        ended = threading.Event()
         requeue = signal.getsignal(signal.SIGUSR2)  # submitit's
         at_limit: list[int] = []
 
@@ -204,16 +205,18 @@ class _Here:
             at_limit.append(number)
             os.kill(os.getpid(), signal.SIGTERM)
 
+        def is_cancelled() -> bool:
+            return any(line.get("cancel") == self.job for line in Records(self.record).read())
+
         def watch() -> None:
             while not ended.wait(_WATCH_SECONDS):
-                if any(line.get("cancel") == self.job for line in Records(self.record).read()):
-                    cancelled.set()
+                if is_cancelled():
                     os.kill(os.getpid(), signal.SIGTERM)
                     return
 
         def leave() -> str:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            if cancelled.is_set():
+            if is_cancelled():
                 return "it was cancelled"
             if self.kind == "ray":
                 os._exit(128 + signal.SIGTERM)  # Ray starts it again
@@ -349,7 +352,11 @@ class _Ray:
         import ray
 
         if not ray.is_initialized() and (start or address is not None):
-            ray.init(address=address, namespace="mlxchat", include_dashboard=False, logging_level=logging.ERROR)
+            # On a CPU, TMPDIR is the folder of MLX's kernels by now, too long a path for Ray's sockets.
+            place: dict[str, Any] = (
+                {} if address else {"_temp_dir": f"{tempfile.gettempdir()}/ray", "include_dashboard": False}
+            )
+            ray.init(address=address, namespace="mlxchat", logging_level=logging.ERROR, **place)
 
 
 class _Actor:
