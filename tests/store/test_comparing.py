@@ -1,9 +1,8 @@
-"""`diff` names different devices and MLX versions of artifacts, `plan` those that differ from this machine's."""
+"""`diff` names different devices, MLX versions and seeds of artifacts."""
 
 from typing import Any
 
-from mlxchat.store.compare import differences, environment_drift
-from mlxchat.store.environment import versions
+from mlxchat.store.compare import differences
 
 
 def made_with(backend: str, mlx: str | None) -> dict[str, Any]:
@@ -20,10 +19,3 @@ def test_diff_shows_device_and_mlx():
 def test_diff_names_both_seeds_by_their_keys():
     old, new = ({"config": {"seed": data_seed}, "seed": 1, "data_seed": data_seed} for data_seed in (1, 2))
     assert differences(old, new)["config"] == {"data_seed": (1, 2)}
-
-
-def test_drift_is_another_device_or_mlx_than_here():
-    here = versions()["mlx"]
-    assert environment_drift(made_with("cpu", here), "cpu") == {}
-    assert environment_drift(made_with("metal", "0.1"), "cpu") == {"device": ("metal", "cpu"), "mlx": ("0.1", here)}
-    assert environment_drift({}, "cpu") == {}, "older artifacts did not record it"

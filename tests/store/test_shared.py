@@ -1,10 +1,5 @@
 """Shared artifacts: created once per content, and never partial."""
 
-import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,47 +64,3 @@ def test_failure_leaves_nothing_and_is_repeated(shared, error):
         obtain(shared, fail)
     assert list((shared.outputs / "store").iterdir()) == list((shared.outputs / "work").iterdir()) == []
     assert (obtain(shared, write) / "tokens").exists()
-
-
-PROCESS = """
-import sys, time
-from pathlib import Path
-from mlxchat.store.shared import SharedArtifacts
-outputs, log, slow = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
-
-def make(folder):
-    with log.open("a") as file:
-        file.write("made\\n")
-    (folder / "tokens").write_text("con")
-    time.sleep(slow)
-    (folder / "tokens").write_text("content")
-    return {"tokens": 7}
-
-shared = SharedArtifacts(outputs=outputs, run="run", inputs={}, facts=dict, say=lambda line: None)
-place = shared.obtain(version=1, label="shard", identity={"text": "abc"}, make=make)
-print((place / "tokens").read_text(), flush=True)
-"""
-
-
-def start(outputs: Path, log: Path, slow: float) -> subprocess.Popen[str]:
-    arguments = [sys.executable, "-c", PROCESS, str(outputs), str(log), str(slow)]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
-
-
-def test_killed_process_leaves_no_artifact(shared, tmp_path):
-    log = tmp_path / "log"
-    process = start(shared.outputs, log, 60)
-    while not any((shared.outputs / "work").glob("*/out/tokens")):
-        time.sleep(0.005)
-    Store(shared.outputs).prepare()
-    assert len(list((shared.outputs / "work").iterdir())) == 1, "other runs leave its work alone"
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert list((shared.outputs / "store").iterdir()) == []
-    copied = Store(shutil.copytree(shared.outputs, tmp_path / "copied"))
-    copied.prepare()
-    assert list((copied.outputs / "work").iterdir()) == [], "a run that does not need the artifact removes its work"
-    assert start(shared.outputs, log, 0).communicate(timeout=60)[0] == "content\n"
-    assert log.read_text() == "made\nmade\n"
-    (manifest,) = Store(shared.outputs).manifests()
-    assert [attempt["outcome"] for attempt in manifest["attempts"]] == ["killed", "done"]

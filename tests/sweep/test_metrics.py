@@ -48,20 +48,6 @@ def test_training_metrics_are_in_metrics_jsonl(finished):
         assert expected <= names, stage
 
 
-@pytest.mark.parametrize(
-    ("stage", "metric", "direction"),
-    [
-        ("pretrain", "val_bpb", "minimize"), ("pretrain", "tokens_per_second", "maximize"),
-        ("sft", "val_loss", "minimize"), ("sft", "accuracy_facts", "maximize"), ("rl", "pass_at_8", "maximize"),
-        ("rl", "pass_at_8_stderr", None), ("eval", "core", "maximize"), ("eval", "facts", "maximize"),
-    ],
-)  # fmt: skip
-def test_metrics_have_the_right_direction(stage, metric, direction):
-    found = Stages()[stage].metric(metric)
-    assert found is not None
-    assert found.better == direction
-
-
 def test_compare_and_ls_sort_a_metric_best_first(toys, say):
     metrics = {"score": "maximize", "val_loss": "minimize", "num_tokens": None}
     body = """

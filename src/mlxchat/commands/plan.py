@@ -72,31 +72,17 @@ def _plan(options: Namespace) -> int:
     memory = {name: each.text for name, each in forecast_memory(config, plan).items() if each.text}
     times = estimate_trainings(config, plan, store)
     estimates = estimate_steps(plan, store) | times
-    drift = _find_drift(config, plan, store)
     if options.json:
-        print_json(describe_plan(plan, estimates, memory, drift))
+        print_json(describe_plan(plan, estimates, memory))
     else:
         for line in _describe_recipe(composed, plan, store, times):
             print(line)
-        print(format_plan(plan, _remarks(config, plan, store, memory, drift), estimates), flush=True)
+        print(format_plan(plan, _remarks(config, plan, store, memory), estimates), flush=True)
     place_steps(config, plan)
     return _EXIT_PENDING if options.exit_code and not all(step.done for step in plan) else 0
 
 
-def _find_drift(config: Config, plan: list[PlannedStep], store: Store) -> dict[str, Changes]:
-    """Return finished step → what of the environment that computed it has changed."""
-    from mlxchat.ops.machine import device_kind
-    from mlxchat.store.compare import environment_drift
-
-    backend = device_kind(config.machine.device)
-    done = [step for step in plan if step.done and step.stage.uses_gpu]
-    manifests = ((step.name, store.made(step.key)) for step in done)
-    return {name: environment_drift(manifest, backend) for name, manifest in manifests if manifest is not None}
-
-
-def _remarks(
-    config: Config, plan: list[PlannedStep], store: Store, memory: Mapping[str, str], drift: Mapping[str, Changes]
-) -> dict[str, str]:
+def _remarks(config: Config, plan: list[PlannedStep], store: Store, memory: Mapping[str, str]) -> dict[str, str]:
     """Return step → what brackets say about it beside its duration."""
     from mlxchat.pipeline import find_executors
     from mlxchat.planning.inputs import find_text_need, reads_text
@@ -109,10 +95,6 @@ def _remarks(
     reader = next((step.name for step in plan if reads_text(step)), None)
     if reader and need:
         remarks.setdefault(reader, []).append(str(need))
-    for name, changes in drift.items():
-        if changes:
-            told = ", ".join(f"{key} {old}, now {new}" for key, (old, new) in changes.items())
-            remarks.setdefault(name, []).append(f"computed with {told}")
     for step in plan:
         if unknown := find_unknown(step.externals):
             told = ", ".join(dict.fromkeys(unknown.values()))
@@ -171,9 +153,7 @@ def _plan_sweep(options: Namespace) -> int:
         own = [step for step in job.plan if not step.done and step.key not in known]
         known |= {step.key: estimates.get(step.name) for step in own}
         about = {"job": job.number, "overrides": job.overrides, "title": job.title, "done": job.is_finished}
-        described.append(
-            {**about, "own": [step.name for step in own], **describe_plan(job.plan, estimates, memory, {})}
-        )
+        described.append({**about, "own": [step.name for step in own], **describe_plan(job.plan, estimates, memory)})
         if not options.json:
             state = "" if own else " is done" if job.is_finished else " needs only steps of jobs above"
             print(visible(f"job {job.number}/{len(jobs)} {job.title}{state}"))
@@ -196,8 +176,7 @@ def _plan_sweep(options: Namespace) -> int:
 
 
 def describe_plan(
-    plan: list[PlannedStep], estimates: Mapping[str, Estimate | None], memory: Mapping[str, str],
-    drift: Mapping[str, Changes],
+    plan: list[PlannedStep], estimates: Mapping[str, Estimate | None], memory: Mapping[str, str]
 ) -> dict[str, Any]:  # fmt: skip
     """Return the plan as plain data, with every difference from the nearest artifact."""
     planned = {step.name: step for step in plan}
@@ -212,7 +191,6 @@ def describe_plan(
             "step": step.name, "stage": step.stage.name, "state": step.state, "reason": step.reason, "key": step.key,
             "rid": step.rid or None, "artifact": step.artifact or None, "forced": step.forced, "inputs": inputs,
             "difference": _describe_difference(step), "changed_code": step.drift,
-            "changed_environment": _old_and_new(drift.get(step.name, {})),
             "estimate": asdict(estimate) if estimate else None, "memory": memory.get(step.name),
         })  # fmt: skip
     return {

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxchat.errors import ConfigError, StoreError, suggest
-from mlxchat.store.environment import versions
 from mlxchat.store.fingerprint import changes, flatten
 from mlxchat.store.manifest import Manifest
 from mlxchat.store.naming import LATEST, called, latest
@@ -51,16 +50,6 @@ def _sections(manifest: Manifest) -> dict[str, dict[str, Any]]:
         "environment": flatten(part["versions"]) | flatten(part["device"], "device.") | host,
         "contents": {file["path"]: file["sha256"][:12] for file in manifest.get("outputs", ())},
     }
-
-
-def environment_drift(made: Manifest, backend: str) -> dict[str, Change]:
-    """Return device and MLX version as (old, new) where they differ between an artifact and this machine.
-
-    They are not part of keys, because they change only the last bits of results.
-    """
-    before = {"device": (made.get("device") or {}).get("backend"), "mlx": (made.get("versions") or {}).get("mlx")}
-    now = {"device": backend, "mlx": versions().get("mlx")}
-    return {key: (old, now[key]) for key, old in before.items() if old is not None and old != now[key]}
 
 
 Row = dict[str, Any]
