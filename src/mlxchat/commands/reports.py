@@ -214,5 +214,5 @@ def _sweep_folder(outputs: Path, name: str) -> Path | None:
     folder = find_sweep(outputs, _folder_name(name))
     if folder is None or not (folder / "sweep.json").is_file():
         return None
-    is_run = any((outputs / "runs" / run.name).is_dir() for run in find_runs(Store(outputs), [name]))
+    is_run = any((outputs / "runs" / run).is_dir() for run, _ in find_runs(Store(outputs), [name]))
     return None if is_run else folder

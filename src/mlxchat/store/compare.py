@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from mlxchat.errors import ConfigError, StoreError, suggest
 from mlxchat.store.fingerprint import changes, flatten
@@ -55,76 +54,61 @@ def _sections(manifest: Manifest) -> dict[str, dict[str, Any]]:
 Row = dict[str, Any]
 
 
-class Compared(NamedTuple):
-    """A run, or a job of a sweep."""
-
-    name: str
-    steps: list[dict[str, Any]]
-    """Steps of its plan: step, key, rid and more."""
+Plan = tuple[str, list[dict[str, Any]]]
+"""The name of a run or of a job of a sweep, and the steps of its plan: step, key, rid and more."""
 
 
-def find_runs(store: Store, names: list[str]) -> list[Compared]:
-    """Return the named runs, oldest first, then the jobs of the named sweeps; without names, all runs.
+def find_runs(store: Store, names: list[str]) -> list[Plan]:
+    """Return the named runs, oldest first, then the jobs with artifacts of the named sweeps; without names, all runs.
 
     A name is that of a run's folder, else its last part (smoke: all runs called so), else that of a sweep;
     multirun/NAME is always the sweep.
 
     Raises:
         ConfigError: a name matches no run and no sweep.
-        StoreError: the plan of a named run cannot be read.
+        StoreError: a plan cannot be read.
     """
     every = {path.parent.name: path for path in sorted((store.outputs / "runs").glob("*/plan.json"))}
-    chosen = set[str]() if names else {*every}
-    jobs: list[Compared] = []
+    runs = set[str]() if names else {*every}
+    jobs: list[Plan] = []
     for name in names:
         last = latest(store) if name == LATEST else name.rstrip("/").rpartition("/")[2]
         matching = {last} & every.keys() or {run for run in every if called(run) == last}
         if matching and "multirun/" not in name:
-            chosen |= matching
+            runs |= matching
         elif (sweep := find_sweep(store.outputs, last)) is not None:
-            jobs += _jobs_of(sweep)
+            jobs += [
+                (job["title"], job["steps"]) for job in _read(sweep / "sweep.json")["jobs"].values() if job["steps"]
+            ]
         else:
             raise ConfigError(f'"{name}" is no run or sweep in {store.outputs}.{suggest(name, every)}')
-    runs = []
-    for run, path in every.items():
-        try:
-            if run in chosen:
-                runs.append(Compared(run, json.loads(path.read_text(encoding="utf-8"))["steps"]))
-        except (OSError, ValueError, KeyError) as error:
-            if names:
-                raise StoreError(f"{path} cannot be read ({error})") from None
-    return [*runs, *jobs]
+    return [*((run, _read(every[run])["steps"]) for run in every if run in runs), *jobs]
 
 
 def find_sweep(outputs: Path, name: str) -> Path | None:
     """Return the folder of a sweep by its name, or the last one whose name ends so: town-sweep."""
-    folder = outputs / "multirun" / name
-    if name and os.path.isdir(folder):  # noqa: PTH112  (False for names that are too long for a file)
-        return folder
-    return max((each for each in (outputs / "multirun").glob("*") if called(each.name) == name), default=None)
+    sweeps = {path.parent.name: path.parent for path in sorted((outputs / "multirun").glob("*/sweep.json"))}
+    called_so = [place for folder, place in sweeps.items() if called(folder) == name]
+    return sweeps.get(name) or next(reversed(called_so), None)
 
 
-def _jobs_of(sweep: Path) -> list[Compared]:
-    """Return the jobs or trials of a sweep that have artifacts."""
+def _read(path: Path) -> dict[str, Any]:
     try:
-        jobs = json.loads((sweep / "sweep.json").read_text(encoding="utf-8"))["jobs"].values()
-        return [Compared(job["title"], job["steps"]) for job in jobs if job["steps"]]
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"{sweep}/sweep.json cannot be read ({type(error).__name__}): run the same sweep again to rewrite it; "
-            "finished jobs are not recomputed"
-        ) from None
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read ({error})") from None
+    return record
 
 
-def rows_of_runs(store: Store, runs: list[Compared]) -> list[Row]:
+def rows_of_runs(store: Store, runs: list[Plan]) -> list[Row]:
     """Return a row per run: `name`, `config` and `metrics` of its finished steps.
 
     `steps` has the stage of each step, `scores` the artifact of each evaluation by what its metrics' names begin with.
     """
     rows = []
-    for run in runs:
-        row: Row = {"name": run.name, "config": {}, "metrics": {}, "steps": {}, "scores": {}}
-        for step in run.steps:
+    for name, steps in runs:
+        row: Row = {"name": name, "config": {}, "metrics": {}, "steps": {}, "scores": {}}
+        for step in steps:
             manifest = None
             with suppress(StoreError):  # a damaged one
                 manifest = store.made(step.get("key", ""), step["rid"])
