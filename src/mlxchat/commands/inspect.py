@@ -378,14 +378,14 @@ def lineage(parser: Parser) -> None:
 
 def _lineage(options: Namespace) -> int:
     """Print the tree of its inputs and that of its uses."""
-    from mlxchat.store.catalog import ancestors, by_rid, descendants
+    from mlxchat.store.catalog import by_rid, lineage
 
     store = Store(options.outputs)
     place = resolve(store, options.names[0])
     manifest = read_manifest(place)
     shown = (each for each in read_catalog(store) if each.get("kind") != _ENCODED or each["folder"] == place.name)
     known = by_rid(shown)
-    inputs, uses = ancestors(manifest["rid"], known), descendants(manifest["rid"], known)
+    inputs, uses = lineage(manifest["rid"], known, "inputs"), lineage(manifest["rid"], known, "uses")
     outside = [*_outside(manifest)]
     if options.json:
         print_json({"inputs": inputs, "outside": outside, "uses": uses})

@@ -28,7 +28,8 @@ from mlxchat.model.lora import merge_adapters, read_adapters, write_adapters
 from mlxchat.model.parameters import cast_parameters, flatten_parameters, set_parameters
 from mlxchat.model.sizes import GPTSizes
 from mlxchat.ops.device import default_dtype
-from mlxchat.store.bases import ADAPTER_KEY, describe_base, find_chain
+from mlxchat.store.bases import ADAPTER_KEY, find_chain
+from mlxchat.store.manifest import read_manifest
 
 # Fields of config.json for features beyond October 2025.
 _FEATURES = {field.name: field.default for field in fields(GPTSizes) if field.default is not MISSING}
@@ -59,7 +60,7 @@ def save_adapters(
     `base` is the artifact's folder; it may have adapters, too.
     """
     write_adapters(folder, adapters, adapter_sizes, num_layers=sizes.num_layers)
-    about: dict[str, Any] = {"base": describe_base(base)}
+    about: dict[str, Any] = {"base": {"rid": read_manifest(base)["rid"]}}
     if adapter_sizes.bits is not None:
         about |= {"bits": adapter_sizes.bits, "group_size": adapter_sizes.group_size}
     write_description(folder, sizes, tokenizer, {**facts, ADAPTER_KEY: about})

@@ -12,16 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.errors import DataError, StoreError
-from mlxchat.store.manifest import read_manifest
 from mlxchat.store.store import Store
 
 ADAPTER_KEY = "adapter"
 """Key of checkpoint.json: present if the folder holds an adapter, with its description."""
-
-
-def describe_base(folder: Path) -> dict[str, str]:
-    """Return an adapter's reference to its base, the artifact in this folder: its id."""
-    return {"rid": read_manifest(folder)["rid"]}
 
 
 def is_adapter(folder: Path) -> bool:

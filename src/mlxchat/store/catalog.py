@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 from mlxchat.errors import StoreError
 from mlxchat.store.files import list_folder
@@ -53,31 +53,22 @@ Node = dict[str, Any]
 nodes, `inputs` or `uses`."""
 
 
-def ancestors(rid: str, known: Mapping[str, Summary]) -> Node:
-    """Return the tree of an artifact's inputs with the artifact as root."""
-    return _grow({"rid": rid}, "", known, "inputs", lambda summary: list(summary["inputs"].items()))
-
-
-def descendants(rid: str, known: Mapping[str, Summary]) -> Node:
-    """Return the tree of everything made from an artifact, in order of time, with the artifact as root."""
+def lineage(rid: str, known: Mapping[str, Summary], below: Literal["inputs", "uses"]) -> Node:
+    """Return the tree of what an artifact was made from, or of everything made from it, with the artifact as root."""
     users: dict[str, list[tuple[str, Summary]]] = {}
     for summary in known.values():
         for role, made in summary["inputs"].items():
             users.setdefault(made["rid"], []).append((role, summary))
-    return _grow({"rid": rid}, "", known, "uses", lambda summary: users.get(summary["rid"], []))
 
+    def grow(made: Mapping[str, Any], role: str) -> Node:
+        summary = known.get(made["rid"])
+        if summary is None:
+            gone = {"role": role, "step": made.get("step"), "artifact": made.get("artifact"), "rid": made["rid"]}
+            return {**gone, "published": None, "here": False, below: []}
+        following = summary["inputs"].items() if below == "inputs" else users.get(summary["rid"], [])
+        return {
+            "role": role, "step": summary["step"], "artifact": summary["folder"], "rid": summary["rid"],
+            "published": summary["published"], "here": True, below: [grow(each, name) for name, each in following],
+        }  # fmt: skip
 
-def _grow(
-    made: Mapping[str, Any], role: str, known: Mapping[str, Summary], below: str,
-    following: Callable[[Summary], list[tuple[str, Any]]],
-) -> Node:  # fmt: skip
-    """Return the tree of the artifact `made`, of which at least the id is given."""
-    summary = known.get(made["rid"])
-    if summary is None:
-        gone = {"role": role, "step": made.get("step"), "artifact": made.get("artifact"), "rid": made["rid"]}
-        return {**gone, "published": None, "here": False, below: []}
-    return {
-        "role": role, "step": summary["step"], "artifact": summary["folder"], "rid": summary["rid"],
-        "published": summary["published"], "here": True,
-        below: [_grow(each, name, known, below, following) for name, each in following(summary)],
-    }  # fmt: skip
+    return grow({"rid": rid}, "")

@@ -117,21 +117,17 @@ def host_name() -> str:
 
 
 def gpu_locks() -> dict[str, Path]:
-    """Return device → lock file of every GPU that this process may use, in the order to take them.
+    """Return device → lock file of every GPU that SLURM or CUDA allows, else of all, in the order to take them.
 
     The locks are per machine, not per outputs folder.
     """
-    # Not $TMPDIR, which differs between shells and jobs.
-    folder = Path(os.environ.get("MLXCHAT_LOCKS") or f"/tmp/mlxchat-{os.getuid()}")
-    return {name: folder / f"gpu-{name.replace('/', '-')}.lock" for name in sorted(_gpu_names())}
-
-
-def _gpu_names() -> list[str]:
-    """Return the devices that SLURM or CUDA allows; without a restriction, all."""
     # In a job CUDA may number the job's devices from 0; SLURM's numbers are the machine's.
     allowed = os.environ.get("SLURM_JOB_GPUS") or os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    chosen = [name.strip() for name in allowed.split(",") if name.strip()]
-    return chosen or [str(number) for number in range(len(list(_NVIDIA.glob("*/information"))) or 1)]
+    names = [name.strip() for name in allowed.split(",") if name.strip()]
+    names = names or [str(number) for number in range(len(list(_NVIDIA.glob("*/information"))) or 1)]
+    # Not $TMPDIR, which differs between shells and jobs.
+    folder = Path(os.environ.get("MLXCHAT_LOCKS") or f"/tmp/mlxchat-{os.getuid()}")
+    return {name: folder / f"gpu-{name.replace('/', '-')}.lock" for name in sorted(names)}
 
 
 def name_process(owner: Mapping[str, Any]) -> str:
