@@ -119,8 +119,10 @@ def run_pipeline(
     except OSError as error:
         raise StoreError(f"{error.filename or store.outputs} cannot be written ({error.strerror})") from None
     planned = {step.name: step for step in plan}
+    # Stable over all attempts of a run: keys with names of inputs instead of contents.
+    ids = [step.key_with(step.inputs | {role: each["tree"] for role, each in step.artifacts.items()}) for step in plan]
     tracker = Tracker(
-        config.tracker, folder, ids=[step.settings_key for step in plan], settings=redact(plain_of(config)), say=_say,
+        config.tracker, folder, ids=ids, settings=redact(plain_of(config)), say=_say,
         records=lambda step: store.work(planned[step].key) / "ckpt" / "records" / "metrics.jsonl",
     )  # fmt: skip
 

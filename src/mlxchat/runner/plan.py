@@ -157,11 +157,6 @@ class PlannedStep:
         return compute_key(self.stage.name, self.stage.version, identity, contents, self.externals)
 
     @property
-    def settings_key(self) -> str:
-        """An id that is stable over all attempts of a run: a key with names of inputs instead of contents."""
-        return self.key_with(self.inputs | {role: manifest["tree"] for role, manifest in self.artifacts.items()})
-
-    @property
     def title(self) -> str:
         """Name of its artifact, without the id."""
         return artifact_title(self.stage.name, self.label)

@@ -107,8 +107,7 @@ class Estimate:
 
     seconds: float
     bytes: int
-    artifact: str = ""
-    """Name of the artifact that the estimate is taken from."""
+    artifact: str = ""  # name of the artifact that the estimate is taken from
 
     def __str__(self) -> str:
         """Return the estimate as text."""
