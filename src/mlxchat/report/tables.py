@@ -192,12 +192,6 @@ def shown(measure: Measure | None, *, is_best: bool = False) -> Cell:
     return Cell(words, ", ".join(details), is_best)
 
 
-def format_metric(metric: str, value: float) -> str:
-    """Return a number with the digits of its kind."""
-    digits = _DIGITS.get(metric)
-    return format_number(value) if digits is None else f"{value:.{digits}f}"
-
-
 def _clear_best(measured: list[Measure], chances: list[float]) -> float | None:
     """Return the best of comparable values; None unless it is beyond all others and beyond chance.
 
