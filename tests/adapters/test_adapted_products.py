@@ -94,15 +94,3 @@ def test_dropout_applies_only_to_the_adapters_input(path):
     expected_slopes = cotangent @ n["w"] + kept * (SCALE * cotangent @ n["b"].T @ n["a"].T)
     np.testing.assert_allclose(np.asarray(slopes[0]), expected_slopes, atol=1e-4)
     np.testing.assert_allclose(np.asarray(made.layer(given)), expected("lora", x, n), atol=1e-4)
-
-
-def test_rows_of_zeros_stay_zero_with_dora(path):
-    weight = mx.array(make("dora").numbers["w"].astype(np.float32))
-    weight[:8] = 0
-    sizes = AdapterConfig(kind="dora", rank=RANK, scale=SCALE, group_size=GROUP)
-    layer = LAYERS["dora"](weight, sizes, mx.float32, key=mx.random.key(0), place=3)
-    np.testing.assert_allclose(np.asarray(layer.m), np.linalg.norm(np.asarray(weight), axis=1), atol=1e-6)
-    x = mx.array(np.random.default_rng(2).normal(0, 1, (2, 3, IN)).astype(np.float32))
-    slopes = mx.grad(lambda it: mx.square(layer(it)).sum())(x)
-    assert np.isfinite(np.asarray(slopes)).all()
-    assert float(mx.abs(layer(x)[..., :8]).max()) == float(mx.abs(layer.matrix[:8]).max()) == 0

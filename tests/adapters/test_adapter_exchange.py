@@ -95,21 +95,6 @@ def test_mlx_lm_opens_and_fuses_our_adapters(mlx_lm, outputs, monkeypatch, archi
         np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-def test_impossible_exchanges_are_refused(outputs, command):
-    base = publish_base(outputs)
-    july = publish_adapters(outputs, publish_base(outputs, "july", "jul2026"), "july-tuned")
-    rounded = publish_adapters(outputs, base, bits=4)
-    for words, message in (
-        (("import", "adapter", rounded), "--base"),
-        (("export", base.name, "--to", "mlx-adapter", "x"), "has no adapters"),
-        (("export", july.name, "--to", "peft", "x"), "October 2025, does not support"),
-        (("export", rounded.name, "--to", "peft", "x"), "quantised by MLX to 4 bits"),
-    ):
-        code, printed = command(*words)
-        assert code == 2
-        assert message in printed
-
-
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_exported_files_give_our_weights_by_pefts_formula(outputs, kind):
     """W + alpha / r × B A; DoRA: rows rescaled to m (PEFT's `LoraLayer` in NumPy). They are imported bit for bit."""

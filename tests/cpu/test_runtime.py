@@ -23,7 +23,6 @@ pytestmark = [
 
 # A product, and a chain that fuses, so that MLX compiles a kernel.
 PRODUCT = "import mlxchat, mlx.core as mx; print(int((mx.ones((64, 64)) @ mx.ones((64, 64))).sum().item())); "
-KERNEL = "import mlxchat, mlx.core as mx; print(mx.compile(lambda x: (x * 2 + 1) * x)(mx.array([3.0])).item()); "
 REPORT = "from mlxchat.cpu.runtime import remedy; print(remedy().library, remedy().reason, remedy().compiler); "
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -32,15 +31,6 @@ def plain_path() -> str:
     """Return PATH without the folder that this process may have prepended."""
     folders = os.environ["PATH"].split(os.pathsep)
     return os.pathsep.join(folder for folder in folders if not folder.endswith("mlxchat-compiler"))
-
-
-def path_with_compiler(folder: Path, text: str) -> str:
-    """Return a PATH on which a script stands before g++, which the script finds as $real."""
-    script = folder / "bin" / "g++"
-    script.parent.mkdir()
-    script.write_text(f'#!/bin/sh\nreal="{shutil.which("g++", path=plain_path())}"\n{text}\n')
-    script.chmod(0o755)
-    return f"{script.parent}{os.pathsep}{plain_path()}"
 
 
 @pytest.fixture
@@ -76,21 +66,6 @@ def test_what_is_switched_off_or_absent_is_reported(run, code, environment, expe
     done = run(code, **environment)
     assert expected in done.stdout
     assert ("mlxchat[cpu]" in done.stderr) is ("nowhere" in environment.get("MLXCHAT_BLAS", ""))
-
-
-def test_kernels_are_compiled_once_with_the_flags(run, tmp_path):
-    """By a compiler that logs its arguments, into a private folder. A second process compiles nothing."""
-    log = tmp_path / "calls"
-    path = path_with_compiler(tmp_path, f'echo "$@" >> "{log}"; exec "$real" "$@"')
-    assert run(KERNEL, PATH=path).stdout == "21.0\n"
-    calls = log.read_text().splitlines()
-    assert calls
-    assert all(line.split()[: len(runtime._FLAGS)] == runtime._FLAGS for line in calls)
-    assert run(KERNEL, PATH=path).stdout == "21.0\n"
-    assert [call for call in log.read_text().splitlines()[len(calls) :] if "--version" not in call] == []
-    (private,) = (tmp_path / "home" / ".cache" / "mlxchat" / "kernels").iterdir()
-    assert private.stat().st_mode & 0o077 == 0, "others must not be able to write code there"
-    assert not list((tmp_path / "tmp").rglob("*.so"))
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -2,13 +2,11 @@
 
 from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxchat.data.conversation import render_conversation, render_for_completion
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.errors import DataError
 
 
 def user(text: str) -> dict[str, Any]:
@@ -27,7 +25,6 @@ def talk(*messages: dict[str, Any]) -> dict[str, Any]:
     return {"messages": list(messages)}
 
 
-SYSTEM = {"role": "system", "content": "Be brief."}
 CALL = assistant([part("text", "It is "), part("python", "6*7"), part("python_output", "42"), part("text", "42.")])
 
 
@@ -85,19 +82,3 @@ def test_exactly_the_assistants_text_calls_and_ends_are_trained(tokenizer, turns
     assert [token for token, bit in zip(ids, mask, strict=True) if bit] == expected
     assert set(mask) <= {0, 1}
     assert ids[0] == tokenizer.bos
-
-
-@pytest.mark.parametrize(
-    "conversation",
-    [
-        {"messages": []}, {"conversation": []}, talk(SYSTEM), talk(SYSTEM, assistant("a")),
-        talk(user("a"), user("b")), talk(user("a"), assistant("b"), SYSTEM, user("c")),
-        talk(user("a"), {"role": "tool", "content": "x"}), talk({"role": "user"}, assistant("b"), user("c")),
-        talk(user("a"), assistant(part("text", "x")), user("c")), {"messages": ["hello", "you"]},
-    ],
-    ids=str,
-)  # fmt: skip
-@pytest.mark.parametrize("render", [render_conversation, render_for_completion])
-def test_invalid_conversations_are_refused(tokenizer, conversation, render):
-    with pytest.raises(DataError):
-        render(tokenizer, conversation)

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from kit.text import DOCUMENTS
-from mlxchat.data.sources import Corpus, gather_documents, read_file, text_files, write_shards
-from mlxchat.errors import ConfigError, DataError
+from mlxchat.data.sources import Corpus, gather_documents, read_file, text_files
+from mlxchat.errors import ConfigError
 
 
 def read(path: Path) -> list[str]:
@@ -95,11 +95,3 @@ def test_shards_have_nanochats_format_and_every_document_once(hundred):
     assert metadata.schema.names == ["text"]
     assert metadata.row_group(0).column(0).compression == "ZSTD"
     assert [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)] == [7, 7, 7, 7, 7, 5]
-
-
-def test_corpora_without_training_documents_are_refused(tmp_path):
-    with pytest.raises(DataError, match=r"corpus has 3 documents, of which corpus\.validation_documents=3"):
-        write_shards(tmp_path, DOCUMENTS[:3], validation_documents=3, shard_documents=10, row_group_documents=5)
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(DataError, match=r"has no shard_\*\.parquet or no validation\.parquet"):
-        Corpus.open(tmp_path)

@@ -11,7 +11,6 @@ from kit.models import composed
 from kit.text import parquet
 from mlxchat.config.schema import HubConfig
 from mlxchat.data.sources import Corpus, pin_corpus
-from mlxchat.errors import DataError
 
 NAME = "org/texts"
 
@@ -92,14 +91,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "files of another kind": ({"train_files": "*.json"}, r"notes\.json is not a parquet file.*refs/convert/parquet"),
     "no such revision": ({"revision": "v9"}, "org/texts.*no such dataset or revision"),
 }
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_missing_files_and_columns_are_refused(hub, five, pin, name):
-    five.files["notes.json"] = b"{}"
-    changes, message = REFUSED[name]
-    with pytest.raises(DataError, match=message):
-        pin(**changes)
 
 
 def test_needed_files_are_the_first_with_so_many_characters(hub, five, pin):

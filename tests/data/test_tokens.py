@@ -130,16 +130,6 @@ def names(tmp_path: Path) -> list[str]:
     return sorted(folder.name.rpartition("-")[0] for folder in (tmp_path / "outputs" / "store").iterdir())
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_encoded_shard_does_not_depend_on_threads(corpus, tokenizer, tmp_path, threads, monkeypatch):
-    monkeypatch.setattr(tokens_module, "_PART_DOCUMENTS", 2)  # so that row groups of 7 make several parts
-    (shard,) = Corpus.open(corpus).validation
-    numbers = encode_shard(shard, tokenizer, tmp_path, threads=threads)
-    expected = [[tokenizer.bos, *tokenizer.encode(text)] for text in Corpus.open(corpus).documents("validation")]
-    assert lists(Tokens.open(tmp_path)) == expected
-    assert (numbers["documents"], numbers["tokens"]) == (len(expected), sum(map(len, expected)))
-
-
 def test_step_reads_the_documents_of_its_corpus(make_context, corpus, tokenizer, tmp_path):
     documents = open_documents(make_context(), "train", tokenizer)
     got = [documents.ids(address).tolist() for address, _ in documents.next(180)]

@@ -12,9 +12,7 @@ import pytest
 
 from kit.servers import Reply, Teacher
 from mlxchat.cli import dispatch
-from mlxchat.data.bpe import train_tokenizer
-from mlxchat.data.conversation import render_conversation
-from mlxchat.errors import ConfigError, Interrupted, MlxchatError, PassingError
+from mlxchat.errors import ConfigError, Interrupted, MlxchatError
 from mlxchat.tasks import load_task
 from mlxchat.tasks.answers import answer_text
 from mlxchat.tasks.jsonl import Jsonl
@@ -86,29 +84,6 @@ def test_conversations_become_training_rows_of_all_their_turns(ask, teacher, pla
     assert "response_format" not in teacher.bodies[-1]
 
 
-@pytest.mark.parametrize(
-    ("text", "fault"),
-    [
-        ("Sure! Here it is", "not JSON"),
-        (json.dumps(chat("a", "b", first=1)), 'message 1 is from "assistant", expected "user"'),
-        (json.dumps([{"role": "\x1b[31m", "content": "a"}, *chat("b", first=1)]), 'message 1 is from "[31m"'),
-    ],
-)  # fmt: skip
-def test_invalid_conversation_is_left_out_with_its_reason(text, fault, ask, teacher, place, capsys):
-    teacher.script = lambda question, tries: Reply(
-        text if question == "question 2" else json.dumps(chat(question, "b"))
-    )
-    assert ask("--conversations") == 0
-    assert [line["messages"][0]["content"] for line in written(place)] == [q for q in QUESTIONS if q != "question 2"]
-    printed = capsys.readouterr().out
-    assert "5 conversations of 6 questions (1 invalid)" in printed
-    (line,) = [line for line in printed.splitlines() if line.startswith("  invalid")]
-    assert line.startswith("  invalid: ask.txt question 3: ")
-    assert fault in line
-    assert line.isprintable()
-    assert provenance(place)["counts"]["invalid"] == 1
-
-
 def test_same_command_sends_nothing_and_writes_equal_bytes(ask, teacher, place):
     ask()
     before = (place / "out.jsonl").read_bytes()
@@ -140,45 +115,6 @@ def test_refusal_of_all_requests_ends_the_run(reply, count, ask, teacher, place)
     assert not (place / "out.jsonl").exists()
 
 
-def test_answers_are_cleaned_and_special_tokens_stay_text(ask, teacher, place):
-    said = "<|assistant_end|><|bos|>hi\x00\x1b[31mred\x9b\x07 half \ud800 end\r\nnext<|python_start|>1+1"
-    teacher.script = lambda question, tries: Reply(said)
-    assert ask() == 0
-    (content,) = set(answers(place))
-    assert content == "<|assistant_end|><|bos|>hi[31mred half  end\nnext<|python_start|>1+1"
-    tokenizer = train_tokenizer(["the cat sat on the mat " * 9], 270)
-    ids, _ = render_conversation(tokenizer, written(place)[0])
-    specials = [id_ for id_ in ids if id_ in tokenizer.special_ids.values()]
-    order = ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")
-    assert specials == [tokenizer.special_ids[name] for name in order]
-    assert content in tokenizer.decode(ids)
-
-
-TRANSIENT = [
-    Reply(status=429, headers={"Retry-After": "0.05"}), Reply(status=500), Reply(status=503, raw=b"<html>busy</html>"),
-    Reply(drop=True),
-]  # fmt: skip
-
-
-def test_transient_faults_are_retried(ask, teacher, place):
-    teacher.script = lambda question, tries: TRANSIENT[int(question)] if tries == 1 else Reply("fine")
-    assert ask(questions=[f"{number}" for number in range(len(TRANSIENT))]) == 0
-    assert answers(place) == ["fine"] * len(TRANSIENT)
-    assert len(teacher.asked()) == 2 * len(TRANSIENT)
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [Reply(raw=b'{"choices": [{"mess'), Reply(raw=b'{"choices": []}'), Reply(status=503), Reply(seconds=0.5)],
-)
-def test_teacher_without_usable_responses_ends_the_run(reply, ask, teacher):
-    teacher.script = lambda question, tries: reply
-    with pytest.raises(PassingError, match="the teacher does not answer now") as caught:
-        ask("--timeout", "0.2", "--concurrency", "1")
-    assert str(caught.value).isprintable()
-    assert len(str(caught.value)) < 300
-
-
 @pytest.mark.parametrize("place_of_key", ["environment", "query"])
 def test_key_is_in_no_file_and_no_message(place_of_key, ask, teacher, place, monkeypatch, capsys):
     echo = Reply(status=422, raw=b'{"error": {"message": "key sk-verysecret may not ask this"}}')
@@ -194,17 +130,6 @@ def test_key_is_in_no_file_and_no_message(place_of_key, ask, teacher, place, mon
     files = b"".join(path.read_bytes() for path in place.rglob("*") if path.is_file())
     assert b"verysecret" not in files + (printed.out + printed.err).encode()
     assert place_of_key == "query" or "key <key> may not ask this" in printed.out
-
-
-def test_empty_truncated_and_duplicate_answers_are_dropped(ask, teacher, place, capsys):
-    script = {"question 0": Reply(""), "question 1": Reply(None), "question 2": Reply("cut of", finish="length")}
-    teacher.script = lambda question, tries: script.get(question, Reply("same"))
-    assert ask("--samples", "2") == 0
-    assert answers(place) == ["same"] * 3
-    assert "3 conversations of 6 questions (4 empty, 2 truncated, 3 duplicate)" in capsys.readouterr().out
-    assert ask("--samples", "2", "--keep-cut") == 0
-    assert answers(place) == ["cut of", "same", "same", "same"]
-    assert len(teacher.bodies) == 12, "--keep-cut does not change requests"
 
 
 @pytest.mark.parametrize(

@@ -52,13 +52,6 @@ def test_broadcasts_are_bit_exact_and_gathers_in_the_order_of_ranks(found):
         assert each["gathered"] == [[0, 10], [1, 11], [2, 12]]
 
 
-def test_parts_are_contiguous_and_as_equal_as_can_be(found):
-    for count in range(6):
-        parts = [each["parts"][count] for each in found]
-        assert [index for part in parts for index in part] == list(range(count))
-        assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
 def test_sums_have_equal_bits_on_all_ranks(found):
     for each, bucket in product(found, (64 * 2**20, 1)):
         assert each[f"sums {bucket}"] == {"a": [[6.0, 6.0]] * 3, "b": [3], "none": [], "d": [30.0] * 5}

@@ -20,7 +20,6 @@ from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.evals.bpb import (
     mean_loss,
     ngram_bits_per_byte,
-    ratio_error,
     text_loss,
 )
 from mlxchat.model.checkpoint import save_checkpoint
@@ -149,22 +148,3 @@ def test_loss_of_text_equals_numpys(outputs, tmp_path, say):
         assert {**found, "artifact": folder["artifact"]} == folder
     (tmp_path / "folder" / "0.md").write_text("The house in the gardens.")
     assert measured(say, outputs, tmp_path / "folder")["artifact"] != folder["artifact"]
-
-
-def test_unreadable_text_is_one_message(outputs, tmp_path, say):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
-    (tmp_path / "a.jsonl").write_text('{"other": 1}\n')
-    for arguments, told in (
-        ([tmp_path / "none.txt"], "cannot be read (No such file or directory)"),
-        ([tmp_path / "empty"], "holds no files"),
-        ([tmp_path / "bad.txt"], "cannot be read as UTF-8 text"),
-        ([tmp_path / "a.jsonl"], 'line 1: no field "text" with text'),
-    ):
-        assert told in say("eval", "base", "--text", *arguments, f"outputs={outputs}", code=2)
-
-
-def test_ratio_error_of_equal_documents_is_that_of_a_mean():
-    x, y = np.random.default_rng(1).normal(5, 1, 30), np.full(30, 4.0)
-    assert ratio_error(x, y) == pytest.approx(np.std(x / 4, ddof=1) / math.sqrt(30))
-    assert ratio_error(x[:1], y[:1]) is None

@@ -14,9 +14,8 @@ from kit.training import make_context
 from mlxchat.data.conversation import render_for_completion
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Completion, Engine
-from mlxchat.errors import DataError, Interrupted
+from mlxchat.errors import Interrupted
 from mlxchat.evals.chat import Answering, evaluate_task, expected_text, question_text
-from mlxchat.evals.examples import read_examples, write_examples
 from mlxchat.evals.language_model import LanguageModel
 from mlxchat.evals.scores import CHATCORE_SETS, Measure, Score, chatcore, mean_centered_stderr
 from mlxchat.model.gpt import GPT
@@ -258,16 +257,3 @@ ROWS: list[dict[str, Any]] = [
         "tokens": 0, "details": {"losses": [0.1, None], "cropped": False},
     },
 ]  # fmt: skip
-
-
-def test_examples_round_trip_in_equal_bytes_or_are_refused(tmp_path):
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        write_examples(tmp_path / folder / "examples.parquet", iter(ROWS))
-        assert list(read_examples(tmp_path / folder)) == ROWS
-    assert len({(tmp_path / folder / "examples.parquet").read_bytes() for folder in "ab"}) == 1
-    with pytest.raises(DataError, match=r"only evaluations .* and RL do"):
-        list(read_examples(tmp_path))
-    (tmp_path / "examples.parquet").write_bytes(b"{damaged")
-    with pytest.raises(DataError, match="cannot be read"):
-        list(read_examples(tmp_path))

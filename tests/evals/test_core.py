@@ -17,7 +17,7 @@ from kit.training import make_context
 from mlxchat.config.schema import CoreConfig
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
-from mlxchat.errors import DataError, Interrupted
+from mlxchat.errors import Interrupted
 from mlxchat.evals.core import (
     Question,
     build_question,
@@ -137,32 +137,6 @@ def test_long_prompts_exceed_the_context_as_in_nanochat(evaluate, tokenizer, bun
                 np.testing.assert_allclose(example["details"]["losses"], losses, rtol=1e-5)
     assert all(task["extended"] == task["num_examples"] for task in result["tasks"].values())
     assert max(example["tokens"] for example in examples) > 2 * 64
-
-
-@pytest.mark.parametrize(
-    ("path", "text", "message"),
-    [
-        ("core.yaml", "icl_tasks: [{label: x}]", "do not describe tasks"),
-        ("eval_data/all/choice.jsonl", '{"query": "a"}\n', "choice.jsonl line 1.*no choices, gold"),
-        ("eval_data/all/choice.jsonl", '{"query": "a", "choices": ["b"], "gold": 1}\n', "gold is 1 of 1"),
-    ],
-    ids=str,
-)
-def test_damaged_bundle_is_refused_with_its_place(evaluate, bundle, path, text, message):
-    (bundle / "eval_bundle" / path).write_text(text, encoding="utf-8", errors="surrogateescape")
-    with pytest.raises(DataError, match=message):
-        evaluate()
-
-
-def test_wrong_options_are_refused(evaluate, tmp_path):
-    with pytest.raises(DataError, match="at least 3 per task"):
-        evaluate(max_per_task=2)
-    with pytest.raises(DataError, match=r"'chioce'.* Did you mean \"choice\""):
-        evaluate(tasks=["chioce"])
-    (tmp_path / "file.zip").write_text("no zip")
-    for path in (tmp_path / "file.zip", tmp_path / "absent.zip", tmp_path):
-        with pytest.raises(DataError, match=r"eval_bundle|eval bundle"):
-            evaluate(path=path)
 
 
 @pytest.mark.parametrize(

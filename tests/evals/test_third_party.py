@@ -13,8 +13,8 @@ from kit.text import core_items, write_bundle
 from kit.training import make_context
 from mlxchat.config.schema import CoreConfig
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.engine.generate import Engine, ShownText
-from mlxchat.engine.third_party import ThirdPartyEngine, ThirdPartyTokenizer
+from mlxchat.engine.generate import Engine
+from mlxchat.engine.third_party import ThirdPartyEngine
 from mlxchat.errors import DataError
 from mlxchat.evals.bpb import text_loss
 from mlxchat.evals.core import evaluate_core
@@ -73,53 +73,10 @@ def test_tokenizer_read_by_transformers_is_ours(engine, tokenizer):
     assert theirs.render(messages)[:2] == [tokenizer.bos, tokenizer.special_ids["<|user_start|>"]]
 
 
-@pytest.fixture
-def sentencepiece() -> ThirdPartyTokenizer:
-    """Return a tokenizer of pieces with byte fallback, which puts a blank before a text."""
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Backend
-    from transformers import PreTrainedTokenizerFast
-
-    pieces = ["<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcé", "ab", "▁ab"]
-    backend = Backend(models.BPE({piece: place for place, piece in enumerate(pieces)}, [("a", "b"), ("▁", "ab")],
-                                 byte_fallback=True))  # fmt: skip
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="always")])
-    backend.add_special_tokens([AddedToken("<s>", special=True)])
-    return ThirdPartyTokenizer(TokenizerWrapper(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")))
-
-
-def test_pieces_with_byte_fallback_have_bytes_and_answers_no_added_blank(sentencepiece):
-    text = "ab abc é 你好\n"
-    ids = sentencepiece.encode(text)
-    assert sentencepiece.decode_bytes([sentencepiece.bos, *ids]) == f" {text}".encode()
-    assert (sentencepiece.token_bytes[ids].sum(), sentencepiece.token_bytes[sentencepiece.bos]) == (
-        len(text.encode()) + 1,
-        0,
-    )
-    shown = ShownText(sentencepiece, skip_blank=True)
-    assert "".join(shown.add(id_) for id_ in ids) == text == sentencepiece.decode(ids)
-
-
 def test_answers_equal_those_of_our_engine(engine, model, tokenizer):
     prompts = [engine.render([{"role": "user", "content": text}]) for text in ("the cat", "the dog sat on the")]
     found = [each.complete(prompts, max_new_tokens=8) for each in (engine, Engine(model, tokenizer))]
     assert [row.ids for row in found[0]] == [row.ids for row in found[1]]
-
-
-def test_faulty_folders_are_refused(folder, tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"config\.json"):
-        ThirdPartyEngine.load(tmp_path / "empty")
-    place, valid = folder / "tokenizer_config.json", json.loads((folder / "tokenizer_config.json").read_text())
-    place.write_text(json.dumps({**valid, "model_max_length": "x"}))
-    with pytest.raises(DataError, match="mlx-lm cannot open it"):
-        ThirdPartyEngine.load(folder)
-    place.write_text(json.dumps(valid))
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(DataError, match="safetensors"):
-        ThirdPartyEngine.load(folder)
 
 
 def test_code_of_the_folder_is_not_run(folder, tmp_path):

@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import pytest
 
 from kit.models import composed
 from mlxchat.pipeline import plan_of
-from mlxchat.planning.duration import estimate_trainings, peak_flops
+from mlxchat.planning.duration import estimate_trainings
 from mlxchat.runner.reasons import Estimate
 from mlxchat.store.store import Store
 
@@ -43,16 +42,3 @@ def test_reached_speed_has_priority_over_the_configured_one(tmp_path, monkeypatc
     assert found.seconds == pytest.approx(D20_FLOPS / 2e11, rel=1e-4)
     tables, matrices = 2 * 65_536 * 1_280, 393_216_000
     assert found.bytes == pytest.approx(4 * (3 * tables + 2 * matrices), rel=1e-3), "weights and moments"
-
-
-@pytest.mark.parametrize(
-    ("name", "bfloat16", "float32"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989.4, 494.7), ("NVIDIA H100 PCIe", 756, 378), ("NVIDIA A100-SXM4-80GB", 312, 156),
-        ("NVIDIA L40S", 362, 183), ("Apple M1", 2.6, 2.6), ("Apple M2 Max", 13.6, 13.6),
-        ("Apple M4 Max", None, None), ("NVIDIA RTX A1000", None, None), ("", None, None),
-    ],
-)  # fmt: skip
-def test_published_peaks_are_found_by_device_name(name, bfloat16, float32):
-    for dtype, teraflops in ((mx.bfloat16, bfloat16), (mx.float32, float32), (mx.float16, None)):
-        assert peak_flops(dtype, name) == (None if teraflops is None else pytest.approx(teraflops * 1e12))

@@ -3,7 +3,6 @@
 import gc
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -19,7 +18,7 @@ from mlxchat.model.gpt import GPT
 from mlxchat.model.initial import init_weights
 from mlxchat.model.sizes import GPTSizes, count_parameters, resolve_adapter, sizes_of
 from mlxchat.optim.optimizer import Optimizer, rates_at
-from mlxchat.planning.memory import Device, Training, check_memory, choose_micro_batch
+from mlxchat.planning.memory import Device, Training, check_memory
 from mlxchat.runner.plan import PlannedStep, make_plan
 from mlxchat.store.store import Store
 from mlxchat.training.batches import mean_batch
@@ -148,22 +147,6 @@ def test_weights_and_moments_are_counted_exactly():
 def test_micro_batches_have_one_size_where_that_is_cheap(rows, most, expected):
     """Otherwise they are as equal as possible; a row is never cut."""
     assert training(None, rows).fitting_rows(batches_of(most)) == expected
-
-
-def test_resumed_training_keeps_its_micro_batch_while_it_fits(tmp_path):
-    def chosen(limit: int | None, tokens: int | None = None) -> int:
-        config = config_of("machine=cpu", "machine.blas_threads=1")
-        config.machine.device_batch_tokens, config.machine.memory_limit_bytes = tokens, limit
-        context: Any = SimpleNamespace(step="toy", stage="sft", config=config, team=None, work=tmp_path)
-        return choose_micro_batch(context, training()).tokens
-
-    first = chosen(replace(training(), device=Device()).peak_bytes(3))
-    assert first < 12 * 128
-    assert chosen(None) == first
-    assert chosen(None, tokens=256) == 256, "machine.device_batch_tokens has priority"
-    assert chosen(None) == 256
-    with pytest.raises(ConfigError, match=r"toy needs about .* for one row of 128 tokens"):
-        chosen(1000)
 
 
 def planned(config: Config, tmp_path: Path, target: str = "sft") -> list[PlannedStep]:

@@ -81,24 +81,3 @@ def test_extension_is_bit_identical_to_one_training(outputs):
     extended = train(12, "preference.extend=preference")
     for name in straight:
         assert extended[name] == straight[name] != short[name], name
-
-
-@pytest.mark.parametrize(
-    ("more", "messages"),
-    [
-        (["preference.data.path=null"], ["preference.data.path is null: give a file of pairs"]),
-        (["preference.row_tokens=8"], ["pairs are longer than preference.row_tokens=8"]),
-        (["preference.row_tokens=257"], ["preference.row_tokens=257 is longer than the context of the model"]),
-        (
-            ["preference.loss=ipo", "preference.beta=0", "preference.label_smoothing=0.6", "preference.data.split=test",
-             "preference.adapter.kind=lora", "preference.adapter.dropout=0.1"],
-            ['preference.loss is "ipo", expected dpo or orpo', "preference.beta is 0.0, expected more than 0",
-             "preference.label_smoothing is 0.6, expected 0 to 0.5", "held-out conversations are never trained on",
-             "preference.adapter.dropout is 0.1, expected 0"],
-        ),
-    ],
-)  # fmt: skip
-def test_impossible_settings_are_refused(more, messages, outputs, capsys):
-    assert run_here(*command(outputs, *more)) == 2
-    refusal = capsys.readouterr().err
-    assert [each for each in messages if each not in refusal] == []

@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import RewardConfig
-from mlxchat.errors import ConfigError, StepFailed
+from mlxchat.errors import StepFailed
 from mlxchat.rl.rewards import Reward
 
 RIGHT = {"messages": [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]}
@@ -70,20 +69,3 @@ def test_failing_function_stops_the_step(functions, name):
     part = RewardConfig(kind="function", function=f"judging_of_tests:{name}")
     with pytest.raises(StepFailed, match=f"rl.rewards.own: judging_of_tests:{name} {FAILURES[name]}.*'abc'"):
         judge("abc", own=part)
-
-
-IMPOSSIBLE = {
-    "{kind: function, function: 'nowhere_at_all:f'}": "there is no module nowhere_at_all",
-    "{kind: function, function: 'judging_of_tests:absent'}": "judging_of_tests has no absent",
-    "{kind: function, function: rewards}": "expected module:name",
-    "{kind: format, pattern: '('}": "is not a regular expression",
-    "{kind: length, free_tokens: 9, most_tokens: 9}": "expected 0 <= free < most",
-    "{kind: exat}": 'Did you mean "exact"',
-}
-
-
-def test_impossible_parts_are_refused_together(functions):
-    parts = ", ".join(f"part{number}: {part}" for number, part in enumerate(IMPOSSIBLE))
-    with pytest.raises(ConfigError) as caught:
-        compose_config([f"+rl.rewards={{{parts}}}"])
-    assert [message for message in IMPOSSIBLE.values() if message not in str(caught.value)] == []

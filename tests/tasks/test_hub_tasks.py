@@ -8,7 +8,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlxchat.errors import DataError
 from mlxchat.tasks import Task, load_task
 from mlxchat.tasks.answers import calculator_parts, final_number, is_right_by_nanochat
 from mlxchat.tasks.benchmarks import assemble_program
@@ -102,16 +101,6 @@ def test_mmlu_conversation_is_exact(hub):
     assert [task.evaluate(task[0], letter) for letter in ("A", "C", "E", "")] == [False, True, False, False]
 
 
-def test_mmlu_training_rows_are_equal_in_both_subsets(hub):
-    rows = [{**QUESTION, "question": f"q{n}", "answer": n % 4} for n in range(20)]
-    nested = [{"train": row} for row in rows]
-    add(hub, "cais/mmlu", {"all/auxiliary_train-0.parquet": rows, "auxiliary_train/train-0.parquet": nested})
-    flat = load_task("mmlu", "auxiliary_train")
-    nested = load_task("mmlu", "auxiliary_train", subset="auxiliary_train")
-    assert everything(flat) == everything(nested)
-    assert len(flat) == 20
-
-
 def test_arc_keeps_the_data_sets_labels(hub):
     choices = {"text": ["ice", "steam", "fog"], "label": ["1", "2", "3"]}
     row = {"id": "x", "question": "Cold?", "choices": choices, "answerKey": "1"}
@@ -122,30 +111,7 @@ def test_arc_keeps_the_data_sets_labels(hub):
 
 
 ARC = {"question": "?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"}
-HUMANEVAL = {"prompt": "p", "canonical_solution": "c", "entry_point": "e", "test": "t"}
 USER, ASSISTANT = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
-
-
-@pytest.mark.parametrize(
-    ("task", "file", "row"),
-    [
-        ("gsm8k", "openai/gsm8k:main", {"question": "?", "answer": 3}),
-        ("mmlu", "cais/mmlu:all", QUESTION | {"answer": 4}),
-        ("mmlu", "cais/mmlu:all", QUESTION | {"choices": ["a"]}),
-        ("arc_easy", "allenai/ai2_arc:ARC-Easy", ARC | {"answerKey": "C"}),
-        ("arc_easy", "allenai/ai2_arc:ARC-Easy", ARC | {"choices": ["x", "y"]}),
-        ("humaneval", "openai/openai_humaneval:openai_humaneval", HUMANEVAL | {"prompt": None}),
-        *(("smoltalk", "HuggingFaceTB/smol-smoltalk:data", {"messages": talk}) for talk in (
-            None, [USER], [ASSISTANT, USER], [USER, {**ASSISTANT, "content": None}], "talk",
-        )),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_malformed_rows_are_named(task, file, row, hub):
-    repository, folder = file.split(":")
-    add(hub, repository, {f"{folder}/test-00000-of-00001.parquet": [row]})
-    with pytest.raises(DataError, match=f"task {task}: row 0 of {repository}/.* is no conversation"):
-        load_task(task, "test")[0]
 
 
 def test_humaneval_program_passes_and_fails_its_tests(hub):
@@ -181,12 +147,3 @@ def test_seed_42_gives_the_order_of_datasets_shuffle(tmp_path):
     rows = Rows([write(tmp_path / "a", list("012345"), row_group_size=2)], ["text"], seed=42)
     assert texts(rows) == list("325410")
     assert rows.order == [3, 2, 5, 4, 1, 0]
-
-
-@pytest.mark.parametrize("column", ["answer", "text"])
-def test_missing_columns_and_damaged_files_are_named(column, tmp_path):
-    path = write(tmp_path / "a", ["x"])
-    if column == "text":
-        path.write_bytes(b"PAR1 and no more")
-    with pytest.raises(DataError, match=f"cannot be read as parquet with the columns {column}"):
-        Rows([path], [column], seed=1)

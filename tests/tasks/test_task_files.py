@@ -95,24 +95,6 @@ def test_faults_of_a_file_are_named_with_their_lines(name, faults, tmp_path):
     assert last.startswith("Expected {")
 
 
-@pytest.mark.parametrize(
-    ("content", "split", "message"),
-    [
-        (None, "train", r"a\.jsonl cannot be read"),
-        (b'[1]\n["\xff"]\n', "train", "line 2: not JSON .*utf-8"),
-        (b"x\n" * 13, "train", r"13 lines .*line 10: .*\n  …\nExpected"),
-        (json.dumps([USER, YES]).encode(), "test", "none of its conversations is in the test split"),
-    ],
-    ids=["missing", "not UTF-8", "many", "empty split"],
-)
-def test_unusable_files_are_refused(content, split, message, tmp_path):
-    path = tmp_path / "a.jsonl"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(DataError, match=f"(?s){message}"):
-        len(load("jsonl", split, path=path))
-
-
 def test_equal_first_messages_are_in_one_split(tmp_path):
     lines = [{"question": f"q{i % 40}", "answer": f"a{i}"} for i in range(120)]
     path = write(tmp_path / "a.jsonl", *lines)

@@ -10,7 +10,7 @@ from kit.models import make_model
 from kit.training import make_optimizer, make_rows
 from mlxchat.model.gpt import GPT
 from mlxchat.ops import dropout as dropout_module
-from mlxchat.ops.dropout import Dropping, draw_keys, dropped, dropping, fold
+from mlxchat.ops.dropout import Dropping, draw_keys, dropped, dropping
 from mlxchat.training.batches import Batch, mean_batch
 from mlxchat.training.step import TrainStep
 
@@ -36,16 +36,6 @@ def test_dropped_share_is_the_rate_and_the_mean_is_kept(rate):
     deviation = (rate * (1 - rate) / out.size) ** 0.5
     assert abs((out == 0).mean() - rate) < 5 * deviation
     assert out.mean(dtype=np.float64) == pytest.approx(1, abs=5 * deviation / (1 - rate) + 1e-7)
-
-
-def test_masks_of_iterations_rows_and_places_are_uncorrelated():
-    """Correlations of 2^17 bits are within five standard deviations of 0; fewer rows have the same keys."""
-    np.testing.assert_array_equal(draw_keys(7, 11, rows=3), draw_keys(7, 11, rows=8)[:3])
-    of_rows = [mx.array(draw_keys(5, iteration, rows=3)) for iteration in (0, 1, 2)]
-    keys = mx.concatenate([fold(rows, place) for rows in of_rows for place in (0, 1)])
-    masks = (np.asarray(dropped(mx.ones((18, 256, 512)), keys, 0.5)) > 0).reshape(18, -1) * 2.0 - 1
-    correlations = masks @ masks.T / masks.shape[1] - np.eye(18)
-    assert np.abs(correlations).max() < 5 / masks.shape[1] ** 0.5
 
 
 def reference_loss(model: GPT, batch: Batch, iteration: int) -> float:

@@ -1,7 +1,5 @@
 """An extended training ends as if it had been longer from the start; warm starts take over the moments."""
 
-from pathlib import Path
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -43,27 +41,6 @@ def test_rates_follow_the_new_horizon_after_the_extended_iterations(train):
     assert list(short.curve("lr_multiplier").values()) == pytest.approx([1, 1, 1, 0.5])
     assert list(long.curve("lr_multiplier").values()) == pytest.approx([1, 1, 1, 0.5, 1, 0.75, 0.5, 0.25])
     assert list(long.ctx.out.glob("training_state*")) == [], "keep_state is off"
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-20])
-
-
-@pytest.mark.parametrize(
-    ("damage", "changes", "iterations", "message"),
-    [
-        (None, {"kind": "adamw"}, 2, r"cannot be continued: these arrays do not fit: first\.transformer\.h\.0"),
-        (cut, {}, 2, "no readable training state"),
-        (lambda path: save_file({"count": np.zeros(())}, path), {}, 2, "these arrays do not fit"),
-        (None, {}, 1, "already has 1 iterations, expected fewer than 1"),
-    ],
-)
-def test_unsuitable_training_states_are_refused(damage, changes, iterations, message, train):
-    out = train("short", 1, keep_state=True).ctx.out
-    if damage is not None:
-        damage(out / STATE)
-    with pytest.raises(DataError, match=message):
-        train("long", iterations, extends=out, optimizer=make_optimizer(make_model(), **changes))
 
 
 def test_warm_start_takes_the_moments_and_not_the_rates(tmp_path):

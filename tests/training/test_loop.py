@@ -12,7 +12,6 @@ from kit import training
 from kit.models import computing_on_cpu
 from kit.training import NumberedBatches, Trained, make_context, schedule
 from mlxchat.errors import Interrupted, StepFailed
-from mlxchat.ops.device import memory_limits
 from mlxchat.training.loop import Observation
 from mlxchat.training.state import Checkpointer
 
@@ -85,22 +84,6 @@ def test_observations_and_records_follow_their_cadences(train, straight):
     assert [list(done.curve(f"number_{number}")) for number in range(len(cases))] == called
     assert list(done.curve("loss")) == [1, 2, 3, 4, 5, 6]
     assert done.curve("loss")[4] != straight.curve("loss")[4], "it has no dropout"
-
-
-@pytest.mark.parametrize(
-    ("where", "limit", "info", "expected"),
-    [
-        ("cpu", 8, {}, {"memory": 8, "cache": 8}),
-        ("cpu", None, {}, {}),
-        ("metal", 8, {"max_recommended_working_set_size": 12}, {"memory": 8, "cache": 4, "wired": 8}),
-        ("metal", 20, {"max_recommended_working_set_size": 12}, {"memory": 20, "cache": 10, "wired": 12}),
-        ("metal", None, {"max_recommended_working_set_size": 12}, {"memory": 12, "cache": 6, "wired": 12}),
-        ("cuda", None, {"total_memory": 100}, {"memory": 95, "cache": 95}),
-    ],
-)
-def test_memory_limits_are_the_setting_or_the_devices(where, limit, info, expected, tmp_path):
-    machine = make_context(tmp_path, memory_limit_bytes=limit).config.machine
-    assert memory_limits(machine, where, info) == expected
 
 
 def test_saves_take_two_percent_of_the_time(tmp_path, monkeypatch):
@@ -181,12 +164,3 @@ def test_skipped_updates_are_counted_and_recorded(train_with, straight, capsys):
     with pytest.raises(StepFailed):
         train_with("stopped", {2, 4})
     assert train_with("stopped", {2, 4}, **SKIP).bits == done.bits
-
-
-def test_too_many_skipped_in_a_row_stop(train_with, monkeypatch):
-    bad = {0, 2, 3, 4}
-    monkeypatch.setattr("mlxchat.training.monitor._MOST_SKIPPED", 3)
-    assert train_with("enough", bad, **SKIP).ctx.metrics["skipped_iterations"] == 4
-    monkeypatch.setattr("mlxchat.training.monitor._MOST_SKIPPED", 2)
-    with pytest.raises(StepFailed, match="iteration 5 of 6"):
-        train_with("too many", bad, **SKIP)
