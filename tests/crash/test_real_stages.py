@@ -18,8 +18,8 @@ from mlxchat.training import state
 
 _SETTINGS = """
     machine.checkpoint_seconds=0
-    pretrain.num_iterations=5 midtrain.num_iterations=4 sft.num_iterations=4 rl.num_iterations=3
-    rl.questions_per_iteration=2 rl.samples_per_question=2 rl.task.size=6
+    pretrain.num_iterations=5 midtrain.num_iterations=4 sft.num_iterations=4 rl.num_iterations=4
+    rl.questions_per_iteration=2 rl.samples_per_question=2 rl.task.size=8
 """
 # Step → what it needs, and what it saves between.
 TRAININGS = ("pretrain", "midtrain", "sft", "rl")

@@ -57,7 +57,7 @@ def find_problems(config: Config) -> list[str]:
 
 def _find_problems(config: Config, steps: Pipeline) -> list[str]:
     """Return the problems of the settings of these steps."""
-    of_model = list(_model(config))
+    of_model = [*find_bound_problems("model", config.model)] or [*_model(config)]
     found = [
         *of_model,
         *_adapters(config, model_is_good=not of_model),
@@ -80,7 +80,9 @@ def _find_problems(config: Config, steps: Pipeline) -> list[str]:
     ]
     # Stages take over the values of the group `adapter`, whose problems are reported once.
     found = [
-        line for line in found if (group := re.sub(r"\w+\.adapter\.", "adapter.", line)) == line or group not in found
+        line
+        for line in dict.fromkeys(found)
+        if (group := re.sub(r"\w+\.adapter\.", "adapter.", line)) == line or group not in found
     ]
     return [*found, *find_unbounded(config, found)]
 
@@ -129,11 +131,6 @@ def _adapters(config: Config, *, model_is_good: bool) -> Iterator[str]:
 
 def _model(config: Config) -> Iterator[str]:
     model = config.model
-    if min(model.depth, model.aspect_ratio, model.head_width) < 1:
-        yield "model.depth, model.aspect_ratio and model.head_width must be at least 1"
-        return
-    if model.context_tokens < 1:
-        yield f"model.context_tokens is {model.context_tokens}, expected at least 1"
     architecture = config.architecture
     width = model.depth * model.aspect_ratio
     if whole_heads := architecture.whole_heads:

@@ -31,16 +31,16 @@ class ModelConfig:
 
     name: str = field(default="d${model.depth}", metadata={"identity": False})
     """Name of the model's artifacts."""
-    depth: int = MISSING
+    depth: int = field(default=MISSING, metadata={"at_least": 1, "at_most": 1000})
     """Number of layers."""
-    aspect_ratio: int = 64
+    aspect_ratio: int = field(default=64, metadata={"at_least": 1})
     """Width per layer of depth."""
-    head_width: int = 128
+    head_width: int = field(default=128, metadata={"at_least": 1})
     """Width of a head: even, and a whole part of the width. 128 is nanochat's target: ceil(width / 128) heads, or the
     next number that divides the width evenly."""
     num_kv_heads: int | None = None
     """Number of key/value heads; null: as many as query heads."""
-    context_tokens: int = 2048
+    context_tokens: int = field(default=2048, metadata={"at_least": 1})
     """Tokens per row in training, and the longest context."""
 
 
