@@ -279,7 +279,7 @@ def text_files(paths: Iterable[str]) -> list[Path]:
             listed = files_of(files[0]) if files[0].is_dir() else map(Path, glob.glob(path, recursive=True))  # noqa: PTH207  (absolute patterns)
             files = sorted(file for file in listed if file.suffix in SUFFIXES)
         if not files:
-            raise ConfigError(f"{path} has no {', '.join(SUFFIXES)} files")
+            raise ConfigError(f"{path} is no file, and no folder or pattern of {', '.join(SUFFIXES)} files")
         found |= dict.fromkeys(files)
     return list(found)
 
