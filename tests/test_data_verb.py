@@ -16,7 +16,6 @@ SETTINGS = (
     "corpus.hub.train_files=shard_*", "corpus.hub.validation_files=held_out.parquet", "tokenizer.max_chars=5000",
     "tokenizer.vocab_size=275",
 )  # fmt: skip
-CORPUS_ALONE = tuple(word.replace("stage=tokenizer", "stage=corpus") for word in SETTINGS)
 
 
 def shard(seed: int) -> bytes:

@@ -83,16 +83,6 @@ def test_nanochats_corpora_hold_out_the_last_shard(hub, name, shards):
     assert [shard.name for shard in corpus.validation] == names[-1:]
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "no training file": ({"train_files": "nothing-*"}, "has 0 files like nothing-.* and 1 like shard_00004"),
-    "no validation file": ({"validation_files": "none"}, "has 5 files like shard_.* and 0 like none"),
-    "no such column": ({"column": "story"}, r'no column "story" of text, expected one of id \(int64\), text'),
-    "a column of numbers": ({"column": "id"}, 'no column "id" of text'),
-    "files of another kind": ({"train_files": "*.json"}, r"notes\.json is not a parquet file.*refs/convert/parquet"),
-    "no such revision": ({"revision": "v9"}, "org/texts.*no such dataset or revision"),
-}
-
-
 def test_needed_files_are_the_first_with_so_many_characters(hub, five, pin):
     corpus = Corpus.open(pin())
     density = sum(map(len, texts(4))) / len(five.files["shard_00004.parquet"])

@@ -70,6 +70,3 @@ def test_chat_template_equals_our_rendering(tokenizer, folder, messages):
 
 def line(token: bytes, rank: int) -> str:
     return f"{base64.b64encode(token).decode()} {rank}"
-
-
-BYTES = [line(bytes([byte]), byte) for byte in range(256)]

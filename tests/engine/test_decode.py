@@ -69,16 +69,3 @@ def test_bfloat16_decoding_is_near_float32(monkeypatch, architecture):
     # Eight bits of mantissa through four layers; float32 logits within ±15.
     assert np.abs(got - exact).mean() < 1.5 * np.abs(whole - exact).mean() + 0.02
     assert np.abs(whole - exact).mean() < 0.3
-
-
-def test_several_prompts_are_read_together(path):
-    """Padding on the right changes nothing: each prompt's next logits are those of its own row."""
-    model, prompts = make_model("jul2026"), [random_ids(3, length)[2].tolist() for length in (5, 70, 33)]
-    decoder = Decoder(model)
-    pasts, places = decoder.read(prompts), [2, 0, 1, 0]
-    decoder.resize([], 4, 71)
-    decoder.fill(0, [pasts[place] for place in places], [prompts[place][-1] for place in places])
-    logits = np.asarray(decoder.step(mx.array([9] * 4), [True] * 4))
-    for got, place in zip(logits, places, strict=True):
-        expected = np.asarray(model(mx.array([[*prompts[place], 9]])))[0, -1]
-        np.testing.assert_allclose(got, expected, atol=TOLERANCE)

@@ -204,8 +204,6 @@ def test_chatcore_of_a_snapshot_is_nanochats(which, value):
     found = chatcore(suite_scores(names), {name: name for name in names})
     assert found["value"] == pytest.approx(value)
     assert (found["set"], found["tasks"]) == (which, list(names))
-    scores = list(suite_scores(names).values())
-    assert found["stderr"] == mean_centered_stderr(scores)
 
 
 def test_expected_answers_show_calls_and_results():
@@ -243,17 +241,3 @@ def test_gsm8k_has_both_verdicts_and_shares_of_right_numbers_and_forms(tokenizer
     assert (found["right_number"], found["right_form"]) == (0.75, 0.75)
     whole = chatcore(dict.fromkeys(CHATCORE_SETS["jul2026"], score), {n: n for n in CHATCORE_SETS["jul2026"]})
     assert (whole["value"], whole["nanochat_value"]) == (0.5, 0.25)
-    score, _ = evaluate(ScriptedEngine(tokenizer, answers[:2]), Questions(["#### 18", "Paris"]))
-    assert not {"right_number", "right_form"} & score.to_dict().keys()
-
-
-ROWS: list[dict[str, Any]] = [
-    {
-        "task": "gsm8k", "index": 0, "seed": None, "prompt": "Wie viele Äpfel?", "output": "#### 4\u2028",
-        "expected": "4", "verdict": True, "tokens": 3, "details": {"finished": True},
-    },
-    {
-        "task": "core/copa", "index": 7, "seed": 2, "prompt": "", "output": "", "expected": "x", "verdict": False,
-        "tokens": 0, "details": {"losses": [0.1, None], "cropped": False},
-    },
-]  # fmt: skip

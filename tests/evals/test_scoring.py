@@ -77,11 +77,3 @@ def test_passes_respect_the_token_limit(monkeypatch, kind, batch_tokens):
     assert all(height == 1 or height * width <= batch_tokens for height, width in shapes)
     if kind == "cuda":
         assert all(width % 128 == 0 for _, width in shapes)
-
-
-def test_new_weights_are_read(path):
-    model, row = make_model(), continuation([1, 2, 3, 4], 1)
-    before = score_rows(model, [row], batch_tokens=10)[0]
-    model.lm_head.weight = mx.zeros_like(model.lm_head.weight)
-    np.testing.assert_allclose(score_rows(model, [row], batch_tokens=10)[0], np.log(280), rtol=1e-6)
-    assert np.ptp(before) > 0

@@ -31,7 +31,6 @@ def copy(tmp_path: Path) -> Path:
 def test_diff_of_the_page_applies_with_git(copy):
     (diff,) = re.findall(r"```diff\n(.*?)```", PAGE, re.S)
     subprocess.run(["git", "apply", "-"], cwd=copy, input=diff, text=True, check=True)
-    assert "self.activation(self.c_fc(x))" in (copy / "src" / "mlxchat" / "model" / "gpt.py").read_text("utf-8")
 
 
 COMPARE = """

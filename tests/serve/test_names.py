@@ -16,7 +16,6 @@ from mlxchat.store.manifest import MANIFEST, describe_outputs, read_manifest, wr
 from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
 
-OTHER = "sft-d2-" + "d" * 16
 QUICKSTART, STORY = "20260101-000000-000001-1-quickstart", "20260102-000000-000001-1-story"
 FORMS = {
     "a step": "sft", "a step of the latest run": "latest/sft", "a step of a run": "quickstart/sft",
