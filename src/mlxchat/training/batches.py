@@ -95,7 +95,7 @@ class RowBatches(BatchSource):
                 addresses += self._rows.placed
             batch = mean_batch(rows, trimmed=self._trimmed)
             self._ahead.set_result((batch, self._rows.state(), self._rows.counts(), addresses))
-        except Exception as error:
+        except Exception as error:  # raised again where the batch is taken
             self._ahead.set_exception(error)
 
     def documents(self) -> list[str]:
