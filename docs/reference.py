@@ -19,6 +19,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from unittest.mock import patch
 
 from mlxchat.commands.arguments import parser_of
+from mlxchat.commands.plan import meanings_of
 from mlxchat.composition.compose import compose_config, conf_folder, group_names
 from mlxchat.composition.problems import find_problems
 from mlxchat.config import schema
@@ -64,17 +65,6 @@ def settings(kind: type = schema.Config, prefix: str = "", *, counts: bool = Tru
             yield Setting(key, _name_of(hint), meanings.get(item.name, ""), identity)
         if isinstance(section, type):
             yield from settings(section, f"{key}.*." if is_mapping else f"{key}.", counts=own)
-
-
-def meanings_of(kind: type) -> dict[str, str]:
-    """Return field → its docstring in the source of a dataclass."""
-    (body,) = (node.body for node in ast.parse(inspect.getsource(kind)).body if isinstance(node, ast.ClassDef))
-    found = {}
-    for item, text in itertools.pairwise(body):
-        if isinstance(item, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-            assert isinstance(item.target, ast.Name)
-            found[item.target.id] = " ".join(str(text.value.value).split())
-    return found
 
 
 def _name_of(hint: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mlxchat.cli import dispatch
-from mlxchat.commands.examples import show_examples, show_rollouts
+from mlxchat.commands.examples import _show_answers, _show_rollouts
 from mlxchat.errors import ConfigError
 from mlxchat.evals.examples import write_examples
 
@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def shown(capsys: pytest.CaptureFixture[str], folder: Path, which: str, **changes: Any) -> list[str]:
-    show_examples(folder, **{"which": which, "count": 5, "task": None} | changes)
+    _show_answers(folder, **{"which": which, "count": 5, "task": None} | changes)
     return [line for line in capsys.readouterr().out.splitlines() if line.endswith("3 tokens")]
 
 
@@ -43,13 +43,13 @@ def test_examples_are_wrapped_to_the_terminal(capsys, tmp_path, monkeypatch):
     details = {"logits": {"A": 0.5, "B": 1.25}, "finished": True, "status": "timeout"}
     row = example("t", 7, verdict=False, seed=2, prompt="word " * 40, output="def f():\n    return 1", details=details)
     write_examples(tmp_path / "examples.parquet", [row])
-    show_examples(tmp_path, which="wrong", count=1, task=None)
+    _show_answers(tmp_path, which="wrong", count=1, task=None)
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 60
     assert out.count("word") == 40
     for expected in ("t 7  seed 2  wrong", "  output   def f():\n               return 1\n", "  expected wanted 7"):
         assert expected in out
-    assert "  details  logits: A 0.500  B 1.250\n           status: timeout\n" in out
+    assert '  details  logits: {"A": 0.5, "B": 1.25}\n           status: timeout\n' in out
     assert out.endswith("t: 0 of 1 right\n")
 
 
@@ -89,7 +89,7 @@ def answers_folder(tmp_path: Path) -> Path:
 
 
 def shown_answers(answers_folder: Path, capsys: pytest.CaptureFixture[str], **asked: Any) -> str:
-    assert show_rollouts(answers_folder, **({"which": "all", "count": 5, "iteration": None} | asked)) == 0
+    _show_rollouts(answers_folder, **({"which": "all", "count": 5, "iteration": None} | asked))
     return capsys.readouterr().out
 
 

@@ -130,7 +130,7 @@ def test_compare_shows_differences_in_four_formats(two, say):
     rows = list(csv.DictReader(io.StringIO(say("compare", "--format", "csv", "--sort", "toy.number"))))
     assert [row["first.score"] for row in rows] == ["0.5", "0.75"]
     assert json.loads(say("compare", "run1", "--format", "json"))[0]["first.score"] == 0.5
-    assert say("compare", "--format", "md").splitlines()[:2] == ["| name | run1 | run2 |", "| --- | --- | --- |"]
+    assert say("compare", "--format", "md").splitlines()[:2] == ["|  | run1 | run2 |", "| :-- | --: | --: |"]
     assert 'Did you mean "first.score"' in say("compare", "--sort", "first.scor", code=2)
     assert "no run or sweep" in say("compare", "run7", code=2)
 

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxchat.bench.timing import fill_zero_weights
+from mlxchat.bench.weights import fill_zero_weights
 from mlxchat.engine.decode import Decoder
 from mlxchat.evals.bpb import text_loss
 from mlxchat.evals.quantised import SAMPLE, measure_quantised

@@ -1,12 +1,10 @@
 """The written report: whole files, pictures, and hostile texts that stay text."""
 
-import io
 import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
-from rich.console import Console
 
 from mlxchat.errors import StoreError
 from mlxchat.report.summary import print_summary
@@ -91,9 +89,8 @@ def test_page_is_self_contained(reported):
     assert not re.search(r"@import|url\((?!#)|https?:", source)
 
 
-def test_summary_prints_hostile_text_as_it_is(hostile):
-    console = Console(file=io.StringIO(), width=400, force_terminal=False)
-    print_summary(hostile.read(), console)
-    printed = console.file.getvalue()
+def test_summary_prints_hostile_text_as_it_is(hostile, capsys):
+    print_summary(hostile.read())
+    printed = capsys.readouterr().out
     assert "[red]no[/red]" in printed
     assert "\x1b" not in printed

@@ -7,18 +7,16 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, Protocol, TextIO
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from rich.console import Console
-from rich.text import Text
 
-from mlxchat.bench.tables import make_table
-from mlxchat.bench.timing import fill_zero_weights
+from mlxchat.bench.weights import fill_zero_weights
 from mlxchat.config.schema import BenchConfig, Config
+from mlxchat.config.table import Table
 from mlxchat.config.wording import format_bytes, format_count
 from mlxchat.engine.batch import Generator, Request
 from mlxchat.engine.decode import Decoder
@@ -52,27 +50,6 @@ class GivenModel:
     folder: Path
     third_party: bool
     """True if mlx-lm runs it."""
-
-
-class _Rows(Protocol):
-    """A batch of rows of the measured model."""
-
-    vocab_size: int
-    num_parameters: int
-    weight_bytes: int
-    """Bytes of weights that a decoding step reads."""
-
-    def read(self, prompts: list[list[int]], new_tokens: int) -> None:
-        """Prefill prompts of equal length, and compute the first token after each."""
-
-    def step(self) -> None:
-        """Decode one more token of each row."""
-
-    def past_bytes(self, rows: int, tokens: int) -> int:
-        """Return the bytes of KV cache that a decoding step reads after so many tokens per row."""
-
-    def flops(self, tokens: float, *, decoding: bool) -> float:
-        """Return the FLOPs of one token that follows `tokens` others; the output head counts if `decoding`."""
 
 
 def measure_generation(config: Config, given: GivenModel | None = None) -> dict[str, Any]:
@@ -120,19 +97,16 @@ def measure_generation(config: Config, given: GivenModel | None = None) -> dict[
     }
 
 
-def print_tables(record: dict[str, Any], stream: TextIO) -> None:
+def print_tables(record: dict[str, Any]) -> None:
     """Print what `measure_generation` returned."""
-    console = Console(file=stream, highlight=False)
     device = record["device"]
     name = " ".join(filter(None, (record["model"], record["architecture"])))
     size = f"{format_count(record['num_parameters'])} parameters"
-    read = f"a step of decoding reads {format_bytes(record['weight_bytes_per_step'])} of weights"
-    console.print(Text(f"{name}: {size}, {read}", style="bold"))
-    console.print(Text(f"{device['name']} ({device['backend']}), {device['cores']} cores, {device['blas']}"))
-    titles = "batch", "prompt", "prompt\ntok/s", "MFU", "first\ntoken", "decode\ntok/s", "MFU", "band-\nwidth", "memory"
-    table = make_table(*titles, left=())
-    for row in record["results"]:
-        table.add_row(
+    print(f"{name}: {size}, a step of decoding reads {format_bytes(record['weight_bytes_per_step'])} of weights")
+    print(f"{device['name']} ({device['backend']}), {device['cores']} cores, {device['blas']}\n")
+    header = ["batch", "prompt", "prompt tok/s", "MFU", "first token", "decode tok/s", "MFU", "bandwidth", "memory"]
+    rows = [
+        [
             f"{row['rows']}",
             f"{row['prompt_tokens']:,}",
             f"{row['prompt_tokens_per_second']:,.0f}",
@@ -142,11 +116,13 @@ def print_tables(record: dict[str, Any], stream: TextIO) -> None:
             _share(row["decode_mfu"]),
             _share(row["share_of_bandwidth"]),
             format_bytes(row["peak_bytes"]),
-        )
-    console.print(table)
+        ]
+        for row in record["results"]
+    ]
+    print(Table(header=header, align="r" * len(header), rows=rows).text())
     peak = "unknown" if record["peak_gflops"] is None else f"{record['peak_gflops']:,.0f} GFLOP/s"
     bandwidth = f"of {format_bytes(record['memory_bytes_per_second'])}/s that all cores read together"
-    console.print(Text(f"bandwidth: {bandwidth}; MFU: of the peak, {peak} in {record['dtype']}", style="dim"))
+    print(f"\nbandwidth: {bandwidth}; MFU: of the peak, {peak} in {record['dtype']}")
 
 
 def _share(share: float | None) -> str:
@@ -175,7 +151,9 @@ def _find_problems(config: Config, given: GivenModel | None, sizes: GPTSizes | N
         yield f"bench.bits requires a model of mlxchat; mlx-lm runs {given.name} as it is"
 
 
-def _load(config: Config, given: GivenModel | None, sizes: GPTSizes | None, dtype: mx.Dtype) -> _Rows:
+def _load(
+    config: Config, given: GivenModel | None, sizes: GPTSizes | None, dtype: mx.Dtype
+) -> _OwnRows | _ThirdPartyRows:
     if sizes is None:
         assert given is not None
         return _ThirdPartyRows(ThirdPartyEngine.load(given.folder).model)
@@ -232,7 +210,10 @@ def _measure(
 
 
 class _OwnRows:
-    """`_Rows` of our model, computed as in the engine."""
+    """A batch of rows of our model, computed as in the engine.
+
+    `weight_bytes` is what a decoding step reads of the weights.
+    """
 
     def __init__(self, model: GPT) -> None:
         self._decoder = Decoder(model)
@@ -244,6 +225,7 @@ class _OwnRows:
         self._number_bytes: int = model.transformer["wte"].weight.dtype.size
 
     def read(self, prompts: list[list[int]], new_tokens: int) -> None:
+        """Prefill prompts of equal length, and compute the first token after each."""
         self._decoder.resize([], 0, 1)
         self._generator = Generator(self._decoder, max_rows=len(prompts))
         for ids in prompts:
@@ -252,12 +234,15 @@ class _OwnRows:
             pass
 
     def step(self) -> None:
+        """Decode one more token of each row."""
         self._generator.next()
 
     def past_bytes(self, rows: int, tokens: int) -> int:
+        """Return the bytes of KV cache that a decoding step reads after so many tokens per row."""
         return 2 * rows * self._seen(tokens) * self._sizes.kv_width * self._number_bytes
 
     def flops(self, tokens: float, *, decoding: bool) -> float:
+        """Return the FLOPs of one token that follows `tokens` others; the output head counts if `decoding`."""
         weights = self._counts["matrices"] + (self._counts["head"] if decoding else 0)
         return 2 * weights + 4 * self._sizes.width * self._seen(int(tokens))
 
@@ -267,7 +252,7 @@ class _OwnRows:
 
 
 class _ThirdPartyRows:
-    """`_Rows` of mlx-lm's model, in one batch."""
+    """The same of mlx-lm's model."""
 
     def __init__(self, model: Any) -> None:
         from mlx_lm.utils import get_total_parameters
@@ -306,6 +291,9 @@ class _ThirdPartyRows:
 
     def flops(self, tokens: float, *, decoding: bool) -> float:
         return 2.0 * self._multiplied
+
+
+_Rows = _OwnRows | _ThirdPartyRows
 
 
 def _arrays_of(tree: Any) -> list[mx.array]:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from statistics import median
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
-from mlxchat.bench.timing import Stopwatch, fill_zero_weights, random_rows
+from mlxchat.bench.weights import fill_zero_weights
 from mlxchat.config.schema import AdapterConfig, Config
+from mlxchat.config.table import Table
+from mlxchat.config.wording import format_bytes, format_count
+from mlxchat.data.packing import Row
 from mlxchat.errors import ConfigError
 from mlxchat.evals.bpb import mean_loss
 from mlxchat.model.gpt import GPT
@@ -20,7 +25,7 @@ from mlxchat.model.lora import attach_adapters
 from mlxchat.model.parameters import trained_parameters
 from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, resolve_adapter, sizes_of
 from mlxchat.ops.device import describe_device, prepare_machine
-from mlxchat.optim.optimizer import Optimizer, Rates, adapter_rule, rates_at
+from mlxchat.optim.optimizer import Optimizer, adapter_rule, rates_at
 from mlxchat.planning.duration import peak_flops
 from mlxchat.planning.memory import Training, find_device, forward_tokens
 from mlxchat.runner.progress import Progress
@@ -54,8 +59,11 @@ def measure_training(config: Config) -> dict[str, Any]:
     if micro_rows == 0:
         raise ConfigError(f"the step {training.explain_excess()}")
 
-    def rows(batch: int) -> Any:
-        return random_rows(bench.batch_rows, bench.row_tokens, bench.vocab_size, seed=seed, batch=batch)
+    def rows(batch: int) -> list[Row]:
+        ids = np.random.default_rng([seed, batch]).integers(
+            0, bench.vocab_size, (bench.batch_rows, bench.row_tokens + 1), dtype=np.int32
+        )
+        return [(row[:-1], row[1:]) for row in ids]
 
     reset_peak_memory()
     resident_before = peak_memory_bytes()
@@ -63,18 +71,22 @@ def measure_training(config: Config) -> dict[str, Any]:
     mx.reset_peak_memory()
     model, optimizer = _make_model(config, sizes, training.adapters, dtype)
     rates = rates_at(0, 1000, config.pretrain.schedule, config.optimizer)
-    with Progress("bench", 2 * (bench.warmup_steps + bench.steps), "measurements") as progress:
-        watch = Stopwatch(progress)
-        step, losses = _step(config, model, optimizer, dtype, rates, rows, micro_rows * bench.row_tokens)
-        seconds = watch.seconds("step", step, steps=bench.steps, warmup_steps=bench.warmup_steps)
+    train_step = TrainStep(
+        model, optimizer, micro_tokens=micro_rows * bench.row_tokens, dtype=dtype, recompute=machine.grad_checkpointing
+    )
+    count = bench.warmup_steps + bench.steps
+    batches = [mean_batch(rows(index)) for index in range(count)]
+    losses: list[float] = []
+    micro_tokens = forward_tokens(machine, sizes)
+    with Progress("bench", 2 * count, "measurements") as progress:
+        seconds = _time(progress, "step", count, lambda index: losses.append(train_step(batches[index], rates)[0]))
         mlx_peak, resident_peak = mx.get_peak_memory(), peak_memory_bytes()
-        micro_tokens = forward_tokens(machine, sizes)
-        forward = watch.seconds(
-            "forward", lambda index: mean_loss(model, rows(index), micro_tokens=micro_tokens),
-            steps=bench.steps, warmup_steps=bench.warmup_steps,
-        )  # fmt: skip
-        peak = peak_flops(dtype)
-        flops = flops_per_token(sizes) * tokens / median(seconds)
+        forward = _time(
+            progress, "forward", count, lambda index: mean_loss(model, rows(index), micro_tokens=micro_tokens)
+        )
+    seconds, forward = seconds[bench.warmup_steps :], forward[bench.warmup_steps :]
+    peak = peak_flops(dtype)
+    flops = flops_per_token(sizes) * tokens / median(seconds)
     growth = max(0, resident_peak - resident_before)
     device = describe_device()
     return {
@@ -126,20 +138,48 @@ def _make_model(
     return model, optimizer
 
 
-def _step(
-    config: Config, model: GPT, optimizer: Optimizer, dtype: mx.Dtype, rates: Rates,
-    rows: Callable[[int], Any], micro_tokens: int,
-) -> tuple[Callable[[int], None], list[float]]:  # fmt: skip
-    """Return a function that trains on the batch of a number, and the list of losses it appends to."""
-    machine, bench = config.machine, config.bench
-    train_step = TrainStep(
-        model, optimizer, micro_tokens=micro_tokens, dtype=dtype, recompute=machine.grad_checkpointing
+def _time(progress: Progress, what: str, count: int, work: Callable[[int], object]) -> list[float]:
+    """Return the seconds of each of `count` calls, which get their number; `what` is shown as progress."""
+    found: list[float] = []
+    for index in range(count):
+        began = time.perf_counter()
+        work(index)
+        found.append(time.perf_counter() - began)
+        progress.update(index + 1 if what == "step" else count + index + 1, measuring=what)
+    return found
+
+
+def print_tables(record: dict[str, Any]) -> None:
+    """Print what `measure_training` returned."""
+    bench, sizes, device, optimizer = record["bench"], record["sizes"], record["device"], record["optimizer"]
+    print(
+        f"{record['model']} {record['architecture']}: {format_count(record['num_parameters'])} parameters, "
+        f"{sizes['num_layers']} layers of width {sizes['width']}, vocabulary {sizes['vocab_size']}, "
+        f"{bench['batch_rows']} × {bench['row_tokens']} tokens, {optimizer['kind']} {optimizer['variant']}, "
+        f"{record['dtype']}{_adapter(record)}"
     )
-    batches = [mean_batch(rows(index)) for index in range(bench.warmup_steps + bench.steps)]
-    losses: list[float] = []
+    versions = " ".join(f"{name} {record['versions'].get(name, '?')}" for name in ("mlxchat", "mlx"))
+    print(f"{device['name']} ({device['backend']}), {device['cores']} cores, {record['blas']}; {versions}\n")
+    peak, share = record["peak_gflops"], record["share_of_peak"]
+    held = f"MLX {format_bytes(record['mlx_peak_bytes'])}, process +{format_bytes(record['resident_growth_bytes'])}"
+    rows = [
+        ["training step", f"{record['tokens_per_second']:,.0f} tok/s", _spread(record["seconds"])],
+        ["validation", f"{record['forward_tokens_per_second']:,.0f} tok/s", _spread(record["forward_seconds"])],
+        ["FLOPs", f"{record['gflops']:,.1f} GFLOP/s", f"{format_count(record['flops_per_token'])} per token"],
+        ["share of the peak", f"{share:.1%}" if peak else "unknown", f"{peak:,.1f} GFLOP/s published" if peak else ""],
+        ["peak memory", format_bytes(record["peak_bytes"]), held],
+    ]
+    print(Table(header=["", "measured", ""], align="lrl", rows=rows).text())
 
-    def step(index: int) -> None:
-        loss, _ = train_step(batches[index], rates)
-        losses.append(loss)
 
-    return step, losses
+def _adapter(record: dict[str, Any]) -> str:
+    adapter = record["adapter"]
+    if adapter is None:
+        return ""
+    base = "" if adapter["bits"] is None else f" on {adapter['bits']} bits"
+    trained = format_count(record["num_trained_parameters"])
+    return f", {adapter['kind']} of rank {adapter['rank']}{base} ({trained} trained)"
+
+
+def _spread(seconds: list[float]) -> str:
+    return f"{min(seconds):.3f} to {max(seconds):.3f} s, {len(seconds)} times"

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mlxchat.commands.arguments import Parser, count
-from mlxchat.commands.columns import aligned, print_json
+from mlxchat.commands.output import print_json
+from mlxchat.config.table import aligned
 from mlxchat.config.wording import format_bytes, plural
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.store.gc import Collection, collect, collect_removal, find_garbage, find_removal, runs_in_progress

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxchat.commands.arguments import Parser, count, positive
-from mlxchat.commands.columns import aligned
+from mlxchat.config.table import aligned
 from mlxchat.config.verbs import VERBS
 from mlxchat.config.wording import format_bytes, format_count
 from mlxchat.errors import ConfigError, DataError, PassingError, suggest, visible

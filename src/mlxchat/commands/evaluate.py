@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.commands.arguments import Parser, positive, quoted
-from mlxchat.commands.columns import aligned, print_json
+from mlxchat.commands.output import print_json
+from mlxchat.config.table import aligned
 from mlxchat.config.wording import plural
 from mlxchat.errors import ConfigError
 from mlxchat.store.naming import describe_model, find_model

@@ -19,8 +19,8 @@ from typing import Any
 
 from mlxchat import __version__
 from mlxchat.commands.arguments import Parser
-from mlxchat.commands.columns import aligned
 from mlxchat.config.secrets import redact
+from mlxchat.config.table import aligned
 from mlxchat.config.wording import format_bytes
 from mlxchat.errors import ConfigError, MlxchatError, StoreError
 from mlxchat.store.environment import versions
@@ -31,6 +31,8 @@ from mlxchat.store.verify import check_model
 
 _SLOW_GFLOPS = 30
 _LITTLE_DISK_BYTES = 5e9
+_BACKENDS = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-cuda")
+_COLLECTIVES = ("ring", "jaccl", "nccl", "mpi")
 
 Finding = tuple[str, str, str]
 """Mark (ok, note, wrong), subject, and details with the remedy."""
@@ -38,7 +40,7 @@ Finding = tuple[str, str, str]
 
 def doctor(parser: Parser) -> None:
     """Declare `mlxchat doctor`."""
-    parser.add_argument("--gpu", action="store_true", help="check training and generation on this device: two minutes")
+    parser.add_argument("--gpu", action="store_true", help="compare training and products on this device with the CPU")
     parser.set_defaults(main=_doctor)
 
 
@@ -49,10 +51,8 @@ def _doctor(options: Namespace) -> int:
         from mlxchat.commands.device_checks import check_device
 
         return int(not check_device())
-    outputs = options.outputs
-    findings = [*_installation(), *_device(), *_programs(), *_resources(outputs), *_folder(outputs)]
-    for mark, what, details in findings:
-        print(f"{mark:<5} {what:<10} {details}")
+    findings = [*_installation(), *_device(), *_programs(), *_resources(options.outputs)]
+    print(aligned(findings))
     return int(any(mark == "wrong" for mark, _, _ in findings))
 
 
@@ -65,7 +65,7 @@ def _installation() -> Iterator[Finding]:
     if "mlxchat" in found and found["mlxchat"] != __version__:
         yield ("wrong", "versions", f"mlxchat is {__version__} but installed as {found['mlxchat']}: make setup")
     names = {str(each.name).lower().replace("_", "-") for each in importlib.metadata.distributions()}
-    backends = [name for name in ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-cuda") if name in names]
+    backends = [name for name in _BACKENDS if name in names]
     if len(backends) > 1:
         remedy = f"pip uninstall {' '.join(backends)}, then make setup (DEVICE=cuda13 for NVIDIA)"
         told = f"{' and '.join(backends)} are installed together and overwrite each other's library: {remedy}"
@@ -90,14 +90,10 @@ def _device() -> Iterator[Finding]:
     if done is not None and done.needed:
         mark = "ok" if done.library else "wrong"
         yield (mark, "blas", f"{done.reason} ({done.library or 'the slow reference BLAS is in use'})")
-        yield ("ok", "kernels", f"compiled with g++ {done.compiler}")
     if device["backend"] == "cpu" and sys.platform == "linux" and shutil.which("g++") is None:
         yield ("note", "compiler", "no g++: MLX cannot compile kernels and falls back to slower ones. Install g++.")
-    available = [name for name in ("ring", "jaccl", "nccl", "mpi") if mx.distributed.is_available(name)]
-    missing = [name for name in ("ring", "jaccl", "nccl", "mpi") if name not in available]
-    lacking = f" ({', '.join(missing)}: not here)" if missing else ""
-    mark = "ok" if available else "note"
-    yield (mark, "ranks", f"collective operations by {', '.join(available) or 'nothing'}{lacking}")
+    available = [name for name in _COLLECTIVES if mx.distributed.is_available(name)]
+    yield ("ok" if available else "note", "ranks", f"collective operations by {', '.join(available) or 'nothing'}")
     gflops = measure_flops(mx.float32) / 1e9
     slow = gflops < _SLOW_GFLOPS
     remedy_text = ": far too slow. Is another program using the cores, or no fast BLAS loaded?" if slow else ""
@@ -120,32 +116,27 @@ def _programs() -> Iterator[Finding]:
 def _resources(outputs: Path) -> Iterator[Finding]:
     import psutil
 
-    memory = psutil.virtual_memory()
-    yield ("ok", "memory", f"{format_bytes(memory.available)} free of {format_bytes(memory.total)}")
-    place = outputs if outputs.exists() else Path()
-    disk = shutil.disk_usage(place)
-    little = disk.free < _LITTLE_DISK_BYTES
-    remedy = ": little. Free space, or choose another place with outputs=PATH" if little else ""
-    yield ("note" if little else "ok", "disk", f"{format_bytes(disk.free)} free for {outputs}{remedy}")
-
-
-def _folder(outputs: Path) -> Iterator[Finding]:
     from mlxchat.store import locks
 
+    memory = psutil.virtual_memory()
+    yield ("ok", "memory", f"{format_bytes(memory.available)} free of {format_bytes(memory.total)}")
     place = outputs
     while not place.exists() and place != place.parent:
         place = place.parent
+    free = shutil.disk_usage(place).free
+    little = free < _LITTLE_DISK_BYTES
+    remedy = ": little. Free space, or choose another place with outputs=PATH" if little else ""
+    yield ("note" if little else "ok", "disk", f"{format_bytes(free)} free for {outputs}{remedy}")
     path = place / f".probe-{os.urandom(6).hex()}"
     try:
         with locks.hold(path, {}, lambda owner: None):
             works = locks.is_held(path)
+        told = "files can be locked" if works else "two processes can hold one lock: choose another with outputs=PATH"
+        yield ("ok" if works else "wrong", "outputs", f"{outputs}: {told}")
     except (OSError, StoreError) as error:
         yield ("wrong", "outputs", f"{getattr(error, 'strerror', None) or error}: choose another with outputs=PATH")
-        return
     finally:
         path.unlink(missing_ok=True)
-    told = "files can be locked" if works else "two processes can hold one lock: choose another with outputs=PATH"
-    yield ("ok" if works else "wrong", "outputs", f"{outputs}: {told}")
 
 
 # Kind → (module in mlxchat.bench, its function from configuration to plain data, description).
@@ -153,7 +144,6 @@ KINDS = {
     "train": ("train", "measure_training", "training steps, forward pass of validation, memory, utilisation (MFU)"),
     "generate": ("generate", "measure_generation", "prompt processing and decoding, with ID or random weights"),
 }
-
 _BENCH_SETTINGS = """
   bench.KEY=VALUE      vocab_size, batch_rows, row_tokens, steps, warmup_steps
                        generate: rows, prompt_tokens (lists), new_tokens, bits
@@ -161,8 +151,6 @@ _BENCH_SETTINGS = """
   architecture=NAME    with the optimizer of the same snapshot, unless optimizer= says otherwise
   experiment=NAME      its model, architecture, optimizer, vocabulary and rows: quickstart is what plain mlxchat trains
 """
-
-
 _BESIDE_MODEL = ("bench.", "machine", "outputs=", "seed=")
 
 
@@ -199,9 +187,7 @@ def _bench(options: Namespace) -> int:
     if options.json:
         print(json.dumps(record, allow_nan=False))
     else:
-        from mlxchat.bench import tables
-
-        getattr(measuring, "print_tables", tables.print_tables)(record, sys.stdout)
+        measuring.print_tables(record)
     return 0
 
 
@@ -215,9 +201,8 @@ def _model(name: str, outputs: Path) -> Any:
     from mlxchat.interop.source import PREFIX, outside_folder
 
     if name.startswith(PREFIX):
-        return GivenModel(
-            name.rstrip("/").rpartition("/")[2].removeprefix(PREFIX), outside_folder(name), third_party=True
-        )
+        short = name.rstrip("/").rpartition("/")[2].removeprefix(PREFIX)
+        return GivenModel(short, outside_folder(name), third_party=True)
     place = find_model(Store(outputs), name).place
     check_model(place)
     return GivenModel(place.name, place, third_party=False)
@@ -237,11 +222,11 @@ def _keep(kind: str, record: dict[str, Any], settings: list[str], outputs: Path)
 
 def _with_defaults(overrides: list[str]) -> list[str]:
     """Return the overrides with experiment=bench, and with the architecture's optimizer."""
+    from mlxchat.composition.compose import group_options
+
     given = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
     if "experiment" in given:
         return overrides
-    from mlxchat.composition.compose import group_options
-
     chosen = ["experiment=bench"]
     fitting = f"muon_{given.get('architecture')}"
     if "optimizer" not in given and fitting in group_options("optimizer"):

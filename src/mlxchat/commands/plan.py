@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxchat.commands.arguments import Parser
-from mlxchat.commands.columns import aligned, print_json, show_value
+from mlxchat.commands.output import print_json, show_value
+from mlxchat.config.table import aligned
 from mlxchat.errors import ConfigError, suggest, visible
 
 if TYPE_CHECKING:
@@ -26,11 +27,6 @@ if TYPE_CHECKING:
     from mlxchat.runner.stage import Metric
     from mlxchat.store.store import Store
 
-Changes = Mapping[str, tuple[Any, Any]]
-"""Name → its old and new value."""
-
-
-_EXIT_PENDING = 3
 _DAY_SECONDS = 86400
 _PURPOSE = (
     "Show for each step whether it is done, would run, may run (maybe: an input will be rebuilt, and with the same "
@@ -48,12 +44,11 @@ def plan(parser: Parser) -> None:
     parser.add_argument(
         "--graph", choices=("ascii", "mermaid"), help="draw the pipeline with each step's state instead"
     )
-    parser.add_argument("--exit-code", action="store_true", help=f"exit with {_EXIT_PENDING} if something is not done")
     parser.set_defaults(main=_plan)
 
 
 def _plan(options: Namespace) -> int:
-    """Print the plan of the settings; return 3 if --exit-code is given and something is not done."""
+    """Print the plan of the settings."""
     from mlxchat.composition.compose import compose_config, split_options
     from mlxchat.pipeline import place_steps, plan_of
     from mlxchat.planning.duration import estimate_trainings
@@ -79,7 +74,7 @@ def _plan(options: Namespace) -> int:
             print(line)
         print(format_plan(plan, _remarks(config, plan, store, memory), estimates), flush=True)
     place_steps(config, plan)
-    return _EXIT_PENDING if options.exit_code and not all(step.done for step in plan) else 0
+    return 0
 
 
 def _remarks(config: Config, plan: list[PlannedStep], store: Store, memory: Mapping[str, str]) -> dict[str, str]:
@@ -165,19 +160,19 @@ def _plan_sweep(options: Namespace) -> int:
     unknown = len(known) - len(sums)
     if options.json:
         estimate = {"seconds": round(total.seconds, 3), "bytes": total.bytes, "unknown": unknown}
-        print_json({"schema": 2, "jobs": described, "estimate": estimate})
+        print_json({"schema": 3, "jobs": described, "estimate": estimate})
     else:
         cost = f"; together {total}" if sums else ""
         cost += f" and {unknown} without an estimate" if sums and unknown else ""
         steps = {step.key for job in jobs for step in job.plan}
         done = len(steps) - len(known)
         print(f"{plural(len(jobs), 'job')}, {plural(len(steps), 'step')}: {done} done, {len(known)} to run{cost}")
-    return _EXIT_PENDING if options.exit_code and known else 0
+    return 0
 
 
 def describe_plan(
     plan: list[PlannedStep], estimates: Mapping[str, Estimate | None], memory: Mapping[str, str]
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Return the plan as plain data, with every difference from the nearest artifact."""
     planned = {step.name: step for step in plan}
     steps = []
@@ -187,39 +182,24 @@ def describe_plan(
             role: {"step": source, "key": planned[source].key} for role, source in step.inputs.items()
         }
         inputs |= {role: {"step": None, "rid": made["rid"]} for role, made in step.artifacts.items()}
+        difference = step.difference if step.difference is not None and step.difference.nearest else None
         steps.append({
             "step": step.name, "stage": step.stage.name, "state": step.state, "reason": step.reason, "key": step.key,
             "rid": step.rid or None, "artifact": step.artifact or None, "forced": step.forced, "inputs": inputs,
-            "difference": _describe_difference(step), "changed_code": step.drift,
+            "difference": asdict(difference) if difference else None, "changed_code": step.drift,
             "estimate": asdict(estimate) if estimate else None, "memory": memory.get(step.name),
         })  # fmt: skip
+    known = [estimate for estimate in estimates.values() if estimate]
     return {
-        "schema": 1,
+        "schema": 2,
         "pending": [step.name for step in plan if not step.done],
         "estimate": {
-            "seconds": round(sum(estimate.seconds for estimate in estimates.values() if estimate), 3),
-            "bytes": sum(estimate.bytes for estimate in estimates.values() if estimate),
-            "unknown": [name for name, estimate in estimates.items() if estimate is None],
+            "seconds": round(sum(estimate.seconds for estimate in known), 3),
+            "bytes": sum(estimate.bytes for estimate in known),
+            "unknown": [name for name, estimate in estimates.items() if not estimate],
         },
         "steps": steps,
     }
-
-
-def _describe_difference(step: PlannedStep) -> dict[str, Any] | None:
-    difference = step.difference
-    if difference is None or difference.nearest is None:
-        return None
-    return {
-        "nearest": difference.nearest,
-        "version": None if difference.version is None else dict(zip(("old", "new"), difference.version, strict=True)),
-        "config": _old_and_new(difference.config),
-        "inputs": difference.inputs,
-        "externals": _old_and_new(difference.externals),
-    }
-
-
-def _old_and_new(changes: Changes) -> dict[str, Any]:
-    return {key: {"old": old, "new": new} for key, (old, new) in changes.items()}
 
 
 _WIDTH = 40  # of a value; --json has the whole value
@@ -306,31 +286,28 @@ def _settings(section: Any, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]
     """Yield dotted key → value and meaning of a section and its subsections."""
     from mlxchat.store.fingerprint import plain_of
 
-    meanings = _meanings(section.__class__)
+    meanings = meanings_of(section.__class__)
     for item in fields(section):
         value = getattr(section, item.name)
         if is_dataclass(value):
             yield from _settings(value, f"{prefix}.{item.name}")
         else:
-            yield f"{prefix}.{item.name}", {"value": plain_of(value), "means": meanings.get(item.name, "")}
+            yield (
+                f"{prefix}.{item.name}",
+                {"value": plain_of(value), "means": meanings.get(item.name, "").partition(". ")[0]},
+            )
 
 
 @cache
-def _meanings(kind: type[object]) -> dict[str, str]:
-    """Return field → the first sentence of its docstring in the source of a dataclass."""
+def meanings_of(kind: type[object]) -> dict[str, str]:
+    """Return field → its docstring in the source of a dataclass and its bases."""
     found: dict[str, str] = {}
     for each in reversed(kind.__mro__[:-1]):
-        try:
-            tree = ast.parse(inspect.getsource(importlib.import_module(each.__module__)))
-        except (ImportError, OSError, TypeError):
-            continue  # a class without source
-        body = next(
-            (node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == each.__name__), []
-        )
-        for item, text in itertools.pairwise(body):
-            is_text = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and is_text:
-                found[item.target.id] = " ".join(str(text.value.value).split()).partition(". ")[0]  # type: ignore[attr-defined]  # see is_text
+        body = ast.parse(inspect.getsource(each)).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for item, text in itertools.pairwise(body.body):
+            if isinstance(item, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                found[ast.unparse(item.target)] = " ".join(str(text.value.value).split())
     return found
 
 

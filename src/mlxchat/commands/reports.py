@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import csv
 import json
-import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxchat.commands.arguments import Parser, amount
-from mlxchat.commands.columns import aligned, print_json, show_value
+from mlxchat.commands.output import print_json, show_value
+from mlxchat.config.table import Table
 from mlxchat.config.wording import format_number, plural
 from mlxchat.errors import ConfigError, visible
 from mlxchat.store.naming import LATEST, Found, called, latest, links, meaning
@@ -21,12 +22,9 @@ from mlxchat.store.store import Store
 
 if TYPE_CHECKING:
     from mlxchat.report.collect import RunReport
-    from mlxchat.store.compare import Table
+    from mlxchat.store.compare import Table as Runs
 
-_WIDEST_HEAD = 24
 _WIDEST_CELL = 24
-
-
 _SWEEPS = "RUN may also be the folder of a sweep or search in multirun/."
 
 
@@ -77,66 +75,35 @@ def _errors_of(store: Store, scores: dict[str, str]) -> dict[str, float]:
     return errors
 
 
-def _print(table: Table, form: str, errors: dict[str, dict[str, float]]) -> None:
-    names = [*table.settings, *table.metrics]
+def _print(runs: Runs, form: str, errors: dict[str, dict[str, float]]) -> None:
+    """Print the runs as JSON or CSV, or a column for each run with a row for each setting and metric."""
+    names = ["name", *runs.settings, *runs.metrics]
     if form == "json":
-        print_json(table.rows)
-    elif form == "csv":
-        import csv
-
-        writer = csv.DictWriter(sys.stdout, ["name", *names], lineterminator="\n")
-        writer.writerow({name: visible(name) for name in ["name", *names]})
-        writer.writerows(
-            {key: visible(value) if isinstance(value, str) else value for key, value in row.items()}
-            for row in table.rows
-        )
-    elif form == "md":
-        cells = [[name, *(_cell(row, name, errors) for row in table.rows)] for name in ["name", *names]]
-        lines = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
-        print(visible("\n".join(f"| {' | '.join(line)} |" for line in lines)))
-    else:
-        _print_columns(table, names, errors)
-
-
-def _print_columns(table: Table, names: list[str], errors: dict[str, dict[str, float]]) -> None:
-    """Print a line for each setting and metric; as many runs beside each other as the terminal is wide."""
-    heads = _heads([str(row["name"]) for row in table.rows])
-    if max(map(len, heads)) > _WIDEST_HEAD:
-        for number, head in enumerate(heads, start=1):
-            print(f"{number:>{len(str(len(heads)))}}  {visible(head)}")
-        print()
-        heads = [str(number) for number in range(1, len(heads) + 1)]
-    cells = [[_shortened(_cell(row, name, errors)) for name in names] for row in table.rows]
-    widths = [2 + max(map(len, [head, *column])) for head, column in zip(heads, cells, strict=True)]
-    # Piped output is one table, for grep.
-    room = shutil.get_terminal_size((sys.maxsize, 0)).columns - max(map(len, names), default=0)
-    start = 0
-    while start < len(heads):
-        end = start + 1
-        while end < len(heads) and sum(widths[start : end + 1]) <= room:
-            end += 1
-        lines = [["", *heads[start:end]]]
-        lines += [[name, *(column[place] for column in cells[start:end])] for place, name in enumerate(names)]
-        print(("\n" if start else "") + aligned(lines, right=range(1, end - start + 1)))
-        start = end
+        print_json(runs.rows)
+        return
+    if form == "csv":
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        for row in (dict(zip(names, names, strict=True)), *runs.rows):
+            values = [row.get(name) for name in names]
+            writer.writerow([visible(value) if isinstance(value, str) else value for value in values])
+        return
+    heads = [str(row["name"]) for row in runs.rows]
+    short = [called(head) for head in heads]
+    table = Table(
+        header=["", *(short if len({*short}) == len(short) else heads)],
+        align="l" + "r" * len(heads),
+        rows=[[name, *(_cell(row, name, errors) for row in runs.rows)] for name in names[1:]],
+    )
+    print(visible(table.markdown()) if form == "md" else table.text())
 
 
-def _heads(names: list[str]) -> list[str]:
-    """Return the last parts of the names of runs, if they differ."""
-    heads = [called(name) for name in names]
-    return heads if len({*heads}) == len(heads) else names
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _WIDEST_CELL else f"{text[: _WIDEST_CELL - 1]}…"
-
-
-def _cell(row: Mapping[str, Any], name: str, errors: Mapping[str, Mapping[str, float]] = {}) -> str:
+def _cell(row: Mapping[str, Any], name: str, errors: Mapping[str, Mapping[str, float]]) -> str:
     value, error = row.get(name), errors.get(row["name"], {}).get(name)
     if value is None:
         return "-"
     text = format_number(value) if isinstance(value, int | float) and not isinstance(value, bool) else show_value(value)
-    return text if error is None else f"{text} ± {error:.2g}"
+    text = text if error is None else f"{text} ± {error:.2g}"
+    return text if len(text) <= _WIDEST_CELL else f"{text[: _WIDEST_CELL - 1]}…"
 
 
 def report(parser: Parser) -> None:
@@ -168,11 +135,9 @@ def _report(options: Namespace) -> int:
     else:
         place = write_document(out or reports[0].folder, title, blocks)
     if not sweep:
-        from rich.console import Console
-
         from mlxchat.report.summary import print_summary
 
-        print_summary(reports[0], Console())
+        print_summary(reports[0])
     print(f"report: {place}")
     if options.open:
         import webbrowser
@@ -192,7 +157,7 @@ def _report_of(store: Store, name: str) -> RunReport:
 
     if name == LATEST and not latest(store):
         return collect(store.outputs, latest_run(store.outputs))  # it has no finished step yet
-    found = meaning(store, _folder_name(name))
+    found = meaning(store, _last_part(name))
     if isinstance(found, Found):
         places, title = [found.place], found.place.name
     elif ((run := store.outputs / "runs" / found.name) / "plan.json").exists():
@@ -203,16 +168,15 @@ def _report_of(store: Store, name: str) -> RunReport:
     return collect_steps(store.outputs, title, entries, store.outputs / "reports" / title)
 
 
-def _folder_name(name: str) -> str:
+def _last_part(name: str) -> str:
     """Return the last part of a path, since a run may be given by its folder."""
     return name.rstrip("/").rpartition("/")[2] if "runs/" in name or "multirun/" in name else name
 
 
 def _sweep_folder(outputs: Path, name: str) -> Path | None:
-    from mlxchat.store.compare import find_runs, find_sweep
+    """Return the folder of a sweep; None: a run is called so, or nothing is."""
+    from mlxchat.store.compare import find_sweep
 
-    folder = find_sweep(outputs, _folder_name(name))
-    if folder is None or not (folder / "sweep.json").is_file():
-        return None
-    is_run = any((outputs / "runs" / run).is_dir() for run, _ in find_runs(Store(outputs), [name]))
-    return None if is_run else folder
+    last = _last_part(name)
+    is_run = any(last in (run.name, called(run.name)) for run in (outputs / "runs").glob("*"))
+    return None if is_run and "multirun/" not in name else find_sweep(outputs, last)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxchat import __version__
+from mlxchat.config.table import Table, escape
 from mlxchat.config.wording import format_count
 from mlxchat.errors import visible
 from mlxchat.evals.scores import mapping, number
@@ -25,9 +26,8 @@ from mlxchat.report.collect import (
     sequence,
     text,
 )
-from mlxchat.report.document import Block, Group, escape, fenced, render_markdown
+from mlxchat.report.document import Block, Group, fenced, render_markdown
 from mlxchat.report.tables import (
-    Table,
     all_settings,
     artifact_table,
     core_table,

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlxchat.config.table import Table, escape
 from mlxchat.config.wording import plural
 from mlxchat.errors import ConfigError
 from mlxchat.report.collect import RunReport, StepReport, checkpoint_name, collect_steps
-from mlxchat.report.document import Block, Group, escape
+from mlxchat.report.document import Block, Group
 from mlxchat.report.plots import COLOURS, Curve, Picture, draw_curves, slug, smooth
-from mlxchat.report.tables import Cell, Table, format_value
+from mlxchat.report.tables import format_value
 from mlxchat.store.naming import called
 
 # One curve per colour.
@@ -67,7 +68,7 @@ def _table_of(folder: Path, names: Sequence[str]) -> Table:
     return Table(
         header=columns,
         align="".join("l" if is_text[key] else "r" for key in columns),
-        rows=[[Cell(format_value(row.get(key))) for key in columns] for row in rows],
+        rows=[[format_value(row.get(key)) for key in columns] for row in rows],
     )
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from html import escape as escape_html
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from mlxchat.config.table import Table, escape
 from mlxchat.config.wording import format_bytes, format_seconds, format_time
 from mlxchat.errors import StoreError, visible
 from mlxchat.evals.scores import number
@@ -23,8 +24,6 @@ from mlxchat.report.examples import Example, example_groups, sample_groups, tell
 from mlxchat.report.plots import Picture, main_charts, more_charts, score_charts
 from mlxchat.report.summary import answers, facts, print_summary, troubles
 from mlxchat.report.tables import (
-    Cell,
-    Table,
     all_settings,
     artifact_table,
     compression_tables,
@@ -69,11 +68,9 @@ def show_report(outputs: Path, run: Path) -> None:
     Raises:
         StoreError: the run has no readable plan, or its folder cannot be written.
     """
-    from rich.console import Console
-
     report = collect(outputs, run)
     place = write_document(report.folder, title_of(report), document(report))
-    print_summary(report, Console())
+    print_summary(report)
     print(f"report: {place}")
 
 
@@ -197,15 +194,6 @@ def _environment(report: RunReport) -> Iterator[Block]:
     )
 
 
-def escape(words: str) -> str:
-    """Return text escaped for Markdown, on one line."""
-    line = " ".join(words.split())
-    line = re.sub(r"[\\`*{}\[\]<>|&$~]", r"\\\g<0>", line)
-    # Underscores within words have no meaning in Markdown.
-    line = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", line)
-    return re.sub(r"^([#+=-]|\d+(?=[.)](?: |$)))", lambda m: f"{m[0]}\\" if m[0].isdigit() else f"\\{m[0]}", line)
-
-
 def fenced(words: str) -> str:
     """Return text as a block of code."""
     # The fence is longer than any run of backticks in the text, so the text cannot close it.
@@ -234,7 +222,7 @@ def _markdown(block: Block) -> str:
         case str():
             return block
         case Table():
-            return _table_markdown(block)
+            return block.markdown()
         case Pipeline():
             return _mermaid(block.report)
         case Group():
@@ -246,21 +234,6 @@ def _markdown(block: Block) -> str:
         case charts:
             # One paragraph, so that they are side by side on wide screens.
             return " ".join(f"![{escape(chart.alt)}]({PICTURES}/{chart.name}.svg)" for chart in charts)
-
-
-def _table_markdown(table: Table) -> str:
-    """Return a table with its notes as a list beneath."""
-    marks = {"l": ":--", "r": "--:"}
-    lines = [map(escape, table.header), (marks[letter] for letter in table.align)]
-    lines += [map(_cell, row) for row in table.rows]
-    notes = "\n".join(f"- {escape(note)}" for note in table.notes)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + (f"\n\n{notes}" if notes else "")
-
-
-def _cell(cell: Cell) -> str:
-    words = escape(cell.text)
-    words = f"**{words}**" if cell.is_best and words else words
-    return f"{words} *{escape(cell.detail)}*" if cell.detail else words
 
 
 def _mermaid(report: RunReport) -> str:
@@ -331,7 +304,7 @@ def _html(block: Block) -> str:
 def _table_html(table: Table) -> str:
     """Return a table with its notes beneath; many notes are folded."""
     parser = _parser()
-    drawn = parser.render(visible(_table_markdown(Table(header=table.header, align=table.align, rows=table.rows))))
+    drawn = parser.render(visible(replace(table, notes=[]).markdown()))
     notes = "\n".join(f"- {escape(note)}" for note in table.notes)
     listed = f'<div class="notes">\n{parser.render(visible(notes))}</div>\n' if notes else ""
     if len(table.notes) > 3:

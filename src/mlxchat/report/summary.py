@@ -6,18 +6,22 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from statistics import linear_regression, pvariance
-from typing import TYPE_CHECKING
 
-from mlxchat.config.wording import format_bytes, format_count, format_dollars, format_seconds, format_time, join, plural
+from mlxchat.config.wording import (
+    format_bytes,
+    format_count,
+    format_dollars,
+    format_seconds,
+    format_time,
+    join,
+    plural,
+    wrapped,
+)
 from mlxchat.errors import visible
 from mlxchat.evals.scores import Measure, Scores, mapping, number
 from mlxchat.report.collect import STAGE_LABELS, RunReport, StepReport, checkpoint_name, text
-from mlxchat.report.tables import Table, baseline_label, columns, computing_seconds, metric_table, published_core, shown
+from mlxchat.report.tables import baseline_label, columns, computing_seconds, metric_table, published_core, shown
 from mlxchat.report.target import describe_target
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table as RichTable
 
 # Relative change of the validation loss over the last quarter that counts as flat.
 _FLAT = 0.01
@@ -95,45 +99,19 @@ def num_parameters(step: StepReport) -> float | None:
     return step.num_parameters if derived is None else derived
 
 
-def print_summary(report: RunReport, console: Console) -> None:
-    """Print what was trained, how well, the table of scores, and what is missing.
-
-    Text of the run is printed literally: neither rich's markup nor escape sequences in it have any effect.
-    """
-    from rich.text import Text
-
+def print_summary(report: RunReport) -> None:
+    """Print what was trained, how well, the table of scores, and what is missing."""
     experiment = f"experiment {report.experiment}" if report.experiment else ""
     counts = Counter(step.outcome for step in report.steps)
     states = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
     details = [experiment, format_time(report.started), f"{plural(len(report.steps), 'step')}: {states}"]
-    console.print(Text(visible(report.name), style="bold"))
-    console.print(Text(visible(" · ".join(detail for detail in details if detail)), style="dim"))
-    for question, answer in answers(report):
-        console.print(Text.assemble((f"{question} ", "bold"), visible(answer)))
-    for trouble in troubles(report):
-        console.print(Text(visible(trouble), style="yellow"))
+    lines = [report.name, " · ".join(detail for detail in details if detail)]
+    lines += [f"{question} {answer}" for question, answer in answers(report)]
+    lines += troubles(report)
+    for line in lines:
+        print(wrapped(visible(line), 2))
     if metrics := metric_table(report):
-        console.print(_rich_table(metrics))
-
-
-def _rich_table(table: Table) -> RichTable:
-    from rich import box
-    from rich.table import Table as RichTable
-    from rich.text import Text
-
-    drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for title, letter in zip(table.header, table.align, strict=True):
-        drawn.add_column(Text(visible(title)), justify="right" if letter == "r" else "left")
-    for row in table.rows:
-        cells = []
-        for cell in row:
-            words = Text(visible(cell.text), style="bold green" if cell.is_best else "")
-            if cell.detail:
-                # "±" without a space, so that four columns fit into 80 characters.
-                words.append(f" {visible(cell.detail).replace('± ', '±')}", style="dim")
-            cells.append(words)
-        drawn.add_row(*cells)
-    return drawn
+        print(f"\n{metrics.text()}")
 
 
 def _is_training(step: StepReport) -> bool:

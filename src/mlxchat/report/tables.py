@@ -1,6 +1,6 @@
 """The tables of the report, free of any output format: scores, published results, times, machines, artifacts, settings.
 
-A `Table` holds plain text; document.py and summary.py escape it and lay it out. Which rows and columns there are
+Which rows and columns there are
 follows from the steps of the run and from what they measured.
 """
 
@@ -11,13 +11,14 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from mlxchat.config.parts import is_own
+from mlxchat.config.table import Cell, Table
 from mlxchat.config.wording import (
     ABSENT,
     format_bytes,
@@ -40,25 +41,6 @@ from mlxchat.tasks import task_class, task_names
 Pairs = list[tuple[str, str]]
 
 _DIGITS = {"val_bpb": 4, "perplexity": 2, "text_bpb": 4, "core": 4, "chatcore": 4, "mean_centered": 3}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """Text, a detail beside it, and True if it is the best of its row."""
-
-    text: str
-    detail: str = ""
-    is_best: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """Rows of cells under a header; `align` has one l or r per column."""
-
-    header: list[str]
-    align: str
-    rows: list[list[Cell]]
-    notes: list[str] = field(default_factory=list)
 
 
 def pairs_table(title: str, pairs: Pairs, value: str = "Value") -> Table:

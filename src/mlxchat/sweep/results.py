@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.config.secrets import redact
+from mlxchat.config.table import Table
 from mlxchat.errors import ConfigError, suggest, visible
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.store.files import write_whole
@@ -181,8 +182,8 @@ def _write_table(
     ]
     columns = list(dict.fromkeys(key for row in flat for key in row if key not in _LAST))
     columns += [key for key in _LAST if any(key in row for row in flat)]
-    lines = [columns, ["---"] * len(columns), *([_cell(row.get(key, "")) for key in columns] for row in flat)]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    rows_of_text = [[_cell(row.get(key, "")) for key in columns] for row in flat]
+    table = Table(header=columns, align="l" * len(columns), rows=rows_of_text).markdown()
     (folder / "table.md").write_text(table + "\n", encoding="utf-8")
     (folder / "table.json").write_text(json.dumps(flat, indent=1) + "\n", encoding="utf-8")
     order = f"{unit}s by {metric}, {'smallest' if less_is_better else 'largest'} first\n\n" if metric else ""
@@ -193,8 +194,7 @@ def _write_table(
 
 
 def _cell(value: Any) -> str:
-    text = f"{value:.5g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|")
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def _write_report(folder: Path, store: Store, laws: Sequence[Any]) -> Path:
