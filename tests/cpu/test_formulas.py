@@ -6,12 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxchat.cpu.kernels import (
-    EXP_UNIT,
-    exp_of_capped,
-    masked_exp_of_units,
-    rational_tanh,
-)
+from mlxchat.cpu.kernels import EXP_UNIT, exp_of_capped, masked_exp_of_units, rational_tanh
 
 Formula = Callable[..., mx.array]
 ONE = np.linspace(-1, 1, 100_001)

@@ -1,19 +1,14 @@
-"""The remedy for MLX's Linux wheel: applied before MLX is imported, reported, and harmless where it fails.
+"""The remedy for MLX's Linux wheel: applied before MLX is imported, reported, and harmless where it fails."""
 
-Most tests run new processes with an empty home folder.
-"""
-
-import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from kit.commands import clean_environment
 from mlxchat.cpu import runtime
 
 pytestmark = [
@@ -24,33 +19,6 @@ pytestmark = [
 # A product, and a chain that fuses, so that MLX compiles a kernel.
 PRODUCT = "import mlxchat, mlx.core as mx; print(int((mx.ones((64, 64)) @ mx.ones((64, 64))).sum().item())); "
 REPORT = "from mlxchat.cpu.runtime import remedy; print(remedy().library, remedy().reason, remedy().compiler); "
-Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def plain_path() -> str:
-    """Return PATH without the folder that this process may have prepended."""
-    folders = os.environ["PATH"].split(os.pathsep)
-    return os.pathsep.join(folder for folder in folders if not folder.endswith("mlxchat-compiler"))
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        for name in ("home", "tmp", "empty"):
-            (tmp_path / name).mkdir(exist_ok=True)
-        own = ("MLXCHAT", "XDG_", "TMP", "TEMP")
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith(own)}
-        settings = {"HOME": str(tmp_path / "home"), "PATH": plain_path(), "TMPDIR": str(tmp_path / "tmp")}
-        return subprocess.run(
-            [sys.executable, "-c", code],
-            env=inherited | settings | environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=True,
-        )
-
-    return run
 
 
 @pytest.mark.parametrize(
@@ -58,12 +26,12 @@ def run(tmp_path: Path) -> Run:
     [
         (PRODUCT + REPORT, {"MLXCHAT_BLAS": "off"}, "262144\nNone switched off by MLXCHAT_BLAS=off"),
         (PRODUCT, {"MLXCHAT_BLAS": "/nowhere/libopenblas.so"}, "262144"),
-        ("import mlx.core; " + REPORT, {}, "import mlxchat first"),
         ("import mlxchat, mlx.core; " + REPORT, {"PATH": "/nowhere"}, "no g++"),
     ],
 )
-def test_what_is_switched_off_or_absent_is_reported(run, code, environment, expected):
-    done = run(code, **environment)
+def test_what_is_switched_off_or_absent_is_reported(tmp_path, code, environment, expected):
+    inherited = clean_environment(HOME=str(tmp_path), TMPDIR=str(tmp_path), **environment)
+    done = subprocess.run([sys.executable, "-c", code], env=inherited, capture_output=True, text=True, check=True)
     assert expected in done.stdout
     assert ("mlxchat[cpu]" in done.stderr) is ("nowhere" in environment.get("MLXCHAT_BLAS", ""))
 

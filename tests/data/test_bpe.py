@@ -27,12 +27,14 @@ def nanochats_ranks(texts: list[str], num_tokens: int) -> dict[bytes, int]:
     return {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
 
 
-def train(
-    folder: Path, texts: list[str], *, stop: int | None = None, write: bool = True, **changes: Any
-) -> tuple[Any, Context]:
-    """Train as the step does on a corpus of one document more."""
-    if write:
-        write_shards(folder, ["held out", *texts], validation_documents=1, shard_documents=100, row_group_documents=7)
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    write_shards(tmp_path, ["held out", *TEXTS], validation_documents=1, shard_documents=100, row_group_documents=7)
+    return tmp_path
+
+
+def train(folder: Path, *, stop: int | None = None, **changes: Any) -> tuple[Any, Context]:
+    """Train as the step does."""
     values = {"source": "train", "vocab_size": 320, "max_chars": 10**9, "document_chars": 10_000}
     ctx = Context(
         step="tokenizer", stage="tokenizer", config=SimpleNamespace(), inputs={}, out=folder, work=folder, root_seed=0,
@@ -41,24 +43,19 @@ def train(
     return train_on_corpus(ctx, folder, TokenizerConfig(**(values | changes))), ctx
 
 
-def test_step_trains_on_the_first_characters(tmp_path):
-    tokenizer, ctx = train(tmp_path, TEXTS, max_chars=9000, document_chars=60)
+def test_step_trains_on_the_first_characters(corpus):
+    tokenizer, ctx = train(corpus, max_chars=9000, document_chars=60)
     cropped = [text[:60] for text in TEXTS][:151]
     assert tokenizer.ranks == nanochats_ranks(cropped, 311)
     assert ctx.metrics["trained_chars"] == sum(map(len, cropped))
 
 
-def test_stopped_step_leaves_no_process(tmp_path):
+def test_stops_and_errors_of_the_process_are_raised_and_end_it(corpus):
     with pytest.raises(Interrupted, match="tokenizer stopped at its beginning"):
-        train(tmp_path, TEXTS, stop=15)
-    assert multiprocessing.active_children() == []
-
-
-def test_error_of_the_process_is_raised(tmp_path):
-    write_shards(tmp_path, ["held out", *TEXTS], validation_documents=1, shard_documents=100, row_group_documents=7)
-    (tmp_path / "shard_00000.parquet").write_bytes(b"no parquet")
+        train(corpus, stop=15)
+    (corpus / "shard_00000.parquet").write_bytes(b"no parquet")
     with pytest.raises(DataError, match="shard_00000"):
-        train(tmp_path, TEXTS, write=False)
+        train(corpus)
     assert multiprocessing.active_children() == []
 
 

@@ -13,13 +13,7 @@ from hypothesis import strategies as st
 from kit.text import conversation, conversations, render
 from mlxchat.data import packing
 from mlxchat.data.conversation import render_conversation
-from mlxchat.data.packing import (
-    IGNORED,
-    RowStream,
-    ShuffledConversations,
-    count_rows,
-    take_validation,
-)
+from mlxchat.data.packing import IGNORED, RowStream, ShuffledConversations, count_rows, take_validation
 from mlxchat.data.sources import Corpus
 from mlxchat.data.tokenizer import Tokenizer
 

@@ -1,6 +1,5 @@
-"""The tokenizer: lossless, special tokens in text, file formats, damage."""
+"""The tokenizer: lossless, special tokens in text, chat template."""
 
-import base64
 import json
 from pathlib import Path
 from typing import ClassVar
@@ -66,7 +65,3 @@ def test_chat_template_equals_our_rendering(tokenizer, folder, messages):
     if messages[-1] is USER:
         ids = render_for_completion(tokenizer, {"messages": messages})
         assert render_template(folder, messages, add_generation_prompt=True) == tokenizer.decode(ids)
-
-
-def line(token: bytes, rank: int) -> str:
-    return f"{base64.b64encode(token).decode()} {rank}"

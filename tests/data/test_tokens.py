@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,43 +61,23 @@ def test_documents_repeat_in_order_and_count_epochs(hundred, read_documents, tok
     assert found == (DOCUMENTS[10:] * 3)[: len(found)]
 
 
-class Maker:
-    """Encodes shards, once `unblocked` is set, and records each call: shard and whether a caller waits for it."""
+def test_the_next_shard_is_encoded_in_the_background(hundred, tokenizer, tmp_path):
+    asked: list[tuple[str, bool]] = []
 
-    def __init__(self, corpus: Path, tokenizer: Tokenizer, work: Path) -> None:
-        self.tokenizer, self.work, self.shards = tokenizer, work, Corpus.open(corpus).train
-        self.asked: list[tuple[str, bool]] = []
-        self.unblocked = threading.Event()
-        self.unblocked.set()
-
-    def __call__(self, shard: Shard, is_awaited: bool, check: Callable[[], None]) -> Path:
-        self.asked.append((shard.stem, is_awaited))
-        while not self.unblocked.wait(0.001):
-            check()
-        folder = self.work / shard.stem
-        if not folder.exists():
-            folder.mkdir()
-            encode_shard(shard, self.tokenizer, folder, threads=1, check=check)
+    def encode(shard: Shard, is_awaited: bool, check: Callable[[], None]) -> Path:
+        asked.append((shard.stem, is_awaited))
+        folder = tmp_path / shard.stem
+        folder.mkdir()
+        encode_shard(shard, tokenizer, folder, threads=1, check=check)
         return folder
 
-
-@pytest.fixture
-def maker(hundred: Path, tokenizer: Tokenizer, tmp_path: Path) -> Maker:
-    return Maker(hundred, tokenizer, tmp_path)
-
-
-def test_the_next_shard_is_encoded_in_the_background(maker):
-    documents = Documents(maker.shards, maker)
-    assert maker.asked == [], "nothing is encoded before the first document is read"
+    documents = Documents(Corpus.open(hundred).train, encode)
+    assert asked == [], "nothing is encoded before the first document is read"
     documents.next(1)
     documents._worker.join()
     documents.next(1)
     documents.close()
-    assert maker.asked == [("shard_00000", True), ("shard_00001", False)]
-    threading.Timer(0.05, maker.unblocked.set).start()
-    maker.unblocked.clear()
-    documents.prepare(2)
-    assert len(documents.tokens(2)) == 10
+    assert asked == [("shard_00000", True), ("shard_00001", False)]
 
 
 # Artifacts

@@ -13,7 +13,6 @@ import pytest
 
 from kit import ranks
 from kit.commands import clean_environment, wait_until
-from mlxchat.distributed.ranks import is_launched
 
 LAUNCHER = Path(sys.executable).with_name("mlx.launch")
 PRETRAIN = ("stage=pretrain", "pretrain.num_iterations=12", "machine.checkpoint_seconds=0", "machine.blas_threads=1")
@@ -61,13 +60,3 @@ def test_an_interrupted_run_resumes_with_another_number_of_ranks(launch, mlxchat
 def test_a_wrong_setting_is_one_error_and_ends_all_ranks(launch):
     text, _ = launch(2, "seed=abc").communicate(timeout=60)
     assert text.count("error:") == 1
-
-
-def test_one_process_is_no_rank(monkeypatch, tmp_path):
-    assert not is_launched()
-    hosts = tmp_path / "hosts.json"
-    hosts.write_text("\n")  # mlx.launch -n 1
-    monkeypatch.setenv("MLX_HOSTFILE", str(hosts))
-    assert not is_launched()
-    hosts.write_text('[["127.0.0.1:5000"], ["127.0.0.1:5001"]]')
-    assert is_launched()

@@ -7,12 +7,7 @@ import pytest
 from kit import models
 from kit.training import move, optimizer_config
 from mlxchat.model.parameters import flatten_parameters
-from mlxchat.optim.muon import (
-    POLAR_EXPRESS,
-    aspect_factor,
-    muon_update,
-    orthogonalise,
-)
+from mlxchat.optim.muon import POLAR_EXPRESS, aspect_factor, muon_update, orthogonalise
 from mlxchat.optim.optimizer import Optimizer, Rates
 
 SHAPES = [(16, 16), (8, 32), (32, 8), (64, 16), (1, 7)]

@@ -100,18 +100,8 @@ def test_three_updates_of_adamw_equal_the_published_formula(epsilon, weight_deca
     rule, first, second = AdamWRule(1.0, (beta1, beta2), weight_decay), 0.0, 0.0
     for count, lr in enumerate([0.2, 0.1, 0.05], 1):
         gradient = rng.normal(size=50) * 10.0 ** rng.integers(-6, 3, 50) * (np.arange(50) > 2)
-        ours = list(
-            adamw_update(
-                ours[0],
-                mx.array(gradient.astype(np.float32)),
-                *ours[1:],
-                rule,
-                count=mx.array(float(count)),
-                lr_factor=mx.array(lr),
-                epsilon=epsilon,
-                ok=mx.array(True),
-            )
-        )
+        given = {"count": mx.array(float(count)), "lr_factor": mx.array(lr), "ok": mx.array(True)}
+        ours = list(adamw_update(ours[0], mx.array(np.float32(gradient)), *ours[1:], rule, epsilon=epsilon, **given))
         first = beta1 * first + (1 - beta1) * gradient
         second = beta2 * second + (1 - beta2) * gradient**2
         step = first / (1 - beta1**count) / (np.sqrt(second / (1 - beta2**count)) + epsilon)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from kit.models import composed
-from mlxchat.config.schema import BatchConfig, Config, PretrainConfig
+from mlxchat.config.schema import BatchConfig, Config
 from mlxchat.model.sizes import GPTSizes, sizes_of
 from mlxchat.planning.horizon import Hyperparameters, derive_hyperparameters, derive_numbers
 
@@ -19,14 +19,10 @@ def sizes(depth: int, recipe: Config = OCT2025) -> GPTSizes:
     return sizes_of(replace(recipe.model, depth=depth), recipe.architecture, recipe.tokenizer.vocab_size)
 
 
-def config(recipe: Config = OCT2025, tokens: int | None = BATCH, **horizon: Any) -> PretrainConfig:
-    horizons = {"num_iterations": None, "target_flops": None, "tokens_per_parameter": None} | horizon
-    return replace(recipe.pretrain, batch=BatchConfig(tokens=tokens, row_tokens=2048), **horizons)
-
-
 def derive(depth: int, recipe: Config = OCT2025, tokens: int | None = BATCH, **horizon: Any) -> Hyperparameters:
-    model = replace(recipe.model, depth=depth)
-    changed = replace(recipe, model=model, pretrain=config(recipe, tokens, **horizon))
+    horizons = {"num_iterations": None, "target_flops": None, "tokens_per_parameter": None} | horizon
+    pretrain = replace(recipe.pretrain, batch=BatchConfig(tokens=tokens, row_tokens=2048), **horizons)
+    changed = replace(recipe, model=replace(recipe.model, depth=depth), pretrain=pretrain)
     return derive_hyperparameters(changed, sizes(depth, recipe))
 
 

@@ -11,7 +11,6 @@ import pytest
 
 from kit.models import composed
 from kit.training import training_of
-from mlxchat.config.schema import Config, MachineConfig
 from mlxchat.cpu import runtime
 from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import GPT
@@ -19,7 +18,7 @@ from mlxchat.model.initial import init_weights
 from mlxchat.model.sizes import GPTSizes, count_parameters, resolve_adapter, sizes_of
 from mlxchat.optim.optimizer import Optimizer, rates_at
 from mlxchat.planning.memory import Device, Training, check_memory
-from mlxchat.runner.plan import PlannedStep, make_plan
+from mlxchat.runner.plan import make_plan
 from mlxchat.store.store import Store
 from mlxchat.training.batches import mean_batch
 from mlxchat.training.step import TrainStep
@@ -32,15 +31,11 @@ CASES = [
 ]
 
 
-def needs_lanes() -> None:
-    if runtime.blas_threads() is None:
-        pytest.skip("factors were measured with OpenBLAS")
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_peak_on_a_cpu_is_predicted_from_above(case):
     """Of two steps, by MLX's own count."""
-    needs_lanes()
+    if runtime.blas_threads() is None:
+        pytest.skip("factors were measured with OpenBLAS")
     variant, depth, vocab_size, row_tokens, rows, micro_rows, recompute, num_lanes = case
     config = composed(f"model.depth={depth}", f"architecture={variant}", f"optimizer=muon_{variant}")
     sizes = sizes_of(replace(config.model, context_tokens=row_tokens), config.architecture, vocab_size)
@@ -110,18 +105,8 @@ SIZES = GPTSizes(
 )
 
 
-def config_of(*overrides: str) -> Config:
-    """Return a configuration of the caller's own."""
-    found = composed(*overrides)
-    return replace(found, machine=replace(found.machine))
-
-
-def batches_of(rows: int) -> MachineConfig:
-    return replace(composed("machine=cpu").machine, device_batch_tokens=max(1, 128 * rows))
-
-
-def training(limit: int | None = None, rows: int = 12, **changes: Any) -> Training:
-    device = Device(kind="cpu", plain=False, num_lanes=2, compute_bytes=4, limit_bytes=limit, limit_is="a test")
+def training(rows: int = 12, **changes: Any) -> Training:
+    device = Device(kind="cpu", plain=False, num_lanes=2, compute_bytes=4)
     return Training(
         sizes=SIZES,
         optimizer=composed().optimizer,
@@ -146,17 +131,19 @@ def test_weights_and_moments_are_counted_exactly():
 )
 def test_micro_batches_have_one_size_where_that_is_cheap(rows, most, expected):
     """Otherwise they are as equal as possible; a row is never cut."""
-    assert training(None, rows).fitting_rows(batches_of(most)) == expected
+    machine = replace(composed("machine=cpu").machine, device_batch_tokens=max(1, 128 * most))
+    assert training(rows).fitting_rows(machine) == expected
 
 
-def planned(config: Config, tmp_path: Path, target: str = "sft") -> list[PlannedStep]:
-    return make_plan(replace(config, targets=[target]), Store(tmp_path))
+def check(tmp_path: Path, limit: int, target: str) -> None:
+    overrides = ("machine=auto", "model.depth=6", "machine.blas_threads=2", f"machine.memory_limit_bytes={limit}")
+    config = composed(*overrides)
+    check_memory(config, make_plan(replace(config, targets=[target]), Store(tmp_path)))
 
 
 def test_refusal_names_need_limit_and_keys(tmp_path):
-    config = config_of("machine=auto", "model.depth=6", "machine.blas_threads=2", "machine.memory_limit_bytes=90000000")
     with pytest.raises(ConfigError) as caught:
-        check_memory(config, planned(config, tmp_path))
+        check(tmp_path, 90_000_000, "sft")
     pretrain, midtrain, sft = str(caught.value).splitlines()
     assert pretrain.startswith("pretrain needs about ")
     assert "the limit is 90.0 MB (machine.memory_limit_bytes)" in pretrain
@@ -164,9 +151,8 @@ def test_refusal_names_need_limit_and_keys(tmp_path):
     assert pretrain.endswith(f"To lower the need: {keys}")
     assert midtrain.startswith("midtrain ")
     assert "sft.adapter.kind=lora" in sft
-    config.machine.memory_limit_bytes = 8_000_000
     with pytest.raises(ConfigError, match=r"(?m)^eval_sft needs about .*a smaller eval.max_new_tokens$"):
-        check_memory(config, planned(config, tmp_path, "eval_sft"))
+        check(tmp_path, 8_000_000, "eval_sft")
 
 
 # Decoding

@@ -1,4 +1,4 @@
-"""The stage preference: from pairs to a checkpoint, resumed and extended bit for bit; what it refuses and gains."""
+"""The stage preference: from pairs to a checkpoint, resumed bit for bit, and what it gains."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,6 @@ import pytest
 from kit.artifacts import publish_base
 from kit.commands import run_here
 from mlxchat.store.fingerprint import hash_file
-from mlxchat.store.manifest import CONTINUATION
-from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store
 
 SETTINGS = """
@@ -30,16 +28,11 @@ def outputs(tmp_path: Path) -> Path:
     return tmp_path / "outputs"
 
 
-def command(outputs: Path, *more: str) -> list[str]:
+def command(outputs: Path) -> list[str]:
     (base,) = (each["name"] for each in Store(outputs).manifests() if each["step"] == "base")
     checkpoint = f"pipeline.preference.checkpoint=artifact:{base}"
-    return [
-        *SETTINGS.split(),
-        checkpoint,
-        f"preference.data.path={outputs.with_name('pairs.jsonl')}",
-        f"outputs={outputs}",
-        *more,
-    ]
+    pairs = f"preference.data.path={outputs.with_name('pairs.jsonl')}"
+    return [*SETTINGS.split(), "preference.adapter.kind=lora", checkpoint, pairs, f"outputs={outputs}"]
 
 
 def made(outputs: Path) -> Path:
@@ -48,7 +41,7 @@ def made(outputs: Path) -> Path:
 
 
 def test_killed_training_ends_with_the_same_bytes_and_prefers_the_chosen(outputs, mlxchat, tmp_path):
-    settings = command(outputs, "preference.adapter.kind=lora")
+    settings = command(outputs)
     killed = mlxchat(*settings, cwd=tmp_path, environ={"MLXCHAT_CRASH_AT": "train.iteration:4"})
     assert killed.returncode == -9, killed.stdout + killed.stderr
     assert run_here(*settings) == 0
@@ -60,24 +53,5 @@ def test_killed_training_ends_with_the_same_bytes_and_prefers_the_chosen(outputs
     assert metrics["val_pair_accuracy"] == 1.0 > curve[0]["val_pair_accuracy"]
     assert metrics["val_loss"] < curve[0]["val_loss"]
     publish_base(straight)
-    assert run_here(*settings[:-2], settings[-1], f"outputs={straight}") == 0
+    assert run_here(*settings[:-1], f"outputs={straight}") == 0
     assert hash_file(made(straight) / "adapters.safetensors") == hash_file(resumed / "adapters.safetensors")
-
-
-def test_extension_is_bit_identical_to_one_training(outputs):
-    """48 pairs are trained on, of which there are 38: the second epoch's order is the same too, and the reference."""
-    constant = ("preference.schedule.warmup_frac=0", "preference.schedule.warmdown_frac=0")
-
-    def train(iterations: int, *extend: str) -> dict[str, object]:
-        settings = (f"preference.num_iterations={iterations}", "preference.save_training_state=true", *extend)
-        assert run_here(*command(outputs, *constant, *settings)) == 0
-        place = refs_of(Store(outputs))["preference"]
-        records = map(json.loads, (place / "metrics.jsonl").read_text().splitlines())
-        names = (next(place.glob("*[ls].safetensors")).name, *CONTINUATION)
-        losses = [record["loss"] for record in records if "loss" in record]
-        return {"losses": losses} | {name: (place / name).read_bytes() for name in names}
-
-    straight, short = train(12), train(4)
-    extended = train(12, "preference.extend=preference")
-    for name in straight:
-        assert extended[name] == straight[name] != short[name], name

@@ -17,7 +17,6 @@ from mlxchat.model.parameters import flatten_parameters, set_parameters
 from mlxchat.optim.optimizer import Rates
 from mlxchat.rl.loss import policy_loss
 from mlxchat.rl.rollouts import PolicyScores, Rollouts, pass_at_k
-from mlxchat.training.batches import Batch
 from mlxchat.training.step import TrainStep
 
 PAD = 275
@@ -40,23 +39,12 @@ ADVANTAGES = np.array([0.5, -0.5, -0.25, 0.25])
 SAMPLED_TOKENS = 3 + 2 + 3 + 1
 
 
-def batch(
-    advantages: np.ndarray = ADVANTAGES, prompts: list[list[int]] = PROMPTS, completions: list[Completion] = COMPLETIONS
-) -> Batch:
-    rollout = rollout_of(prompts, completions, advantages, padding=PAD)
-    return rollout.batch(policy_loss(rollout.mask, advantages, rl_config()).weights, padding=PAD)
-
-
-def assert_equal(got: Batch, expected: Batch) -> None:
-    for name in ("ids", "targets", "weights"):
-        np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
-
-
 # Rows
 
 
 def test_sampled_tokens_alone_are_targets_and_have_weights():
-    made = batch()
+    rollout = rollout_of(PROMPTS, COMPLETIONS, ADVANTAGES, padding=PAD)
+    made = rollout.batch(policy_loss(rollout.mask, ADVANTAGES, rl_config()).weights, padding=PAD)
     for row, (prompt, answer, advantage) in enumerate(zip(PROMPTS, COMPLETIONS, ADVANTAGES, strict=True)):
         whole = [*prompt, *answer.ids]
         assert made.ids[row, : len(whole)].tolist() == whole
@@ -97,13 +85,10 @@ class ScriptedEngine:
         self.tokenizer, self.right = tokenizer, right
         self.asked: list[list[int]] = []
         self.seeds: list[int] = []
-        self.prompts: list[list[int]] = []
-        self.settings: dict[str, Any] = {}
 
     def complete(self, prompts: list[list[int]], *, seed: int, **settings: Any) -> list[Completion]:
         questions = [int("".join(c for c in self.tokenizer.decode(prompt[1:]) if c.isdigit())) for prompt in prompts]
         self.asked.append(questions)
-        self.prompts, self.settings = prompts, settings
         self.seeds.append(seed)
         counts: dict[int, int] = {}
         found = []
@@ -209,18 +194,16 @@ def test_pass_at_k_is_the_share_solved_by_one_of_the_first_k(tokenizer):
 SEVERAL = {"minibatches_per_rollout": 2, "passes_per_rollout": 2, "clip_low": 0.2, "clip_high": 0.2}
 
 
+def scores_of(model: GPT) -> PolicyScores:
+    return PolicyScores(model, micro_tokens=4096, dtype=mx.float32)
+
+
 def real(tokenizer: Tokenizer, log: Log, model: GPT | None = None, **changes: Any) -> Rollouts:
     task: Any = Numbers(6, lambda answer: len(answer) % 2 == 0)
     model, config = model or make_model(), rl_config(**changes)
-    return Rollouts(
-        Engine(model, tokenizer, bits=config.rollout_bits),
-        task,
-        config,
-        seed=3,
-        log=log.append,
-        scores=PolicyScores(model, micro_tokens=4096, dtype=mx.float32),
-        reference=flatten_parameters(model) if config.kl_coefficient else None,
-    )
+    engine, scores = Engine(model, tokenizer, bits=config.rollout_bits), scores_of(model)
+    reference = flatten_parameters(model) if config.kl_coefficient else None
+    return Rollouts(engine, task, config, seed=3, log=log.append, scores=scores, reference=reference)
 
 
 @pytest.mark.parametrize("bits", [None, 8])
@@ -238,7 +221,9 @@ def test_resume_within_a_rollout_is_bit_exact(tokenizer, bits):
     set_parameters(resumed.engine.model, flatten_parameters(model))
     resumed.restore(json.loads(json.dumps(straight.state())))
     for iteration in (3, 4):
-        assert_equal(resumed.next_batch(iteration), straight.next_batch(iteration))
+        got, expected = resumed.next_batch(iteration), straight.next_batch(iteration)
+        for name in ("ids", "targets", "weights"):
+            np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
     updates = [record for record in log if "ratio" in record]
     assert [record["iteration"] for record in updates] == [1, 2, 3, 4, 5]
     assert (updates[0]["ratio"], updates[0]["kl"]) == (1.0, 0.0)
@@ -255,7 +240,7 @@ def test_weights_of_quantised_rollouts_are_advantages_times_importance(tokenizer
     source = real(tokenizer, log, model, max_new_tokens=12, top_k=None, rollout_bits=4)
     made, rollout = source.next_batch(0), source._rollout
     assert rollout.rollout_log_probs is not None
-    own, _ = PolicyScores(model, micro_tokens=4096, dtype=mx.float32)(rollout.ids[:, :-1], rollout.targets)
+    own, _ = scores_of(model)(rollout.ids[:, :-1], rollout.targets)
     sampled = rollout.mask > 0
     log_ratio = (own - rollout.rollout_log_probs)[sampled]
     advantages = np.broadcast_to(rollout.advantages[:, None], sampled.shape)[sampled]

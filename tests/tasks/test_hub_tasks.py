@@ -1,7 +1,6 @@
 """nanochat's data sets: conversations against hand-written ones, verdicts, malformed rows."""
 
 import io
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -110,10 +109,6 @@ def test_arc_keeps_the_data_sets_labels(hub):
     assert "- steam=2\n" in talk["messages"][0]["content"]
 
 
-ARC = {"question": "?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"}
-USER, ASSISTANT = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
-
-
 def test_humaneval_program_passes_and_fails_its_tests(hub):
     row = {
         "task_id": "x/1", "prompt": "import math\n\ndef f(x):\n", "canonical_solution": "    return math.floor(x)\n",
@@ -131,19 +126,8 @@ def test_humaneval_program_passes_and_fails_its_tests(hub):
 
 
 # Rows of parquet files
-
-
-def write(path: Path, values: list[str], **options: int) -> Path:
-    pq.write_table(pa.table({"text": values, "other": list(range(len(values)))}), path, **options)
-    return path
-
-
-def texts(rows: Rows) -> list[str]:
-    return [rows[index]["text"] for index in range(len(rows))]
-
-
 def test_seed_42_gives_the_order_of_datasets_shuffle(tmp_path):
     """As `datasets.Dataset.shuffle(seed=42)` orders six rows: nanochat's HumanEval rows show it."""
-    rows = Rows([write(tmp_path / "a", list("012345"), row_group_size=2)], ["text"], seed=42)
-    assert texts(rows) == list("325410")
-    assert rows.order == [3, 2, 5, 4, 1, 0]
+    pq.write_table(pa.table({"text": list("012345")}), tmp_path / "a", row_group_size=2)
+    rows = Rows([tmp_path / "a"], ["text"], seed=42)
+    assert [rows[index]["text"] for index in range(6)] == list("325410")

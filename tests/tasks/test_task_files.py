@@ -60,7 +60,6 @@ def test_verdict_by_equality_or_by_contained_words(tmp_path, answer, response, e
 
 CONVERSATION_FAULTS: list[tuple[Any, str]] = [
     ("{not json", "not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))"),
-    ("[" * 100_000, "not JSON (maximum recursion depth exceeded"),
     ({"text": "no messages"}, "no messages"),
     ([YES, USER], 'message 1 is from "assistant", expected "user"'),
     ([USER], "1 messages, expected a user and an assistant message or more"),
@@ -77,7 +76,6 @@ PAIR_FAULTS: list[tuple[Any, str]] = [
     ({"prompt": "Hi", "chosen": "yes", "rejected": "yes"}, "chosen and rejected are the same"),
     ({"chosen": [USER, YES], "rejected": [{**USER, "content": "Ho"}, NO]}, "differ before their last message"),
     ({"chosen": [USER], "rejected": [USER, NO]}, "chosen: 1 messages, expected a user and an assistant message"),
-    ({"prompt": "Hi", "chosen": {"text": "yes"}, "rejected": "no"}, "content of the assistant message is not text"),
 ]
 
 

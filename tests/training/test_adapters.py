@@ -6,12 +6,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kit.models import make_model
+from kit.models import arrays_of, make_model
 from kit.training import bits, make_optimizer, make_rows
 from mlxchat.config.schema import AdapterConfig
 from mlxchat.model.gpt import GPT
 from mlxchat.model.lora import attach_adapters
-from mlxchat.model.parameters import flatten_parameters, set_parameters, trained_parameters
+from mlxchat.model.parameters import set_parameters, trained_parameters
 from mlxchat.model.sizes import resolve_targets, shapes_of
 from mlxchat.optim.optimizer import AdamWRule, Optimizer, Rates
 from mlxchat.rl.rollouts import PolicyScores
@@ -50,10 +50,6 @@ def batch(rows: int = 5, seed: int = 0) -> Batch:
     return mean_batch(make_rows(rows, seed=seed))
 
 
-def copies(parameters: dict[str, mx.array]) -> dict[str, np.ndarray]:
-    return {name: np.array(value) for name, value in parameters.items()}
-
-
 def learn(
     model: GPT, optimizer: Optimizer, *, steps: int = 2, micro_tokens: int = 1000, recompute: bool = False
 ) -> list[tuple[float, float]]:
@@ -65,12 +61,12 @@ def learn(
 def test_only_adapters_move_and_have_moments(kind):
     """The first step of Adam has the length of the rate in every number with a gradient."""
     model, optimizer = make(kind)
-    before, adapters = copies(flatten_parameters(model)), set(trained_parameters(model))
+    before, adapters = arrays_of(model), set(trained_parameters(model))
     assert {name.rpartition(".")[2] for name in adapters} == {"lora_a", "lora_b", *(["m"] if kind == "dora" else [])}
     count = sum(map(math.prod, shapes_of(sizes_of(kind, model), model.sizes).values()))
     assert sum(value.size for name, value in optimizer.state.items() if name != "count") == 2 * count
     learn(model, optimizer, steps=1)
-    for name, value in copies(flatten_parameters(model)).items():
+    for name, value in arrays_of(model).items():
         np.testing.assert_allclose(np.abs(value - before[name]), RULE.lr if name in adapters else 0, rtol=1e-2)
 
 
