@@ -37,9 +37,9 @@ def test_tasks_are_counted_and_trained_text_is_between_marks(show):
     printed = show("mixture=my_mixture", "-n", "1", "--task", "mine")
     lines = show("mixture=my_mixture", "-n", "0").splitlines()
     assert lines[0].startswith("mixture my_mixture: 20 conversations, tokens are bytes")
-    assert any(re.match(r" mine +16 +80\.0% +\d+ +\d+% +\d+ *$", line) for line in lines)
-    assert any(re.match(r" sums +4 +20\.0% ", line) for line in lines)
-    assert any(re.match(r" all +20 ", line) for line in lines)
+    assert any(re.match(r"mine +16 +80\.0% +\d+ +\d+% +\d+ *$", line) for line in lines)
+    assert any(re.match(r"sums +4 +20\.0% ", line) for line in lines)
+    assert any(re.match(r"all +20 ", line) for line in lines)
     n = int(re.search(r"mine conversation (\d)", printed)[1])
     assert (
         f"<|bos|><|user_start|>q{n}?<|user_end|><|assistant_start|>⟦sum <|python_start|>{n}+1<|python_end|>⟧"

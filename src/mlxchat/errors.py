@@ -4,7 +4,7 @@ MlxchatError            one clear message, no traceback, exit code 2
 ├── ConfigError         the configuration, a file of it, or an override
 ├── DataError           a document, conversation, shard or artifact that cannot be read
 ├── StoreError          the outputs folder: not writable, damaged, no such artifact
-├── PassingError        transient external failure: retried, see conf/config.yaml
+├── PassingError        transient external failure: the same command may succeed (exit code 1)
 ├── StepFailed          a step raised or did not write its outputs (exit code 1)
 │   └── PeerLost        another rank of the run has ended
 └── Interrupted         a signal stopped the run at a safe point (exit code 128 + signal)
@@ -42,7 +42,7 @@ class StoreError(MlxchatError):
 
 
 class PassingError(MlxchatError):
-    """Transient external failure; the step that raises it is retried."""
+    """Transient external failure; the same command may succeed."""
 
     exit_code = 1
 

@@ -103,9 +103,10 @@ def test_import_name_can_be_replaced_and_removed(twin):
     first, second = twin("first", seed=1), twin("second", seed=2)
     take(str(first.folder), "--name", "x")
     before = resolve(Store(Path("outputs")), "import:x")
-    with pytest.raises(ConfigError, match=r"import:x is already another model.*--replace"):
+    with pytest.raises(ConfigError, match=r"import:x is another model.*--forget x"):
         dispatch(["import", "nanochat", str(second.folder), "--name", "x"])
-    dispatch(["import", "nanochat", str(second.folder), "--name", "x", "--replace"])
+    assert dispatch(["import", "--forget", "x"]) == 0
+    dispatch(["import", "nanochat", str(second.folder), "--name", "x"])
     assert resolve(Store(Path("outputs")), "import:x") != before
     assert dispatch(["import", "--forget", "x"]) == 0
     with pytest.raises(ConfigError, match='there is no import "x"'):

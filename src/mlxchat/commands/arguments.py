@@ -20,7 +20,6 @@ from mlxchat.errors import ConfigError, suggest
 
 _IDS = """ID: a step of the latest run (sft), RUN/STEP, RUN (its model), a pin, import:NAME, an id or its start,
 or an artifact's folder. RUN: latest, quickstart, or a run's folder"""
-_WITHOUT_VERB = ("--cfg", "-c", "--info", "-i", "--resolve", "--package", "-p", "--hydra-help")
 _URL = re.compile(r"[A-Za-z0-9+]+://")
 _PLAIN = re.compile(r"[./]*[A-Za-z_][A-Za-z0-9_./-]*")
 
@@ -51,16 +50,11 @@ class Parser(argparse.ArgumentParser):
             formatter_class=_Formatter,
         )  # fmt: skip
         self.words = self.add_argument("words", nargs="*", help=argparse.SUPPRESS)
-        self.form, self.least = "", 0
-        self.most: int | None = 0
-        self.hint = ""
-        self.first: Collection[str] = ()
-        """Accepted values of the first name; empty: any."""
         self.composes = False
         """Whether the verb takes settings of the configuration; else only outputs=PATH."""
         self.long_help: Callable[[str], str] | None = None
         """Returns the whole help, given the section of options; None: argparse's help."""
-        self.use("[outputs=PATH]")
+        self.take_names("", least=0, most=0)
 
     def use(self, settings: str) -> None:
         """Set the usage line, which ends with this form of the settings."""
@@ -107,31 +101,23 @@ class Parser(argparse.ArgumentParser):
             ConfigError: the verb does not take an option, name or setting, or has too few or too many names.
         """
         options, unknown = self.parse_known_intermixed_args(arguments)
+        see = f"See: {self.prog} --help"
         if unknown:
-            known = [name for name in self._option_string_actions if name.startswith("--")]
-            if unknown[0].partition("=")[0] in _WITHOUT_VERB:
-                raise ConfigError(f"{unknown[0]} cannot follow a verb: mlxchat {unknown[0]} …")
             name = unknown[0].partition("=")[0]
             if name in ("--dry-run", "-n") and self.composes:
                 raise ConfigError(f"{name}: `mlxchat plan` shows what would run")
-            near = suggest(name, known)
-            raise ConfigError(f"unrecognized arguments: {' '.join(unknown)}.{near} See: {self.prog} --help")
-        options.names = [word for word in options.words if not is_setting(word)]
+            near = suggest(name, [each for each in self._option_string_actions if each.startswith("--")])
+            raise ConfigError(f"unrecognized arguments: {' '.join(unknown)}.{near} {see}")
+        names = options.names = [word for word in options.words if not is_setting(word)]
         options.settings = [word for word in options.words if is_setting(word)]
-        if self.first and (self.least or options.names):
-            given = next(iter(options.names), "")
-            if given not in self.first:
-                got = f'"{given}".{suggest(given, self.first)}' if given else "nothing."
-                raise ConfigError(
-                    f"expected {self.prog} {'|'.join(self.first)}, got {got} {self.hint or f'See: {self.prog} --help'}"
-                )
-        count = len(options.names)
-        if count and self.most == 0:
-            raise ConfigError(f'"{options.names[0]}" is not a setting: expected key=value. See: {self.prog} --help')
-        if count < self.least or (self.most is not None and count > self.most):
-            form = f"{self.prog} {self.form}".rstrip()
-            got = plural(count, "name") if count else "no names"
-            raise ConfigError(f"expected {form}, got {got}. See: {self.prog} --help")
+        if self.first and names and names[0] not in self.first:
+            got = f'"{names[0]}".{suggest(names[0], self.first)}'
+            raise ConfigError(f"expected {self.prog} {'|'.join(self.first)}, got {got} {self.hint or see}")
+        if names and self.most == 0:
+            raise ConfigError(f'"{names[0]}" is not a setting: expected key=value. {see}')
+        if len(names) < self.least or (self.most is not None and len(names) > self.most):
+            got = plural(len(names), "name") if names else "no names"
+            raise ConfigError(f"expected {f'{self.prog} {self.form}'.rstrip()}, got {got}. {see}")
         if self.composes:
             options.settings += options.composition
         else:

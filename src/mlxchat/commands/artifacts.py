@@ -67,34 +67,38 @@ def gc(parser: Parser) -> None:
 def _gc(options: Namespace) -> int:
     """Print what may be removed, with size and reason; with --apply remove it."""
     store = Store(options.outputs)
-    there = (store.outputs / "store").is_dir()
-    find = collect if options.apply and there else find_garbage
+    find = collect if options.apply and (store.outputs / "store").is_dir() else find_garbage
     found = find(store, options.keep_last)
-    _show_garbage(found, options, store)
+    _print_garbage(found, options)
     if not found.garbage and options.keep_last is None and found.kept and not options.json:
         print("Runs keep their artifacts: --keep-last N releases all but the newest N of each step")
     return 0
 
 
-def _show_garbage(found: Collection, options: Namespace, store: Store) -> None:
+def _print_garbage(found: Collection, options: Namespace) -> None:
     """Print what is removed and what stays, of `gc` and `rm`."""
-    kept = sum(found.kept.values())
+    kept, places = sum(found.kept.values()), [str(each.path.relative_to(options.outputs)) for each in found.garbage]
     if options.json:
-        garbage = [asdict(each) | {"path": str(each.path.relative_to(store.outputs))} for each in found.garbage]
+        garbage = [asdict(each) | {"path": place} for each, place in zip(found.garbage, places, strict=True)]
         print_json({"applied": options.apply, "garbage": garbage, "kept": sorted(found.kept), "kept_bytes": kept})
         return
-    listed = [item for item in found.garbage if item.kind != "ref"]
-    if listed:
-        print("removed" if options.apply else "may go")
-        rows = [[str(item.path.relative_to(store.outputs)), format_bytes(item.bytes), item.reason] for item in listed]
-        print(aligned(rows, right=(1,), indent="  "))
-    if links := len(found.garbage) - len(listed):
-        print(f"and {plural(links, 'name')} in refs/")
+    rows = [
+        [place, format_bytes(each.bytes), each.reason]
+        for each, place in zip(found.garbage, places, strict=True)
+        if each.kind != "ref"
+    ]
+    if rows:
+        print(f"{'removed' if options.apply else 'may go'}\n{aligned(rows, right=(1,), indent='  ')}")
+    if names := len(found.garbage) - len(rows):
+        print(f"and {plural(names, 'name')} in refs/")
+    stays = f"{plural(len(found.kept), 'artifact')} kept ({format_bytes(kept)})"
     size = format_bytes(sum(item.bytes for item in found.garbage))
-    what = f"removed {size}" if options.apply else f"{size} can be removed"
-    what = what if found.garbage else "nothing to remove"
-    more = "" if options.apply or not found.garbage else ". Nothing changed: add --apply to remove it"
-    print(f"{what}; {plural(len(found.kept), 'artifact')} kept ({format_bytes(kept)}){more}")
+    if not found.garbage:
+        print(f"nothing to remove; {stays}")
+    elif options.apply:
+        print(f"removed {size}; {stays}")
+    else:
+        print(f"{size} can be removed; {stays}. Nothing changed: add --apply to remove it")
 
 
 def rm(parser: Parser) -> None:
@@ -113,21 +117,17 @@ def rm(parser: Parser) -> None:
 def _rm(options: Namespace) -> int:
     """Print what removing runs removes; with --apply remove it."""
     store = Store(options.outputs)
-    runs = {_run_of(store, name) for name in options.names}
-    if not options.force and (busy := runs & runs_in_progress(store).keys()):
-        raise ConfigError(
-            f"run {', '.join(sorted(busy))} began less than a day ago and has no recorded end. To remove it: --force"
-        )
-    found = collect_removal(store, runs) if options.apply else find_removal(store, runs)
-    _show_garbage(found, options, store)
+    runs = set()
+    for name in options.names:
+        meant = meaning(store, name)
+        if not isinstance(meant, Run):
+            raise ConfigError(f'"{name}" is {meant.place.name}, not a run. `mlxchat gc` removes unused artifacts')
+        runs.add(meant.name)
+    if not options.force and (busy := ", ".join(sorted(runs & runs_in_progress(store).keys()))):
+        raise ConfigError(f"run {busy} began less than a day ago and has no recorded end. To remove it: --force")
+    find = collect_removal if options.apply else find_removal
+    _print_garbage(find(store, runs), options)
     return 0
-
-
-def _run_of(store: Store, name: str) -> str:
-    meant = meaning(store, name)
-    if isinstance(meant, Run):
-        return meant.name
-    raise ConfigError(f'"{name}" is {meant.place.name}, not a run. `mlxchat gc` removes artifacts that nothing needs')
 
 
 _PUSH_PLACE = """PLACE: a folder (which rsync can copy further), hf://[datasets/]ORGANISATION/NAME[/PATH], s3://BUCKET/PATH,
@@ -156,9 +156,9 @@ def _push(options: Namespace) -> int:
         copied = push_artifacts(to, folders, public=options.public)
     elif options.public:
         raise ConfigError("--public requires a place of the Hub: hf://ORGANISATION/NAME")
+    elif Path(to.root).resolve() == store.outputs.resolve():
+        raise ConfigError(f"{place} is the outputs folder itself")
     else:
-        if Path(to.root).resolve() == store.outputs.resolve():
-            raise ConfigError(f"{place} is the outputs folder itself")
         copied = export_to(to, folders)
     size = format_bytes(sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file()))
     there = f", {len(folders) - copied} already there" if copied < len(folders) else ""
@@ -189,7 +189,6 @@ def _pull(options: Namespace) -> int:
     for place in new:
         print(f"pulled {place.name}")
     print(f"{plural(len(new), 'artifact')} pulled into {store.outputs}, {len(known)} already there")
-    models = [place.name for place in new or known if read_manifest(place).get("kind") == MODEL]
-    if models:
+    if models := [place.name for place in new or known if read_manifest(place).get("kind") == MODEL]:
         print(f"{models[-1]}: mlxchat chat {models[-1]}, mlxchat report {models[-1]}")
     return 0

@@ -6,13 +6,11 @@ without Hydra and YAML: Tab must answer within 0.1 s.
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from argparse import Namespace
 from dataclasses import fields, is_dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO, get_args, get_type_hints
 
@@ -20,8 +18,10 @@ from argcomplete.completers import FilesCompleter
 from argcomplete.finders import CompletionFinder
 from argcomplete.shell_integration import shellcode
 
+import mlxchat.conf
 from mlxchat.commands.arguments import Parser, is_setting, parser_of
 from mlxchat.config.verbs import VERBS, split_verb
+from mlxchat.store.files import list_folder
 from mlxchat.store.naming import IMPORTS, PINS, called, latest, links, runs
 from mlxchat.store.store import Store
 
@@ -93,10 +93,16 @@ def _complete_word(verb: str, words: list[str], *, prefix: str, parser: Parser, 
 def _complete(form: str, words: list[str], *, prefix: str, **_: Any) -> list[str]:
     """Return completions of a word by the metavar of its option or the form of the verb's names."""
     kinds = set(re.findall(r"[A-Z]+", form))
-    outputs = Path(next((word[8:] for word in reversed(words) if word.startswith("outputs=")), "outputs"))
     found: list[str] = []
     if kinds & {"ID", "RUN", "A", "PIN", "IMPORT"}:
-        found += _artifacts(Store(outputs), prefix)
+        outputs = next((word.removeprefix("outputs=") for word in words if word.startswith("outputs=")), "outputs")
+        store = Store(Path(outputs))
+        found += [name for group in (latest(store), PINS, IMPORTS) for name in links(store, group)]
+        if prefix:
+            group = prefix.rpartition("/")[0]
+            found += [f"{group}/{step}" for step in links(store, latest(store) if group == "latest" else group)]
+            found += [name for run in runs(store) for name in (run, called(run))]
+            found += [name for each in list_folder(store.outputs / "store") for name in (each, each[-16:])]
     if "STAGE" in kinds:
         found += _stages()
     if kinds & {"FILE", "DIR", "PATH", "PLACE", "FOLDER", "WHAT"}:
@@ -110,26 +116,14 @@ def _stages() -> list[str]:
     return [*stage_files()]
 
 
-def _artifacts(store: Store, current: str) -> list[str]:
-    """Return names of artifacts and runs."""
-    if "/" in current:
-        group = current.rpartition("/")[0]
-        return [f"{group}/{step}" for step in links(store, latest(store) if group == "latest" else group)]
-    named = [*links(store, latest(store)), *links(store, PINS), *links(store, IMPORTS)]
-    names = _names(store.outputs / "store")
-    every = [*runs(store), *{called(name) for name in runs(store)}, *names, *(name[-16:] for name in names)]
-    return [*named, *(every if current else ())]
-
-
 def _settings(current: str) -> list[str]:
     """Return config groups with their options, and keys of the configuration."""
-    spec = find_spec("mlxchat.conf")
-    conf = Path(next(iter((spec and spec.submodule_search_locations) or ["conf"])))
+    conf = Path(mlxchat.conf.__path__[0])
     group, equals, _ = current.lstrip("+").partition("=")
     if not equals:
-        groups = [f"{name}=" for name in _names(conf) if (conf / name).is_dir() and name != "__pycache__"]
-        return ["stage=", "model=", *groups, *_keys(current)]
-    names = [name[:-5] for name in _names(conf / group.partition("@")[0]) if name.endswith(".yaml")]
+        groups = [f"{name}=" for name in list_folder(conf) if (conf / name).is_dir() and name[0] != "_"]
+        return ["stage=", "model=", *groups, *(_keys(current) if current else ())]
+    names = [name[:-5] for name in list_folder(conf / group.partition("@")[0]) if name.endswith(".yaml")]
     if group == "model":
         from mlxchat.config.schema import MODELS
 
@@ -141,8 +135,6 @@ def _settings(current: str) -> list[str]:
 
 def _keys(current: str) -> list[str]:
     """Return the keys of the configuration one level below the typed sections; `SECTION.` for sections."""
-    if not current:
-        return []
     from mlxchat.config import schema
 
     *sections, _ = current.split(".")
@@ -159,10 +151,3 @@ def _keys(current: str) -> list[str]:
 
 def _dataclass_in(hint: Any) -> Any:
     return next((each for each in (hint, *get_args(hint)) if is_dataclass(each)), None)
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return sorted(name for name in os.listdir(folder) if name[0] not in "._")  # noqa: PTH208  (faster than pathlib)
-    except OSError:
-        return []

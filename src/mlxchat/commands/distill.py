@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mlxchat.distill.questions import Question
 
 _KEY = "MLXCHAT_TEACHER_API_KEY"
+_FIND_SECONDS, _ANSWER_SECONDS = 30.0, 300.0
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _ABOUT = f"""QUESTIONS: a .txt file (a question a line), a .jsonl file of question, prompt or messages, a task such as
 gsm8k, or a line of a mixture such as '{{task: mmlu, split: auxiliary_train, stop: 500}}'
@@ -26,13 +27,9 @@ gsm8k, or a line of a mixture such as '{{task: mmlu, split: auxiliary_train, sto
 The endpoint's key is read from the environment variable {_KEY}.
 Answers are cached by the content of the request: the same command sends only the missing requests.
 
-examples
+example
   mlxchat distill gsm8k --limit 200 --teacher http://localhost:8000/v1 --only-correct \\
-    --system 'Explain briefly. End with #### and the number alone.' --out gsm8k_teacher.jsonl
-  {_KEY}=$OPENAI_API_KEY mlxchat distill mine.txt --teacher https://api.openai.com/v1 --model NAME \\
-    --price 0.15,0.60 --max-cost 2 --out mine_teacher.jsonl
-  mlxchat distill prompts.jsonl --conversations --samples 5 --temperature 1 --max-tokens 2000 \\
-    --teacher http://localhost:8000/v1 --out conversations.jsonl"""
+    --system 'Explain briefly. End with #### and the number alone.' --out gsm8k_teacher.jsonl"""
 
 
 def distill(parser: Parser) -> None:
@@ -51,14 +48,12 @@ def distill(parser: Parser) -> None:
     add("--temperature", type=number(0, 2), metavar="T", help="(default: the endpoint's own)")
     add("--max-tokens", type=positive, default=1024, metavar="N", help="longest answer in tokens (default: 1024)")
     add("--samples", type=positive, default=1, metavar="N", help="answers to each question (default: 1)")
-    add("--body", type=_field, action="append", default=[], metavar="KEY=JSON",
-        help="additional field of each request, such as top_p=0.9 or seed=1; null removes one")  # fmt: skip
-    add("--conversations", action="store_true",
-        help="answers are whole conversations as JSON, which the questions ask for")  # fmt: skip
+    body = "additional field of each request, such as top_p=0.9 or seed=1; null removes one"
+    add("--body", type=_field, action="append", default=[], metavar="KEY=JSON", help=body)
+    add("--conversations", action="store_true", help="the questions ask for whole conversations, answered as JSON")
     add("--only-correct", action="store_true", help="keep only answers that the task accepts or that equal the file's")
     add("--keep-cut", action="store_true", help="also keep answers that --max-tokens cut off")
     add("--concurrency", type=positive, default=8, metavar="N", help="parallel requests (default: 8)")
-    add("--timeout", type=number(0.01), default=300.0, metavar="S", help="seconds for an answer (default: 300)")
     add("--price", type=_prices, metavar="IN,OUT", help="prices per million input and output tokens")
     add("--max-cost", type=amount, metavar="C", help="stop before the cost of this command exceeds C")
     add("--dry-run", action="store_true", help="estimate requests, tokens and cost; send nothing")
@@ -102,25 +97,14 @@ def _distill(options: Namespace) -> int:
     if key is not None and urlsplit(base).scheme == "http" and urlsplit(base).hostname not in _LOOPBACK:
         print("note: the key and all texts travel unencrypted to another machine (http)", file=sys.stderr)
     order = Order(
-        teacher=base,
-        key=key,
-        model=options.model or asyncio.run(find_model(base, key, min(options.timeout, 30.0))),
-        questions=questions,
-        source={**about, "limit": options.limit},
-        system=None if options.system is None else clean(options.system),
-        samples=options.samples,
-        body=body,
-        max_tokens=max(limits) if is_limited else options.max_tokens,
-        concurrency=options.concurrency,
-        timeout_seconds=options.timeout,
-        prices=Prices(*(options.price or ())),
-        max_cost=options.max_cost,
-        only_correct=options.only_correct,
-        keep_cut=options.keep_cut,
-        conversations=options.conversations,
-        out=options.out,
-        cache=cache_folder() / "distill",
-    )
+        teacher=base, key=key, model=options.model or asyncio.run(find_model(base, key, _FIND_SECONDS)),
+        questions=questions, source={**about, "limit": options.limit},
+        system=None if options.system is None else clean(options.system), samples=options.samples, body=body,
+        max_tokens=max(limits) if is_limited else options.max_tokens, concurrency=options.concurrency,
+        timeout_seconds=_ANSWER_SECONDS, prices=Prices(*(options.price or ())), max_cost=options.max_cost,
+        only_correct=options.only_correct, keep_cut=options.keep_cut, conversations=options.conversations,
+        out=options.out, cache=cache_folder() / "distill",
+    )  # fmt: skip
     return collect(order, dry_run=options.dry_run)
 
 
@@ -166,8 +150,7 @@ def _check_out(out: Path) -> None:
 
     if out.suffix != ".jsonl" or not out.absolute().parent.is_dir():
         raise ConfigError(f"--out is {out}, expected a file that ends in .jsonl, in a folder that exists")
-    known = read_json(provenance_place(out)) if out.exists() else None
-    if out.exists() and (not isinstance(known, dict) or known.get("sha256") != hash_file(out)):
+    if out.exists() and (read_json(provenance_place(out)) or {}).get("sha256") != hash_file(out):
         raise ConfigError(f"--out: {out} was not written by mlxchat distill, or was changed since. Move it away")
 
 
@@ -197,10 +180,8 @@ def _questions(text: str, out: Path, limit: int | None) -> tuple[list[Question],
         given = OmegaConf.create(text) if text.lstrip().startswith("{") else {"task": text}
         item = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TaskItem), given))
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(
-            f"QUESTIONS is {visible(text)}, expected a file (.txt, .jsonl), a task or {{task: …}}: {reason}"
-        ) from None
+        accepted = "expected a file (.txt, .jsonl), a task or {task: …}"
+        raise ConfigError(f"QUESTIONS is {visible(text)}, {accepted}: {str(error).partition(chr(10))[0]}") from None
     assert isinstance(item, TaskItem)
     if problems := list(find_item_problems("questions", {"QUESTIONS": item}, training=True)):
         raise ConfigError("\n".join(problems).replace("questions.QUESTIONS", "QUESTIONS"))

@@ -13,12 +13,13 @@ from typing import Any
 
 from mlxchat.commands.arguments import Parser, positive, quoted
 from mlxchat.commands.output import print_json
-from mlxchat.config.table import aligned
+from mlxchat.config.table import Table
 from mlxchat.config.wording import plural
 from mlxchat.errors import ConfigError
 from mlxchat.store.naming import describe_model, find_model
 from mlxchat.store.store import Store
 from mlxchat.store.verify import check_model
+from mlxchat.tasks import task_class, task_names
 
 _THIRD_PARTY = "hf:"
 _BASE_TASKS = ("core", "bpb")
@@ -42,13 +43,8 @@ def evaluate(parser: Parser) -> None:
     add("--text", metavar="PATH", help="bits per byte and perplexity of a file, or a folder of files")
     add("--suite", help="the tasks of conf/suite/SUITE.yaml, such as chatcore")
     add("--limit", type=positive, metavar="N", help="only the first N questions of each task")
-    add(
-        "--samples",
-        type=positive,
-        default=1,
-        metavar="N",
-        help="answers to each question, at temperature 1 (default: 1)",
-    )
+    samples = "answers to each question, at temperature 1 (default: 1)"
+    add("--samples", type=positive, default=1, metavar="N", help=samples)
     parser.add_json()
     parser.set_defaults(main=_evaluate)
 
@@ -57,7 +53,6 @@ def _evaluate(options: Namespace) -> int:
     """Run the evaluation unless it is done; print its scores."""
     from mlxchat.composition.compose import compose_config, split_options
     from mlxchat.pipeline import plan_to_run, run_pipeline
-    from mlxchat.tasks import task_class, task_names
 
     if not options.task and options.suite is None and options.text is None:
         known = ", ".join((*_BASE_TASKS, *task_names()))
@@ -103,7 +98,7 @@ def _ours(options: Namespace, store: Store, name: str | None) -> list[str]:
     chats = json.loads((found.place / "checkpoint.json").read_text(encoding="utf-8"))["format"] == "chat"
     if not chats:
         _check_base(options, found.place.name)
-    if chats and "core" in options.task:
+    elif "core" in options.task:
         raise ConfigError(f"{found.place.name} is a chat model; CORE needs a base model; use --suite chatcore")
     node = f'stage: eval, checkpoint: "artifact:{found.place.name}"'
     return [*_pipeline(options, "eval", node), f"eval.seeds={options.samples}", *_suite(options, chats=chats)]
@@ -111,23 +106,18 @@ def _ours(options: Namespace, store: Store, name: str | None) -> list[str]:
 
 def _third_party(options: Namespace, reference: str) -> list[str]:
     """Return the settings to evaluate a third-party model."""
+    from mlxchat.engine.third_party import load_tokenizer
     from mlxchat.interop.source import outside_folder
 
     if options.samples > 1:
         raise ConfigError("--samples requires a model of mlxchat: mlx-lm's answers are greedy here")
     folder = outside_folder(reference)
     name = reference.removeprefix(_THIRD_PARTY).rstrip("/").rpartition("/")[2]
-    chats = options.suite is not None
-    if not chats and any(task not in _BASE_TASKS for task in options.task):
-        from mlxchat.engine.third_party import load_tokenizer
-
-        chats = load_tokenizer(folder)[0].has_chat_template
-        if not chats:
-            _check_base(options, name)
-    return [
-        *_pipeline(options, "outside", "stage: outside"), f"outside.path={quoted(str(folder))}",
-        f"outside.name={quoted(name)}", *_suite(options, chats=chats),
-    ]  # fmt: skip
+    chats = options.suite is not None or load_tokenizer(folder)[0].has_chat_template
+    if not chats:
+        _check_base(options, name)
+    chosen = [f"outside.path={quoted(str(folder))}", f"outside.name={quoted(name)}"]
+    return [*_pipeline(options, "outside", "stage: outside"), *chosen, *_suite(options, chats=chats)]
 
 
 def _check_base(options: Namespace, name: str) -> None:
@@ -136,8 +126,6 @@ def _check_base(options: Namespace, name: str) -> None:
     Raises:
         ConfigError: they are not.
     """
-    from mlxchat.tasks import task_class
-
     asked = [task for task in options.task if task not in _BASE_TASKS]
     if options.suite or any(task_class(task).kind != "categorical" for task in asked):
         raise ConfigError(
@@ -157,21 +145,20 @@ def _pipeline(options: Namespace, step: str, node: str) -> list[str]:
 def _suite(options: Namespace, *, chats: bool) -> list[str]:
     """Return the settings that choose tasks, as a base model or one that chats is asked."""
     from mlxchat.composition.compose import compose_config
-    from mlxchat.tasks import task_class
 
     chosen = ["core=nanochat" if "core" in options.task else "core=none", f"suite={options.suite or 'none'}"]
     if options.text is not None:
         chosen.append(f"eval.text={quoted(options.text)}")
     if "core" in options.task and options.limit is not None:
         chosen.append(f"eval.core.max_per_task={options.limit}")
-    for name in options.task:
-        if name in _BASE_TASKS:
+    for task in options.task:
+        if task in _BASE_TASKS:
             continue
-        splits = task_class(name).splits
+        splits, name = task_class(task).splits, re.sub("[:.]", "_", task)
         split = "test" if "test" in splits else splits[0]
-        place = f"suite.{re.sub('[:.]', '_', name)}" if chats else f"eval.base_tasks.{re.sub('[:.]', '_', name)}_base"
+        place = f"suite.{name}" if chats else f"eval.base_tasks.{name}_base"
         stop = "" if chats or options.limit is None else f", stop: {options.limit}"
-        chosen.append(f"+{place}={{task: {quoted(name)}, split: {split}{stop}}}")
+        chosen.append(f"+{place}={{task: {quoted(task)}, split: {split}{stop}}}")
     if options.limit is not None:
         chosen += [f"++suite.{name}.stop={options.limit}" for name in compose_config(chosen).config.suite]
     return chosen
@@ -191,17 +178,17 @@ def _describe(scores: dict[str, Any]) -> Iterator[str]:
     tasks = scores["tasks"]
     if not tasks:
         return
-    header = ["task", "right", "±", "any", "nanochat", "any", "chance", "questions", "samples"]
-    rows = [header]
+    columns = {
+        "right": "accuracy", "±": "stderr", "any": "any_right", "nanochat": "nanochat_accuracy",
+        "nanochat any": "nanochat_any_right", "chance": "chance",
+    }  # fmt: skip
+    used = {title: key for title, key in columns.items() if any(each.get(key) is not None for each in tasks.values())}
+    rows = []
     for name, each in tasks.items():
-        shares = [
-            each["accuracy"], each["stderr"], each.get("any_right"), each.get("nanochat_accuracy"),
-            each.get("nanochat_any_right"), each["chance"],
-        ]  # fmt: skip
-        cells = ["" if share is None else f"{share:.1%}" for share in shares]
-        rows.append([name, *cells, f"{each['num_questions']:,}", str(each.get("seeds", 1))])
-    used = [column for column in range(len(header)) if any(row[column] for row in rows[1:])]
-    yield aligned([[row[column] for column in used] for row in rows], right=range(1, len(used)))
+        shares = ["" if each.get(key) is None else f"{each[key]:.1%}" for key in used.values()]
+        rows.append([name, *shares, f"{each['num_questions']:,}", str(each.get("seeds", 1))])
+    header = ["task", *used, "questions", "samples"]
+    yield Table(header=header, align="l" + "r" * (len(header) - 1), rows=rows).text()
     if chatcore := scores["chatcore"]:
         yield f"ChatCORE {chatcore['value']:.4f}, by nanochat's verdicts {chatcore['nanochat_value']:.4f}"
 

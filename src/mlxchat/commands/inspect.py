@@ -7,10 +7,11 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
 from mlxchat.commands.arguments import Parser, positive
-from mlxchat.commands.output import print_json, show_value, when
+from mlxchat.commands.output import draw_tree, print_json, show_value, when
 from mlxchat.config.table import aligned
 from mlxchat.config.wording import format_bytes, format_count, format_number, format_seconds, plural
 from mlxchat.errors import ConfigError, MlxchatError, StoreError, suggest, visible
@@ -338,31 +339,33 @@ def _lineage(options: Namespace) -> int:
         return 0
     print("made from" if inputs["inputs"] or outside else f"made from nothing: {visible(place.name)}")
     if inputs["inputs"]:
-        _print_tree(inputs, "inputs")
+        print(_draw_lineage(inputs, "inputs"))
     if outside:
         print(aligned(outside, indent="  "))
     print("used by" if uses["uses"] else f"used by nothing: {visible(place.name)}")
     if uses["uses"]:
-        _print_tree(uses, "uses")
+        print(_draw_lineage(uses, "uses"))
     return 0
 
 
-def _print_tree(tree: Node, below: str) -> None:
-    """Print a tree; a repeated artifact's branch is drawn once."""
+def _draw_lineage(tree: Node, below: str) -> str:
+    """Return a tree in which a repeated artifact's branch is drawn once."""
     seen: set[str] = set()
 
-    def draw(node: Node, before: str, branch: str, further: str) -> None:
-        again = node["rid"] in seen and node[below]
-        seen.add(node["rid"])
+    def label(node: Node) -> str:
         role = f"{node['role']}: " if node["role"] else ""
         step = f"  [{node['step']}]" if node["step"] else ""
         note = "" if node["here"] else "  (no longer in the store)"
-        print(visible(f"  {before}{branch}{role}{node['artifact']}{step}{note}{'  (see above)' if again else ''}"))
-        for child in [] if again else node[below]:
-            last = child is node[below][-1]
-            draw(child, before + further, "└─ " if last else "├─ ", "   " if last else "│  ")
+        again = "  (see above)" if node["rid"] in seen and node[below] else ""
+        return visible(f"{role}{node['artifact']}{step}{note}{again}")
 
-    draw(tree, "", "", "")
+    def children(node: Node) -> list[Node]:
+        if node["rid"] in seen:
+            return []
+        seen.add(node["rid"])
+        return list(node[below])
+
+    return indent(draw_tree(tree, label, children), "  ")
 
 
 def diff(parser: Parser) -> None:

@@ -8,13 +8,14 @@ import shlex
 import shutil
 import sys
 import tempfile
-from argparse import BooleanOptionalAction, Namespace
+from argparse import Namespace
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxchat.commands.arguments import Parser, amount, count, number, positive, quoted
+from mlxchat.config.table import aligned
 from mlxchat.config.wording import format_bytes
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError, StoreError, suggest, visible
 from mlxchat.store.locks import is_held
@@ -31,18 +32,16 @@ _READERS = {
     "hf": "transformers' NanoChatForCausalLM",
     "nanochat": "nanochat's own files",
     "mlx": "mlx-lm",
-    "mlx-adapter": "mlx-lm, beside their base",
-    "peft": "PEFT, beside their base",
+    "mlx-adapter": "mlx-lm, adapters without their base",
+    "peft": "PEFT, adapters without their base",
 }
 FORMATS = tuple(_READERS)
-_FORMATS = """FORMAT: hf (transformers' NanoChatForCausalLM), nanochat (model_<step>.pt, meta, tokenizer), mlx (mlx-lm),
-mlx-adapter (adapters without base, for mlx-lm), peft (the same, for PEFT)"""
-_LANGUAGE, _LICENSE = re.compile(r"[a-z]{2,3}(-[A-Za-z]{2,4})?"), re.compile(r"[a-z][a-z0-9.+-]{1,40}")
 
 
 def export(parser: Parser) -> None:
     """Declare `mlxchat export`."""
-    parser.take_names("ID --to FORMAT PATH", most=2, about=_FORMATS)
+    formats = aligned([[f"  {form}", reader] for form, reader in _READERS.items()])
+    parser.take_names("ID --to FORMAT PATH", most=2, about=f"FORMAT:\n{formats}")
     parser.description = "Write a model to PATH in another tool's format, with a model card."
     parser.add_argument("--to", metavar="FORMAT", help=", ".join(FORMATS))
     parser.add_argument("--bits", type=int, choices=(8, 4), help="quantise to this many bits (--to mlx)")
@@ -68,7 +67,6 @@ def _export(options: Namespace) -> int:
     token = check_repository(options.hub, public=options.public) if options.hub else ""
     path = Path(options.names[1]) if len(options.names) > 1 else None
     if path is not None:
-        _check_outside(store, path)
         check_free(path, force=force)
     checkpoint = exporting.open_checkpoint(place)
     exporting.check_export(checkpoint, target, bits=options.bits, dtype=options.dtype)
@@ -101,32 +99,19 @@ def _check_export(options: Namespace) -> None:
         ConfigError: one is wrong or missing.
     """
     name, *rest = options.names
+    known = ", ".join(FORMATS)
     if options.to is None:
-        raise ConfigError(
-            f"export writes a model for another tool: --to {', '.join(FORMATS)}. "
-            f"To copy artifacts: mlxchat push {name} {next(iter(rest), 'PLACE')}"
-        )
+        copy = f"To copy artifacts: mlxchat push {name} {next(iter(rest), 'PLACE')}"
+        raise ConfigError(f"export writes a model for another tool: --to {known}. {copy}")
     if options.to not in FORMATS:
-        known = ", ".join(FORMATS)
         raise ConfigError(f"--to {options.to} is not supported, expected {known}.{suggest(options.to, FORMATS)}")
     if not rest and not options.hub:
         raise ConfigError(f"expected mlxchat export ID --to {options.to} PATH, or --hub ORGANISATION/NAME")
     if options.public and not options.hub:
         raise ConfigError("--public requires --hub")
-    for code in options.language.split(","):
-        if not _LANGUAGE.fullmatch(code):
-            raise ConfigError(f'--language "{code}" is not a language code, such as en, de or zh-CN')
-    if options.license is not None and not _LICENSE.fullmatch(options.license):
-        raise ConfigError(
-            f'--license "{options.license}" is not a licence identifier of the Hub, such as mit or apache-2.0'
-        )
-
-
-def _check_outside(store: Store, path: Path) -> None:
-    artifacts = (store.outputs / "store").resolve()
-    inside = path.resolve()
-    if inside in (artifacts, artifacts.parent) or artifacts in inside.parents:
-        raise ConfigError(f"{path} is in the store: export to another place")
+    artifacts = (options.outputs / "store").resolve()
+    if rest and artifacts in (place := Path(rest[0]).resolve(), *place.parents):
+        raise ConfigError(f"{rest[0]} is in the store: export to another place")
 
 
 def _write(store: Store, place: Path, checkpoint: Checkpoint, out: Path, options: Namespace) -> list[str]:
@@ -217,9 +202,7 @@ def import_model(parser: Parser) -> None:
     add("--name", help="name of the import (default: the last part of WHAT)")
     add("--revision", default="main", help="commit, tag or branch of the repository (default: main)")
     add("--step", type=int, help="nanochat: training step of the checkpoint (default: the last)")
-    add("--chat", action=BooleanOptionalAction, help="whether it is a chat model (default: from its files)")
     add("--base", metavar="ID", help="adapter: the mlxchat model that they were trained on")
-    add("--replace", action="store_true", help="replace another import with the same name")
     add("--forget", metavar="IMPORT", help="remove the name import:IMPORT; gc may then remove the artifact")
     parser.set_defaults(main=_import_model)
 
@@ -228,7 +211,12 @@ def _import_model(options: Namespace) -> int:
     """Import a model, unless the store has it, and name it."""
     store = Store(options.outputs)
     if options.forget is not None:
-        return _forget(store, options.forget)
+        link = store.outputs / "refs" / IMPORTS / options.forget
+        if options.forget not in links(store, IMPORTS):
+            raise ConfigError(f'there is no import "{options.forget}".{suggest(options.forget, links(store, IMPORTS))}')
+        link.unlink()
+        print(f"import:{options.forget} removed. To remove unused artifacts: mlxchat gc")
+        return 0
     if len(options.names) < 2:
         form = next(iter(options.names), "FORMAT")
         raise ConfigError(f"expected mlxchat import {form} WHAT: a repository of the Hub, or a folder")
@@ -252,26 +240,10 @@ def _import_model(options: Namespace) -> int:
         overrides.append(f"imported.revision={quoted(options.revision)}")
     if options.step is not None:
         overrides.append(f"imported.step={options.step}")
-    if options.chat is not None:
-        overrides.append(f"imported.chat={str(options.chat).lower()}")
-    made = _import(store, name, overrides, replace=options.replace)
+    made = _import(store, name, overrides)
     store.prepare()
     store.set_ref(IMPORTS, name, made)
     print(f"import:{name} is {made.name}: mlxchat chat import:{name}, mlxchat report import:{name}")
-    return 0
-
-
-def _forget(store: Store, name: str) -> int:
-    """Remove the name of an import; the artifact stays until gc removes it.
-
-    Raises:
-        ConfigError: there is no import of this name.
-    """
-    link = store.outputs / "refs" / IMPORTS / name
-    if not _NAME.fullmatch(name) or not link.is_symlink():
-        raise ConfigError(f'there is no import "{name}".{suggest(name, links(store, IMPORTS))}')
-    link.unlink()
-    print(f"import:{name} removed. To remove unused artifacts: mlxchat gc")
     return 0
 
 
@@ -283,13 +255,11 @@ def _place(what: str) -> tuple[str, str]:
     if _REPOSITORY.fullmatch(what):
         return "repository", what.rstrip("/")
     near = suggest(what, (each.name for each in Path().iterdir() if each.is_dir()))
-    raise ConfigError(
-        f'"{what}" is neither a folder nor a repository of the Hub: expected ORGANISATION/NAME, such as '
-        f"karpathy/nanochat-d32.{near}"
-    )
+    example = "ORGANISATION/NAME, such as karpathy/nanochat-d32"
+    raise ConfigError(f'"{what}" is neither a folder nor a repository of the Hub: expected {example}.{near}')
 
 
-def _import(store: Store, name: str, overrides: list[str], *, replace: bool) -> Path:
+def _import(store: Store, name: str, overrides: list[str]) -> Path:
     """Run the import unless it is done; return its artifact.
 
     Raises:
@@ -300,11 +270,9 @@ def _import(store: Store, name: str, overrides: list[str], *, replace: bool) -> 
 
     composed = compose_config(overrides)
     (step,) = plan_of(composed.config, store)
-    known = links(store, IMPORTS)
-    if name in known and read_manifest(known[name])["rid"] != step.rid and not replace:
-        raise ConfigError(
-            f"import:{name} is already another model ({known[name].name}). Give --name NAME, or --replace"
-        )
+    known = links(store, IMPORTS).get(name)
+    if known is not None and read_manifest(known)["rid"] != step.rid:
+        raise ConfigError(f"import:{name} is another model ({known.name}). Give --name NAME, or first --forget {name}")
     if not step.done:
         try:
             run_pipeline(composed, is_verb=True)
@@ -320,53 +288,68 @@ def _import(store: Store, name: str, overrides: list[str], *, replace: bool) -> 
     return made
 
 
+_THIRD_PARTY = "hf:"
+_KEY = "MLXCHAT_API_KEY"
+_MODEL_HELP = "ID, or hf:FOLDER, hf:ORGANISATION/NAME for one that mlx-lm opens"
+_BITS_HELP = "quantise the weights to this many bits; prints the loss in quality"
+_LIMITS = {
+    "max-rows": "answers generated at the same time", "max-queue": "waiting answers; more get status 429",
+    "max-models": "models in memory; requests for other models wait for an idle one",
+    "kept-tokens": "tokens of conversations kept in the KV cache for their next turn (default: 8192; 0: none)",
+}  # fmt: skip
+
+
 def chat(parser: Parser) -> None:
     """Declare `mlxchat chat`."""
     parser.take_names("[ID]", least=0)
     parser.description = "Chat with a model of the outputs folder; a base model continues text."
     add = parser.add_argument
     add("-p", "--prompt", help="answer or continue this text and exit; - reads it from standard input")
-    add("--model", metavar="ID", help="the model: ID, or hf:FOLDER, hf:ORGANISATION/NAME for any that mlx-lm opens")
+    add("--model", metavar="ID", help=_MODEL_HELP)
     add("--temperature", type=amount, default=0.0, help="sampling temperature; 0: greedy (default)")
     add("--top-k", type=count, default=50, help="sample among the K most likely tokens (default: 50)")
-    add("--top-p", type=number(1e-6, 1), help="sample among the most likely tokens with this total probability")
     add("--system", metavar="TEXT", help="system prompt")
     add("--max-tokens", type=positive, default=128, help="longest answer in tokens (default: 128)")
     add("--seed", type=int, default=0)
-    _add_decoding(parser)
+    add("--bits", type=int, choices=(8, 4), help=_BITS_HELP)
     parser.set_defaults(main=_chat)
 
 
 def _chat(options: Namespace) -> int:
     """Answer one question with -p, or chat until /quit."""
-    names = options.names
-    if names and options.model:
-        raise ConfigError(f"two models are given, {names[0]} and --model {options.model}; expected one")
-    if names and " " in names[0]:
-        raise ConfigError(f'"{names[0]}" is not a model. To ask a question: mlxchat chat -p {shlex.quote(names[0])}')
-    model = options.model or (names[0] if names else None)
-    settings = {name: getattr(options, name) for name in ("temperature", "max_tokens", "seed", "system", "top_p")}
+    names = [*options.names, *filter(None, [options.model])]
+    if len(names) > 1:
+        raise ConfigError(f"two models are given, {names[0]} and --model {names[1]}; expected one")
+    name = next(iter(names), None)
+    if name and " " in name:
+        raise ConfigError(f'"{name}" is not a model. To ask a question: mlxchat chat -p {shlex.quote(name)}')
+    settings = {key: getattr(options, key) for key in ("temperature", "max_tokens", "seed", "system")}
     settings["top_k"] = options.top_k or None
-    if (model or "").startswith(_THIRD_PARTY):
-        name, folder = _third_party(options, str(model))
+    if name and name.startswith(_THIRD_PARTY):
+        title, folder = _third_party(options, name)
 
         from mlxchat.terminal.chat import Chat  # imports MLX
 
-        chat = Chat.load_third_party(folder, name, **settings)
+        chat = Chat.load_third_party(folder, title, **settings)
     else:
-        store = Store(options.outputs)
-        found = find_model(store, model)
-        check_model(found.place)
-        print(f"model: {describe_model(store, found)}", file=sys.stderr)
+        place = _own(Store(options.outputs), name)
 
         from mlxchat.terminal.chat import Chat
 
-        chat = Chat.load(found.place, bits=options.bits, **settings)
+        chat = Chat.load(place, bits=options.bits, **settings)
     if options.prompt is not None:
         chat.answer_once(options.prompt)
     else:
         chat.converse()
     return 0
+
+
+def _own(store: Store, name: str | None) -> Path:
+    """Return the folder of a model of ours, whole, after printing which one it is."""
+    found = find_model(store, name)
+    check_model(found.place)
+    print(f"model: {describe_model(store, found)}", file=sys.stderr)
+    return found.place
 
 
 def _third_party(options: Namespace, reference: str) -> tuple[str, Path]:
@@ -383,33 +366,14 @@ def _third_party(options: Namespace, reference: str) -> tuple[str, Path]:
     return (folder.resolve().name if folder == Path(what).expanduser() else what), folder
 
 
-def _add_decoding(parser: Parser) -> None:
-    """Declare options that chat and serve share."""
-    add = parser.add_argument
-    add("--bits", type=int, choices=(8, 4), help="quantise the weights to this many bits; prints the loss in quality")
-
-
-_THIRD_PARTY = "hf:"
-_KEY = "MLXCHAT_API_KEY"
-_LIMITS = {
-    "max-tokens": "tokens per answer", "max-messages": "messages per conversation",
-    "max-message-chars": "characters per message", "max-conversation-chars": "characters per conversation",
-    "max-choices": "answers per request", "max-rows": "answers generated at the same time",
-    "max-queue": "waiting answers; more get status 429",
-    "max-models": "models in memory; requests for other models wait for an idle one",
-    "kept-tokens": "tokens of conversations kept in the KV cache for their next turn (default: 8192; 0: none)",
-}  # fmt: skip
-
-
 def serve(parser: Parser) -> None:
     """Declare `mlxchat serve`."""
     parser.take_names("[ID]", least=0)
     parser.description = (
-        "Serve all models of the outputs folder and a chat page. The default is ID, or the first --model."
+        "Serve the models of the outputs folder and a chat page; ID or the first --model is the default."
     )
     add = parser.add_argument
-    add("--model", action="append", default=[], metavar="ID",
-        help="ID, or hf:FOLDER, hf:ORGANISATION/NAME for one that mlx-lm opens; may be repeated")  # fmt: skip
+    add("--model", action="append", default=[], metavar="ID", help=f"{_MODEL_HELP}; may be repeated")
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1); other addresses require a key")
     add("--port", type=number(0, 65535, whole=True), default=8000, help="port (default: 8000); 0: any free port")
     add("--api-key", metavar="KEY", help=f"key that clients must send; better set in {_KEY}")
@@ -417,11 +381,10 @@ def serve(parser: Parser) -> None:
     add("--temperature", type=number(0, 2), default=0.8, help="default of requests (default: 0.8)")
     add("--top-k", type=count, default=50, help="default of requests (default: 50; 0: off)")
     add("--grace-seconds", type=count, default=30, metavar="N", help="for answers when stopping (default: 30)")
-    add("--log-requests", action="store_true", help="log a line per request, without its text")
     for name, meaning in _LIMITS.items():
         kind = count if name in ("max-queue", "kept-tokens") else positive
         add(f"--{name}", type=kind, metavar="N", help=meaning)
-    _add_decoding(parser)
+    add("--bits", type=int, choices=(8, 4), help=_BITS_HELP)
     parser.set_defaults(main=_serve)
 
 
@@ -448,13 +411,10 @@ def _serve(options: Namespace) -> int:
     from mlxchat.serve.security import Limits
     from mlxchat.serve.worker import Worker
 
-    chosen = {name.replace("-", "_"): getattr(options, name.replace("-", "_")) for name in _LIMITS}
+    chosen = {name: getattr(options, name) for name in ("max_rows", "max_queue", "max_models", "kept_tokens")}
     limits = Limits(**{name: value for name, value in chosen.items() if value is not None})
-    answering = {
-        "bits": options.bits, "temperature": options.temperature, "top_k": options.top_k,
-    }  # fmt: skip
     store = Store(options.outputs)
-    third_party = {}
+    third_party: dict[str, Path] = {}
     for reference in named:
         if reference.startswith(_THIRD_PARTY):
             name, folder = _third_party(options, reference)
@@ -466,19 +426,16 @@ def _serve(options: Namespace) -> int:
         place = next(iter(third_party.values()))
         print(f"model: {next(iter(third_party))} (third-party, by mlx-lm)", file=sys.stderr)
     else:
-        found = find_model(store, own[0] if own else None)
-        place = found.place
+        place = _own(store, own[0] if own else None)
         read_model(place)
-        check_model(place)
-        print(f"model: {describe_model(store, found)}", file=sys.stderr)
+    answering = {"bits": options.bits, "temperature": options.temperature, "top_k": options.top_k}
     models = Models(store, place, answering, third_party=third_party)
     model = models.find(None)
     rows_that_fit(model, limits, bits=options.bits)
     defaults = Defaults(temperature=options.temperature, top_k=options.top_k or None)
-    load = partial(load_scheduler, bits=options.bits)
-    service = Service(models, Worker(limits, load), defaults)
+    service = Service(models, Worker(limits, partial(load_scheduler, bits=options.bits)), defaults)
     app = make_app(service, api_key=key, loopback_only=loopback and key is None, cors=options.cors)
     return run_server(
         app, options.host, options.port, name=model.name, key_needed=key is not None,
-        grace_seconds=options.grace_seconds, log_requests=options.log_requests,
+        grace_seconds=options.grace_seconds,
     )  # fmt: skip

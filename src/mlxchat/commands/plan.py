@@ -8,14 +8,14 @@ import inspect
 import itertools
 import textwrap
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxchat.commands.arguments import Parser
-from mlxchat.commands.output import print_json, show_value
+from mlxchat.commands.output import draw_tree, print_json, show_value
 from mlxchat.config.table import aligned
 from mlxchat.errors import ConfigError, suggest, visible
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from mlxchat.config.schema import Config
     from mlxchat.runner.plan import PlannedStep
     from mlxchat.runner.reasons import Estimate
-    from mlxchat.runner.stage import Metric
     from mlxchat.store.store import Store
 
 _DAY_SECONDS = 86400
@@ -62,7 +61,7 @@ def _plan(options: Namespace) -> int:
     config, store = composed.config, Store(Path(composed.config.outputs))
     plan = plan_of(config, store)
     if options.graph is not None:
-        print(visible(draw_tree(plan) if options.graph == "ascii" else draw_mermaid(plan)))
+        print(visible(draw_plan(plan) if options.graph == "ascii" else draw_mermaid(plan)))
         return 0
     memory = {name: each.text for name, each in forecast_memory(config, plan).items() if each.text}
     times = estimate_trainings(config, plan, store)
@@ -222,13 +221,14 @@ def _explain(options: Namespace) -> int:
     print(f"{found['stage']}: {found['does']}")
     rows = [["file", f"{found['file']}, version {found['version']}"], ["reads", ", ".join(found["reads"]) or "nothing"]]
     rows += [["writes", f"{found['produces']}: {', '.join(found['writes'])}"]]
-    rows += [["needs", ", ".join(found["needs"])]] if found["needs"] else []
+    rows += [["numbers", ", ".join(f"{name} ({what})" for name, what in found["metrics"].items())]]
     print(aligned(rows, indent="  "))
-    for title, entries in (("numbers", found["metrics"].items()), ("settings", found["settings"].items())):
-        if entries:
-            print(f"{title}\n{aligned([_row_of_setting(name, entry) for name, entry in entries], indent='  ')}")
-    if found["sections"]:
-        print(f"also reads: {', '.join(found['sections'])}. Values: mlxchat --cfg job")
+    settings = [
+        [key, textwrap.shorten(show_value(each["value"]), _WIDTH, placeholder=" …"), each["means"]]
+        for key, each in found["settings"].items()
+    ]
+    print(f"settings\n{aligned(settings, indent='  ')}")
+    print(f"also reads: {', '.join(found['sections'])}. Values: mlxchat --cfg job")
     return 0
 
 
@@ -253,33 +253,16 @@ def describe_stage(name: str, overrides: list[str]) -> dict[str, Any]:
     stage = stages[key]
     section = getattr(config_of(config, name, stage) if is_step else config, key, None)
     text = inspect.getdoc(importlib.import_module(stage.module)) or ""
+    reads = [f"{role} ({kind})" for role, kind in stage.inputs.items()]
+    reads += [f"{role} ({kind}, optional)" for role, kind in stage.optional_inputs.items()]
     return {
         "stage": key, "does": " ".join(text.partition("\n\n")[0].split()), "file": str(stage.path),
-        "version": stage.version,
-        "reads": [f"{role} ({kind})" for role, kind in stage.inputs.items()]
-        + [f"{role} ({kind}, optional)" for role, kind in stage.optional_inputs.items()],
-        "produces": stage.produces, "writes": [names.replace("|", " or ") for names in stage.outputs],
-        "needs": ["gpu"] if stage.uses_gpu else [],
-        "metrics": _describe_metrics(stage.metrics),
+        "version": stage.version, "reads": reads, "produces": stage.produces,
+        "writes": [names.replace("|", " or ") for names in stage.outputs],
+        "metrics": {each.name: str(each) for each in stage.metrics},
         "settings": dict(_settings(section, key)) if is_dataclass(section) else {},
         "sections": [other for other in stage.config if other != key],
     }  # fmt: skip
-
-
-def _describe_metrics(metrics: Iterable[Metric]) -> dict[str, str]:
-    """Return metric → better direction and condition; `*` may stand for the tasks of several settings."""
-    found: dict[str, str] = {}
-    for each in metrics:
-        found[each.name] = f"{found[each.name]}; {each}" if each.name in found else str(each)
-    return found
-
-
-def _row_of_setting(name: str, entry: Any) -> list[str]:
-    if isinstance(entry, str):
-        return [name, entry]
-    value = entry["value"]
-    shown = ", ".join(value) if isinstance(value, dict) and value else show_value(value)
-    return [name, textwrap.shorten(shown, _WIDTH, placeholder=" …"), entry["means"]]
 
 
 def _settings(section: Any, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -292,10 +275,8 @@ def _settings(section: Any, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]
         if is_dataclass(value):
             yield from _settings(value, f"{prefix}.{item.name}")
         else:
-            yield (
-                f"{prefix}.{item.name}",
-                {"value": plain_of(value), "means": meanings.get(item.name, "").partition(". ")[0]},
-            )
+            means = meanings.get(item.name, "").partition(". ")[0]
+            yield f"{prefix}.{item.name}", {"value": plain_of(value), "means": means}
 
 
 @cache
@@ -311,7 +292,7 @@ def meanings_of(kind: type[object]) -> dict[str, str]:
     return found
 
 
-_COLOURS = {"done": ("#cde8d5", "#2e7d4f"), "waiting": ("#fdecc8", "#9a6b00"), "maybe": ("#e3e7f7", "#4a5aa8")}
+_COLOURS = {"done": "fill:#cde8d5", "waiting": "fill:#fdecc8", "maybe": "fill:#e3e7f7"}
 
 
 def draw_mermaid(plan: list[PlannedStep]) -> str:
@@ -320,28 +301,20 @@ def draw_mermaid(plan: list[PlannedStep]) -> str:
     for step in plan:
         lines.append(f"  {step.name}[{step.name}]{f':::{step.state}' if step.state in _COLOURS else ''}")
         lines += [f"  {source} --> {step.name}" for source in dict.fromkeys(step.inputs.values())]
-    used = {"done", *(step.state for step in plan)}
-    colours = ((state, *each) for state, each in _COLOURS.items() if state in used)
-    return "\n".join([*lines, *(f"  classDef {state} fill:{fill},stroke:{line}" for state, fill, line in colours)])
+    return "\n".join([*lines, *(f"  classDef {state} {colour}" for state, colour in _COLOURS.items())])
 
 
-def draw_tree(plan: list[PlannedStep]) -> str:
+def draw_plan(plan: list[PlannedStep]) -> str:
     """Return the steps as a tree: a step's parent is its last input; other inputs are named beside it."""
     position = {step.name: index for index, step in enumerate(plan)}
     parent = {step.name: max(step.inputs.values(), key=lambda source: position[source]) for step in plan if step.inputs}
-    lines: list[str] = []
 
-    def draw(step: PlannedStep, before: str, last: bool) -> None:
+    def label(step: PlannedStep) -> str:
         others = [source for source in dict.fromkeys(step.inputs.values()) if source != parent.get(step.name)]
         beside = f"  (and {', '.join(others)})" if others else ""
-        branch = "" if step.name not in parent else ("└─ " if last else "├─ ")
-        lines.append(f"{before}{branch}{step.name} [{step.state}]{beside}")
-        below = before if step.name not in parent else before + ("   " if last else "│  ")
-        children = [child for child in plan if parent.get(child.name) == step.name]
-        for child in children:
-            draw(child, below, child is children[-1])
+        return f"{step.name} [{step.state}]{beside}"
 
-    for step in plan:
-        if step.name not in parent:
-            draw(step, "", True)
-    return "\n".join(lines)
+    def children(step: PlannedStep) -> list[PlannedStep]:
+        return [child for child in plan if parent.get(child.name) == step.name]
+
+    return "\n".join(draw_tree(step, label, children) for step in plan if step.name not in parent)

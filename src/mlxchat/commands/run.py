@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from argparse import SUPPRESS, Namespace
-from textwrap import fill
+from textwrap import TextWrapper
 from typing import TYPE_CHECKING
 
 from mlxchat import __version__
@@ -32,8 +32,6 @@ def run(parser: Parser) -> None:
     add("--package", "-p", metavar="SECTION", help="with --cfg: only this section")
     add("--resolve", action="store_true", help="with --cfg: resolve references")
     add("--info", "-i", nargs="?", const="all", metavar="TOPIC", help=f"Hydra's information: {', '.join(_TOPICS)}")
-    add("--hydra-help", action="store_true", help="Hydra's help")
-    add("--shell-completion", "-sc", action="store_true", help="Hydra's completion; ours: mlxchat completion")
     add("--version", "-V", action="version", version=f"mlxchat {__version__}", help="print the version")
     parser.set_defaults(main=_run)
 
@@ -42,15 +40,15 @@ def _run(options: Namespace) -> int:
     """Run the pipeline, a sweep or a search, or print the output of Hydra's own options."""
     if options.info is not None and options.info not in _TOPICS:  # followed by a setting
         options.settings, options.info = [options.info, *options.settings], "all"
-    if options.shell_completion or options.hydra_help or options.info or options.cfg:
-        return _run_with_hydra(options)
+    if options.info or options.cfg:
+        _run_with_hydra(options)
+        return 0
     if options.package or options.resolve:
         raise ConfigError("-p SECTION and --resolve require --cfg job")
     if options.names:
         raise _no_verb(options.names[0], [*options.names[1:], *options.settings])
     settings = [*options.settings, *["fail_fast=true"] * options.fail_fast]
-    keys = {setting.lstrip("+").partition("=")[0] for setting in settings}
-    if "sweep" in keys and not any(setting.endswith("sweep=none") for setting in settings):
+    if any(each.lstrip("+").startswith("sweep=") for each in settings if not each.endswith("sweep=none")):
         from mlxchat.sweep.search import run_search
 
         return run_search(settings)
@@ -77,19 +75,17 @@ def _no_verb(word: str, others: list[str]) -> ConfigError:
     from mlxchat.composition.compose import group_options
     from mlxchat.runner.stage import Stages
 
-    verbs = [verb for verb in VERBS if " " not in verb]
     for group, known in (("stage", Stages()), ("experiment", group_options("experiment"))):
         if word in known:
-            return ConfigError(
-                f'there is no verb "{word}". For the {group}: mlxchat {" ".join([f"{group}={word}", *others])}'
-            )
-    return ConfigError(
-        f'there is no verb "{word}": {", ".join(verbs)}.{suggest(word, verbs)} Settings are written key=value.'
-    )
+            meant = " ".join([f"{group}={word}", *others])
+            return ConfigError(f'there is no verb "{word}". For the {group}: mlxchat {meant}')
+    verbs = [verb for verb in VERBS if " " not in verb]
+    known_verbs = f"{', '.join(verbs)}.{suggest(word, verbs)}"
+    return ConfigError(f'there is no verb "{word}": {known_verbs} Settings are written key=value.')
 
 
-def _run_with_hydra(options: Namespace) -> int:
-    """Let Hydra handle its own options; return 0.
+def _run_with_hydra(options: Namespace) -> None:
+    """Let Hydra print the configuration or information about it; mistakes in settings are refused as in a run.
 
     Raises:
         ConfigError: the configuration is invalid.
@@ -98,30 +94,8 @@ def _run_with_hydra(options: Namespace) -> int:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from mlxchat.composition.compose import CONF_MODULE, register_schema
-
-    register_schema()  # for --shell-completion
-    arguments = ["--shell-completion", *options.words] if options.shell_completion else _for_hydra(options)
-    # Otherwise Hydra prints its own errors and exits with 1.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-
-    @hydra.main(version_base="1.3", config_path=f"pkg://{CONF_MODULE}", config_name="config")
-    def nothing(composed: DictConfig) -> None:
-        """Do nothing: Hydra has printed its output."""
-
-    argv, sys.argv = sys.argv, ["mlxchat", *arguments]
-    try:
-        nothing()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(str(error).splitlines()[0]) from None
-    finally:
-        sys.argv = argv
-    return 0
-
-
-def _for_hydra(options: Namespace) -> list[str]:
-    """Return the arguments for Hydra's parser; mistakes in settings are refused as in a run."""
     from mlxchat.composition.compose import (
+        CONF_MODULE,
         compose_config,
         places_of_stages,
         register_schema,
@@ -132,17 +106,31 @@ def _for_hydra(options: Namespace) -> list[str]:
     from mlxchat.composition.sections import schema_of
 
     overrides, folders, primary = split_options([*options.names, *options.settings])
-    of_hydra = [each for each in overrides if each.lstrip("+~").startswith(("hydra.", "hydra/"))]
-    compose_config([each for each in overrides if each not in of_hydra], folders, primary)
+    own = [each for each in overrides if not each.lstrip("+~").startswith(("hydra.", "hydra/"))]
+    compose_config(own, folders, primary)
     schema = schema_of(places_of_stages(overrides, folders, primary))
     register_schema(schema)
-    flags = ["--hydra-help"] * options.hydra_help + ["--resolve"] * options.resolve
+    flags = ["--resolve"] * options.resolve
     for name in ("cfg", "package", "info"):
         if value := getattr(options, name):
             flags += [f"--{name}", value]
     if primary is not None:
         flags += ["--config-path", str(primary.parent), "--config-name", primary.stem]
-    return [*flags, *as_hydra(overrides, schema, imply=primary is None), *search_path(folders, primary)]
+    # Otherwise Hydra prints its own errors and exits with 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+
+    @hydra.main(version_base="1.3", config_path=f"pkg://{CONF_MODULE}", config_name="config")
+    def nothing(composed: DictConfig) -> None:
+        """Do nothing: Hydra has printed its output."""
+
+    settings = [*as_hydra(overrides, schema, imply=primary is None), *search_path(folders, primary)]
+    argv, sys.argv = sys.argv, ["mlxchat", *flags, *settings]
+    try:
+        nothing()
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(str(error).splitlines()[0]) from None
+    finally:
+        sys.argv = argv
 
 
 _USAGE = """mlxchat {version}: nanochat's pipeline on Apple MLX, as a cached DAG.
@@ -176,19 +164,11 @@ def describe_usage(options: str) -> str:
     from mlxchat.runner.stage import Stages
 
     verbs = "\n".join(f"  {verb:<11} {purpose}" for verb, (_, purpose) in VERBS.items() if " " not in verb)
-    choices = {
-        f"{group}=": describe_options(group_options(group))
-        for group in group_names()
-        if group not in ("settings", "mixture")
-    }
+    groups = [group for group in group_names() if group not in ("settings", "mixture")]
+    choices = {f"{group}=": describe_options(group_options(group)) for group in groups}
     # The only group that is used in several places.
-    choices |= {"mixture@sft.mixture= (or @midtrain.mixture=)": describe_options(group_options("mixture"))}
-    choices |= {"stage=": describe_options(["all", *Stages()])}
-    groups = "\n".join(
-        fill(
-            f"{name:<14} {names.replace(', ', ' ')}", width=118, initial_indent="  ",
-            subsequent_indent=" " * 17, break_on_hyphens=False,
-        )
-        for name, names in choices.items()
-    )  # fmt: skip
-    return _USAGE.format(version=__version__, verbs=verbs, groups=groups, options=options)
+    choices["mixture@sft.mixture= (or @midtrain.mixture=)"] = describe_options(group_options("mixture"))
+    choices["stage="] = describe_options(["all", *Stages()])
+    wrap = TextWrapper(width=118, initial_indent="  ", subsequent_indent=" " * 17, break_on_hyphens=False)
+    lines = [wrap.fill(f"{name:<14} {names.replace(', ', ' ')}") for name, names in choices.items()]
+    return _USAGE.format(version=__version__, verbs=verbs, groups="\n".join(lines), options=options)

@@ -30,9 +30,7 @@ class _Server(uvicorn.Server):
             print(self._banner, flush=True)
 
 
-def run_server(
-    app: FastAPI, host: str, port: int, *, name: str, key_needed: bool, grace_seconds: int, log_requests: bool
-) -> int:
+def run_server(app: FastAPI, host: str, port: int, *, name: str, key_needed: bool, grace_seconds: int) -> int:
     """Serve until SIGINT or SIGTERM; return the exit code.
 
     `grace_seconds` is the time that answers have to finish after the first signal; port 0 is any free port.
@@ -56,7 +54,7 @@ def run_server(
     for quiet in ("sse_starlette", "asyncio"):
         logging.getLogger(quiet).setLevel(logging.WARNING)
     config = uvicorn.Config(
-        app, log_config=None, log_level="info" if log_requests else "warning", access_log=log_requests,
+        app, log_config=None, log_level="warning", access_log=False,
         timeout_graceful_shutdown=grace_seconds, server_header=False, http="h11",
         limit_concurrency=most_connections(),
     )  # fmt: skip
