@@ -2,12 +2,12 @@
 
 import multiprocessing
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import rustbpe
 
+from kit.training import make_context
 from mlxchat.config.schema import TokenizerConfig
 from mlxchat.data.bpe import train_on_corpus, train_tokenizer
 from mlxchat.data.sources import write_shards
@@ -36,10 +36,7 @@ def corpus(tmp_path: Path) -> Path:
 def train(folder: Path, *, stop: int | None = None, **changes: Any) -> tuple[Any, Context]:
     """Train as the step does."""
     values = {"source": "train", "vocab_size": 320, "max_chars": 10**9, "document_chars": 10_000}
-    ctx = Context(
-        step="tokenizer", stage="tokenizer", config=SimpleNamespace(), inputs={}, out=folder, work=folder, root_seed=0,
-        stop_signal=lambda: stop, on_metrics=lambda step, record: None,
-    )  # fmt: skip
+    ctx = make_context(folder, stop_signal=lambda: stop)
     return train_on_corpus(ctx, folder, TokenizerConfig(**(values | changes))), ctx
 
 
@@ -51,7 +48,7 @@ def test_step_trains_on_the_first_characters(corpus):
 
 
 def test_stops_and_errors_of_the_process_are_raised_and_end_it(corpus):
-    with pytest.raises(Interrupted, match="tokenizer stopped at its beginning"):
+    with pytest.raises(Interrupted, match="stopped at its beginning"):
         train(corpus, stop=15)
     (corpus / "shard_00000.parquet").write_bytes(b"no parquet")
     with pytest.raises(DataError, match="shard_00000"):

@@ -19,14 +19,6 @@ def texts(shard: int, count: int = 30) -> list[str]:
     return [f"shard {shard} document {number} " + "word " * (number % 7) for number in range(count)]
 
 
-def hub_config(**changes: Any) -> HubConfig:
-    values: dict[str, Any] = {
-        "repository": NAME, "revision": "main", "train_files": "shard_*.parquet", "num_train_files": None,
-        "validation_files": "shard_00004.parquet", "column": "text",
-    }  # fmt: skip
-    return HubConfig(**(values | changes))
-
-
 @pytest.fixture
 def five(hub: Any) -> Any:
     """Five files of thirty documents; the last is for validation."""
@@ -35,11 +27,15 @@ def five(hub: Any) -> Any:
 
 @pytest.fixture
 def pin(tmp_path: Path) -> Callable[..., Path]:
-    def make(train_chars: float | None = None, validation_documents: int = 5, **changes: Any) -> Path:
+    def make(**changes: Any) -> Path:
         """Write the artifact; return its folder."""
+        values: dict[str, Any] = {
+            "repository": NAME, "revision": "main", "train_files": "shard_*.parquet", "num_train_files": None,
+            "validation_files": "shard_00004.parquet", "column": "text",
+        }  # fmt: skip
         out = tmp_path / f"corpus-{len(list(tmp_path.glob('corpus-*')))}"
         out.mkdir()
-        pin_corpus(hub_config(**changes), out, validation_documents=validation_documents, train_chars=train_chars)
+        pin_corpus(HubConfig(**(values | changes)), out, validation_documents=12, train_chars=None)
         return out
 
     return make
@@ -61,15 +57,12 @@ def test_artifact_pins_commit_and_files_without_text(hub, five, pin):
 
 
 def test_first_documents_are_held_out_without_validation_files(hub, five, pin):
-    corpus = Corpus.open(pin(validation_files=None, validation_documents=12))
+    corpus = Corpus.open(pin(validation_files=None))
     assert list(corpus.documents("validation")) == texts(0)[:12]
     assert list(corpus.documents("train"))[:19] == [*texts(0)[12:], texts(1)[0]]
     assert corpus.train[0].count() == 18
-    assert [shard.identity().get("rows") for shard in (*corpus.validation, *corpus.train[:2])] == [
-        [0, 12],
-        [12, None],
-        None,
-    ]
+    rows = [shard.identity().get("rows") for shard in (*corpus.validation, *corpus.train[:2])]
+    assert rows == [[0, 12], [12, None], None]
 
 
 @pytest.mark.parametrize(("name", "shards"), [("fineweb_edu", 1823), ("climbmix", 6543)])

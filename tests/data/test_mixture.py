@@ -1,14 +1,13 @@
 """Mixtures: epochs, weights, slices, order by seed."""
 
 import json
-import random
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from mlxchat.config.schema import TaskItem
-from mlxchat.data.mixture import Mixture, shuffled_places
+from mlxchat.data.mixture import Mixture
 from mlxchat.errors import ConfigError
 
 
@@ -59,13 +58,6 @@ def test_weights_divide_the_total_size(tmp_path):
     assert mixture.counts() == {"mine": 12, "sums": 4}
     asked = Counter(questions(mixture))
     assert [asked[f"q{i}"] for i in range(4)] == [3, 3, 3, 3]
-
-
-def test_order_is_nanochats():
-    pairs = [(task, place) for task, size in enumerate((5, 3, 3, 1, 8)) for place in range(size)]
-    expected = list(pairs)
-    random.Random(42).shuffle(expected)
-    assert [pairs[place] for place in shuffled_places(len(pairs), 42)] == expected
 
 
 def test_a_given_order_learns_one_task_after_the_other(items):

@@ -4,13 +4,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kit import training
 from kit.text import DOCUMENTS
 from mlxchat.config.schema import TaskItem
 from mlxchat.data import tokens as tokens_module
@@ -87,20 +86,17 @@ def test_the_next_shard_is_encoded_in_the_background(hundred, tokenizer, tmp_pat
 def make_context(corpus: Path, tmp_path: Path) -> Callable[..., Context]:
     """Return the context of a step that reads a copy of the corpus as an artifact."""
 
-    def make(place: str = "corpus", stop_signal: Callable[[], int | None] = lambda: None) -> Context:
+    def make(place: str = "corpus") -> Context:
         folder = tmp_path / place
         if not folder.exists():
             shutil.copytree(corpus, folder)
             (folder / MANIFEST).write_text(json.dumps({"outputs": describe_outputs(corpus)[0]}))
         outputs = tmp_path / "outputs"
         Store(outputs).prepare()
-        shared = SharedArtifacts(outputs=outputs, run="run", inputs={}, facts=dict, say=print)
-        config: Any = SimpleNamespace()
-        return Context(
-            step="toy", stage="toy", config=config, inputs={"corpus": folder}, out=tmp_path / "out",
-            work=tmp_path / "work", root_seed=0, stop_signal=stop_signal, on_metrics=lambda step, record: None,
-            encoded=shared.obtain,
-        )  # fmt: skip
+        ctx = training.make_context(tmp_path)
+        ctx.inputs["corpus"] = folder
+        ctx.encoded = SharedArtifacts(outputs=outputs, run="run", inputs={}, facts=dict, say=print).obtain
+        return ctx
 
     return make
 

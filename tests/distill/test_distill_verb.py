@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 
 from kit.servers import Reply, Teacher
 from mlxchat.cli import dispatch
+from mlxchat.distill import teacher as client
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError
 from mlxchat.tasks import load_task
 from mlxchat.tasks.answers import answer_text
@@ -19,6 +20,22 @@ from mlxchat.tasks.jsonl import Jsonl
 
 Ask = Callable[..., int]
 QUESTIONS = [f"question {number}" for number in range(6)]
+
+
+@pytest.fixture
+def teacher() -> Iterator[Teacher]:
+    with Teacher() as teacher:
+        yield teacher
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, empty, with its own cache and one retry."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLXCHAT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("MLXCHAT_TEACHER_API_KEY", raising=False)
+    monkeypatch.setattr(client, "RETRIES", 1)
+    return tmp_path
 
 
 @pytest.fixture
@@ -56,10 +73,9 @@ def test_task_jsonl_reads_the_output_in_the_order_of_the_questions(ask, teacher,
     assert sorted(task[index]["messages"][-1]["content"] for index in range(len(task))) == answers(place)
 
 
-def chat(*contents: Any, first: int = 0) -> list[Any]:
-    """Return messages of alternating roles, the user's first unless `first` is 1."""
-    roles = ("user", "assistant")
-    return [{"role": roles[(place + first) % 2], "content": text} for place, text in enumerate(contents)]
+def chat(*contents: str) -> list[Any]:
+    """Return messages of alternating roles, the user's first."""
+    return [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(contents)]
 
 
 def test_conversations_become_training_rows_of_all_their_turns(ask, teacher, place, capsys):

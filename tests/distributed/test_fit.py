@@ -1,24 +1,20 @@
 """Trainings of several ranks, stopped and resumed by another number of ranks."""
 
+import json
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from kit import ranks
+from kit import ranks, training
 from kit.models import make_model
-from kit.training import NumberedBatches, make_context, make_optimizer, schedule
+from kit.training import NumberedBatches, make_optimizer, schedule
 from mlxchat.distributed.team import Team
 from mlxchat.errors import Interrupted
 from mlxchat.model.parameters import flatten_parameters
-from mlxchat.training.loop import fit
-from mlxchat.training.team_step import make_step
-
-NUM_ITERATIONS = 6
 
 
 def train(team: Team | None, folder: str, name: str, stop_after: int | None = None) -> list[list[float]]:
@@ -26,26 +22,18 @@ def train(team: Team | None, folder: str, name: str, stop_after: int | None = No
     model = make_model()
     optimizer = make_optimizer(model)
     batches = NumberedBatches(rows=5, uneven=True, broken={2})
-    ctx = make_context(
-        Path(folder, name), stop_signal=lambda: 15 if stop_after is not None and batches.number >= stop_after else None,
-        training={"on_nan": "skip"}, team=team, device_batch_tokens=32,
-    )  # fmt: skip
-
-    config: Any = SimpleNamespace(schedule=schedule(warmup_frac=0.2, warmdown_frac=0.5), save_training_state=False)
+    context = {"training": {"on_nan": "skip"}, "team": team, "device_batch_tokens": 32}
+    rates = schedule(warmup_frac=0.2, warmdown_frac=0.5)
     with suppress(Interrupted):
-        fit(
-            ctx,
-            config,
-            make_step(ctx, model, optimizer, micro_tokens=32, dropout=0.1),
-            batches,
-            num_iterations=NUM_ITERATIONS,
-            observations=[],
-            save=lambda folder: None,
-        )
+        training.train(
+            Path(folder, name), model=model, optimizer=optimizer, batches=batches, context=context, rates=rates,
+            dropout=0.1, stop_after=stop_after, micro_tokens=32,
+        )  # fmt: skip
     arrays = {**flatten_parameters(model), **optimizer.state}
     np.savez(Path(folder, name, "arrays.npz"), **{key: np.array(value) for key, value in arrays.items()})
     keys = ("iteration", "loss", "grad_norm", "skipped_iterations")
-    return [[record.get(key, -1) for key in keys] for record in ctx.records("metrics").read()]
+    lines = Path(folder, name, "work", "records", "metrics.jsonl").read_text().splitlines()
+    return [[record.get(key, -1) for key in keys] for record in map(json.loads, lines)]
 
 
 def train_and_stop(team: Team | None, folder: str) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import pytest
 from kit import ranks
 from mlxchat.distributed import group as group_module
 from mlxchat.distributed.group import Group
-from mlxchat.distributed.team import Team
 
 NOT_A_NUMBER = [0x80000000, 0x7FC00001, 0xFFC00000, 0x7F800000, 0x00000001]  # bits of −0.0, NaNs, ∞, a denormal
 INTEGERS = [2**53 + 1, -(2**62)]
@@ -58,26 +57,3 @@ def test_sums_have_equal_bits_on_all_ranks(found):
     assert found[0]["noise"] == found[1]["noise"] == found[2]["noise"]
     expected = sum(np.random.default_rng(rank).normal(size=1001).astype(np.float32) for rank in range(3))
     np.testing.assert_allclose(np.array(found[0]["noise"], np.uint32).view(np.float32), expected, atol=1e-6)
-
-
-# Teams
-
-
-def remember(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> list[Any]:
-    """Keep a count for the next call; return arguments and counts of all ranks."""
-    team.kept["count"] = team.kept.get("count", 0) + request["add"] * (1 + team.group.rank)
-    seen = {name: [str(array.dtype), np.array(array.astype(mx.float32)).tolist()] for name, array in arrays.items()}
-    return team.group.gather_json([team.group.rank, team.kept["count"], request, seen])
-
-
-def lead(team: Team) -> list[Any]:
-    given = {"ids": np.arange(2, dtype=np.int32), "half": mx.array([1.5, -2.0], dtype=mx.bfloat16)}
-    return [team.call(remember, {"add": 1}, given), team.call(remember, {"add": 10})]
-
-
-def test_all_ranks_call_the_function_with_equal_arguments():
-    first, second = ranks.lead_ranks(lead, 3)
-    seen = {"ids": ["mlx.core.int32", [0.0, 1.0]], "half": ["mlx.core.bfloat16", [1.5, -2.0]]}
-    assert first == [[rank, 1 + rank, {"add": 1}, seen] for rank in range(3)]
-    assert second == [[rank, 11 * (1 + rank), {"add": 10}, {}] for rank in range(3)]
-    assert Team().call(remember, {"add": 2}) == [[0, 2, {"add": 2}, {}]]

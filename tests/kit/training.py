@@ -179,6 +179,7 @@ def train(
     rates: ScheduleConfig | None = None,
     dropout: float = 0.0,
     distillation: Any = None,
+    micro_tokens: int = 64,
     **options: Any,
 ) -> Trained:
     """Train a small model, from where an earlier attempt in this folder stopped.
@@ -198,7 +199,7 @@ def train(
     fit(
         ctx,
         config,
-        make_step(ctx, model, optimizer, micro_tokens=64, dropout=dropout, distillation=distillation),
+        make_step(ctx, model, optimizer, micro_tokens=micro_tokens, dropout=dropout, distillation=distillation),
         batches,
         num_iterations=num_iterations,
         observations=observations(ctx, model) if callable(observations) else observations,

@@ -1,7 +1,6 @@
 """SpellingBee, SimpleSpelling and identity conversations, from files and addresses."""
 
 import json
-import random
 from pathlib import Path
 
 import pytest
@@ -31,20 +30,6 @@ def test_spelling_bee_counts_are_consistent(words):
         assert end.endswith(f"#### {count}")
         assert task.evaluate(task[index], f"#### {count}.")
         assert not task.evaluate(task[index], str(count))
-
-
-def test_words_follow_nanochats_draws(words):
-    bee = load_task("spelling_bee", "train", size=30, path=words)
-    spelling = load_task("simple_spelling", "train", size=30, path=words)
-    shuffled = list(WORDS)
-    random.Random(42).shuffle(shuffled)
-    for index in range(30):
-        assert f"'{random.Random(index).choice(WORDS)}'.count(" in bee[index]["messages"][1]["content"][2]["text"]
-        word = random.Random(index).choice(shuffled)
-        assert spelling[index]["messages"] == [
-            {"role": "user", "content": f"Spell the word: {word}"},
-            {"role": "assistant", "content": f"{word}:{','.join(word)}"},
-        ]
 
 
 def test_words_are_downloaded_and_recorded(hub):

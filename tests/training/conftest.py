@@ -25,7 +25,8 @@ def train(tmp_path: Path) -> Callable[..., Trained]:
 
 @pytest.fixture
 def set_lanes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Give steps this many lanes, whatever the machine has."""
+    """Give steps this many lanes, whatever the machine and MLXCHAT_CPU say."""
+    monkeypatch.delenv("MLXCHAT_CPU", raising=False)
 
     def choose(count: int) -> None:
         lanes = cpu_lanes.Lanes()

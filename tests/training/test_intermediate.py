@@ -2,9 +2,8 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -22,14 +21,13 @@ NUMBERS = [9.0, 5.0, 7.0, 3.0, 1.0, 3.0, 4.0, 6.0, 5.0, 8.0]
 Weights = dict[str, bytes]
 
 
-@dataclass
-class Trained:
+class Trained(NamedTuple):
+    """A training: its weights at the end and after each iteration, and its intermediate models."""
+
     ctx: Context
     weights: Weights
     seen: dict[int, Weights]
-    """The weights after each iteration."""
     published: dict[int, Path]
-    """The intermediate models."""
 
 
 def train(
