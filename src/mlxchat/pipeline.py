@@ -32,7 +32,7 @@ from mlxchat.planning.inputs import TextNeed, check_inputs, find_text_need
 from mlxchat.planning.memory import check_memory
 from mlxchat.runner.executors import check_installed
 from mlxchat.runner.keys import find_unknown
-from mlxchat.runner.leader import execute
+from mlxchat.runner.leader import Execution, lead
 from mlxchat.runner.plan import PlannedStep, entries_of, make_plan
 from mlxchat.runner.process import stop_on_signals
 from mlxchat.runner.reasons import format_plan
@@ -91,77 +91,113 @@ def run_pipeline(
     Args:
         composed: the configuration and its command line.
         plan: plan of its targets from `plan_to_run`; None: make it here. Updated with each step's result.
-        is_verb: run by a verb such as import: no report, and it does not become the latest run.
-        job: part of a sweep that it runs, such as job3. It is appended to the run's name, and the run does not become
-            the latest one: the names RUN, latest and STEP never mean a job.
-        on_record: called with a step's name and each record of its metrics.jsonl.
+        is_verb: as in PipelineRun.
+        job: as in PipelineRun.
+        on_record: as in PipelineRun.
     """
-    team, config = current_team(), composed.config
-    store = Store(Path(config.outputs))
-    plan = plan_to_run(config, store) if plan is None else plan
-    executors = place_steps(config, plan)
-    need = find_text_need(config, plan, store)
-    name = f"{datetime.now():%Y%m%d-%H%M%S-%f}-{os.getpid()}-{redact(config.name)}{f'-{job}' if job else ''}"
-    finished = all(step.done for step in plan)
-    if not finished:
-        store.prepare()
-    _say("\n".join(filter(None, [format_plan(plan), str(need or "")])))
-    if finished:
+    store = Store(Path(composed.config.outputs))
+    plan = plan_to_run(composed.config, store) if plan is None else plan
+    work = PipelineRun(composed, plan, store, is_verb=is_verb, job=job, on_record=on_record)
+    _say("\n".join(filter(None, [format_plan(plan), str(work.need or "")])))
+    if all(step.done for step in plan):
         with suppress(StoreError, PermissionError):  # a user who may only read the folder cannot name runs in it
             store.prepare()
             if not is_verb and job is None:
-                _name_again(composed, plan, store, name)
+                _name_again(composed, plan, store)
         which = "the step is" if len(plan) == 1 else f"all {len(plan)} steps are"
         print(f"nothing to do: {which} done. mlxchat report shows the results.")
         return None
-    try:
-        folder = _start_run(composed, plan, store, name, is_verb=is_verb)
-    except OSError as error:
-        raise StoreError(f"{error.filename or store.outputs} cannot be written ({error.strerror})") from None
-    planned = {step.name: step for step in plan}
-    # Stable over all attempts of a run: keys with names of inputs instead of contents.
-    ids = [step.key_with(step.inputs | {role: each["tree"] for role, each in step.artifacts.items()}) for step in plan]
-    tracker = Tracker(
-        config.tracker, folder, ids=ids, settings=redact(plain_of(config)), say=_say,
-        records=lambda step: store.work(planned[step].key) / "ckpt" / "records" / "metrics.jsonl",
-    )  # fmt: skip
+    store.prepare()
+    lead([work], store)
+    if work.error is not None:
+        raise work.error
+    return work.run.folder
 
-    def take(step: str, record: Record) -> None:
-        tracker.log(step, record)
-        on_record(step, record)
 
-    def order(step: PlannedStep) -> Callable[[], None]:
-        words, dtype = [*composed.options, *composed.overrides], step.config.machine.compute_dtype
-        return partial(complete_elsewhere, words, folder.name, step.name, step.key, forced=step.forced, dtype=dtype)
+class PipelineRun(Execution):
+    """A run with its folder, tracker and report."""
 
-    run = _run_of(
-        composed, folder, need, on_metrics=take, executors=executors, order=order, team=team,
-        becomes_latest=not is_verb and job is None,
-    )  # fmt: skip
-    is_done = False
-    try:
-        execute(plan, store, run)
-        is_done = True
-        if not is_verb:
-            from mlxchat.report.document import show_report
+    def __init__(
+        self,
+        composed: Composed,
+        plan: list[PlannedStep],
+        store: Store,
+        *,
+        is_verb: bool = False,
+        job: str | None = None,
+        say: Callable[[str], None] | None = None,
+        on_record: Callable[[str, Record], None] = lambda step, record: None,
+    ) -> None:
+        """Check that the plan can run.
 
-            show_report(store.outputs, folder)
-    except OSError as error:  # all steps are done; the report can be written later
-        text = f"the report could not be written ({error.strerror}: {error.filename})"
-        _say(f"{text}. Fix that and run: mlxchat report")
-    finally:
-        stop_fetching()
-        tracker.finish(_results(plan, store, folder, is_done=is_done))
-    return folder
+        Args:
+            composed: the configuration and its command line.
+            plan: plan of its targets from `plan_to_run`. Updated with each step's result.
+            store: store of its artifacts.
+            is_verb: run by a verb such as import: no report, and it does not become the latest run.
+            job: part of a sweep that it runs, such as job3. It is appended to the run's name, and the run does not
+                become the latest one: the names RUN, latest and STEP never mean a job.
+            say: prints a line; None: to standard output.
+            on_record: called with a step's name and each record of its metrics.jsonl.
+        """
+        super().__init__(plan, store, self._start)
+        self.composed, self.is_verb, self.job = composed, is_verb, job
+        self.say, self.on_record = say or _say, on_record
+        self.executors = place_steps(composed.config, plan)
+        self.becomes_latest = not is_verb and job is None
+        self.need = find_text_need(composed.config, plan, store)
+
+    def _start(self) -> Run:
+        try:
+            folder = _make_folder(self.composed, self.plan, self.store, job=self.job, is_verb=self.is_verb)
+        except OSError as error:
+            raise StoreError(f"{error.filename or self.store.outputs} cannot be written ({error.strerror})") from None
+        # Stable over all attempts of a run: keys with names of inputs instead of contents.
+        ids = [
+            step.key_with(step.inputs | {role: each["tree"] for role, each in step.artifacts.items()})
+            for step in self.plan
+        ]
+        config = self.composed.config
+        self.tracker = Tracker(
+            config.tracker, folder, ids=ids, settings=redact(plain_of(config)), say=self.say,
+            records=lambda step: self.store.work(self.planned[step].key) / "ckpt" / "records" / "metrics.jsonl",
+        )  # fmt: skip
+
+        def take(step: str, record: Record) -> None:
+            self.tracker.log(step, record)
+            self.on_record(step, record)
+
+        return _run_of(self.composed, folder, self.need, say=self.say, on_metrics=take, team=current_team())
+
+    def order(self, step: PlannedStep) -> Callable[[], None]:
+        """Return the call that completes a step in a job."""
+        words, dtype = [*self.composed.options, *self.composed.overrides], step.config.machine.compute_dtype
+        folder = self.run.folder.name
+        return partial(complete_elsewhere, words, folder, step.name, step.key, forced=step.forced, dtype=dtype)
+
+    def end(self, error: BaseException | None) -> None:
+        """Record how the run ended, write its report and finish its tracker."""
+        super().end(error)
+        try:
+            if error is None and not self.is_verb:
+                from mlxchat.report.document import show_report
+
+                show_report(self.store.outputs, self.run.folder)
+        except OSError as failure:  # all steps are done; the report can be written later
+            text = f"the report could not be written ({failure.strerror}: {failure.filename})"
+            self.say(f"{text}. Fix that and run: mlxchat report")
+        finally:
+            stop_fetching()
+            self.tracker.finish(_results(self.plan, self.store, self.run.folder, is_done=error is None))
 
 
 def _run_of(composed: Composed, folder: Path, need: TextNeed | None, **options: Any) -> Run:
     config, device = composed.config, composed.config.machine.device
     return Run(
         folder=folder, seed=config.seed, data_seed=config.data_seed, overrides=composed.overrides,
-        environment=Environment(_describe_device), say=_say, fail_fast=config.fail_fast,
+        environment=Environment(_describe_device), fail_fast=config.fail_fast,
         hints={"train_chars": need.chars} if need is not None else {},
-        uses_gpu=lambda: device == "gpu" or device_kind(device) != "cpu", **options,
+        uses_gpu=lambda: device == "gpu" or device_kind(device) != "cpu", **{"say": _say, **options},
     )  # fmt: skip
 
 
@@ -216,23 +252,28 @@ def plan_to_run(config: Config, store: Store) -> list[PlannedStep]:
     return plan_of(config, store)
 
 
-def _name_again(composed: Composed, plan: list[PlannedStep], store: Store, name: str) -> None:
+def _name_again(composed: Composed, plan: list[PlannedStep], store: Store) -> None:
     """Record a run unless one has all these artifacts; a run with a model becomes the latest."""
     places = {step.name: place for step in plan if (place := store.find(step.rid)) is not None}
     known = [run for run in runs(store) if (store.outputs / "runs" / run).is_dir()]
     same = [run for run in known if places.items() <= links(store, run).items()]
     same = [run for run in same if called(run) == composed.config.name] or same
     if not same:
-        folder = _start_run(composed, plan, store, name)
+        folder = _make_folder(composed, plan, store)
+        same = [folder.name]
         for step, place in places.items():
-            store.set_ref(name, step, place)
+            store.set_ref(folder.name, step, place)
         Records(folder / "events.jsonl").append({"time": now(), "event": "run_done"})
     if any(step.stage.produces == MODEL for step in plan):
-        store.link_group(LATEST, same[-1] if same else name)
+        store.link_group(LATEST, same[-1])
 
 
-def _start_run(composed: Composed, plan: list[PlannedStep], store: Store, name: str, *, is_verb: bool = False) -> Path:
-    """Create the run's folder with a unique name, its plan.json and config.yaml."""
+def _make_folder(
+    composed: Composed, plan: list[PlannedStep], store: Store, *, job: str | None = None, is_verb: bool = False
+) -> Path:
+    """Create a run's folder with a unique name, its plan.json and config.yaml."""
+    config = composed.config
+    name = f"{datetime.now():%Y%m%d-%H%M%S-%f}-{os.getpid()}-{redact(config.name)}{f'-{job}' if job else ''}"
     folder = store.outputs / "runs" / name
     folder.mkdir(parents=True)
     crash_point("run.folder")
@@ -243,15 +284,15 @@ def _start_run(composed: Composed, plan: list[PlannedStep], store: Store, name: 
         "choices": composed.choices,
         "overrides": composed.overrides,
         "started": now(),
-        "targets": composed.config.targets or list(composed.config.pipeline),
+        "targets": config.targets or list(config.pipeline),
         "command": composed.command,
-        "cost_per_hour": composed.config.report.cost_per_hour,
+        "cost_per_hour": config.report.cost_per_hour,
         "steps": entries_of(plan),
     }
     write_whole(folder / "plan.json", json.dumps(redact(record), indent=1).encode() + b"\n")
     import yaml
 
-    (folder / "config.yaml").write_text(yaml.safe_dump(redact(plain_of(composed.config)), sort_keys=False), "utf-8")
+    (folder / "config.yaml").write_text(yaml.safe_dump(redact(plain_of(config)), sort_keys=False), "utf-8")
     return folder
 
 

@@ -18,8 +18,8 @@ from crash import stub_run
 from mlxchat.store import locks
 from mlxchat.store.files import Records
 from mlxchat.store.manifest import find_damage, read_manifest
-from mlxchat.store.naming import refs_of
-from mlxchat.store.store import Store
+from mlxchat.store.naming import links, refs_of, resolve, runs
+from mlxchat.store.store import SAVED, Store
 
 
 def check_whole(outputs: Path) -> None:
@@ -75,8 +75,11 @@ class Stubs:
         return file.read_text().splitlines()
 
     def trees(self) -> dict[str, str]:
-        """Return step → digest of the artifact that `latest` leads to."""
-        return {step: read_manifest(place)["tree"] for step, place in refs_of(Store(self.outputs)).items()}
+        """Return step, also STEP@N → digest of the artifact that its name leads to in the latest run."""
+        store = Store(self.outputs)
+        steps = refs_of(store)
+        saved = {name for run in runs(store) for name in links(store, run) if name.partition(SAVED)[0] in steps}
+        return {name: read_manifest(resolve(store, name))["tree"] for name in {*steps, *saved}}
 
     def executions(self) -> Counter[str]:
         """Return step → how often its stage was run."""

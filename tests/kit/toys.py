@@ -75,7 +75,7 @@ class Toys:
 
     def plan(self, pipeline: dict[str, dict[str, str]], **options: Any) -> list[PlannedStep]:
         """Return the plan as a new process makes it."""
-        options = {"targets": None, "seed": 1, "force": [], "code": "warn", "stages": [], **options}
+        options = {"targets": None, "seed": 1, "force": [], "stages": [], **options}
         options = {"data_seed": options["seed"], **options}
         config = SimpleNamespace(**vars(self.config), pipeline=pipeline, **options)
         return make_plan(config, self.store)

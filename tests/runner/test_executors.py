@@ -22,7 +22,7 @@ from mlxchat.config.schema import Config, ExecutorConfig
 from mlxchat.errors import ConfigError, Interrupted
 from mlxchat.pipeline import place_steps, plan_of
 from mlxchat.runner import executors
-from mlxchat.runner.executors import Job, attach, submit
+from mlxchat.runner.executors import Call, Job, attach, submit
 from mlxchat.runner.process import stop_on_signals
 from mlxchat.store.attempts import iteration
 from mlxchat.store.manifest import read_manifest
@@ -66,8 +66,8 @@ def submitted(tmp_path: Path) -> Iterator[list[Job]]:
 
 
 def start(file: Path, submitted: list[Job], *arguments: Any, settings: ExecutorConfig = LOCAL) -> Job:
-    calls = {file.parent / "job.jsonl": partial(count, file, *arguments)}
-    (job,) = submit(settings, "test", calls, file.parent / "jobs")
+    call = Call(record=file.parent / "job.jsonl", call=partial(count, file, *arguments), facts={})
+    (job,) = submit(settings, "test", [call], file.parent / "jobs")
     submitted.append(job)
     return job
 

@@ -59,7 +59,7 @@ READ_BY_SOME = {
 NEVER = (
     "stages",  # where they are found; what a stage is, its own key says
     "adapter",  # what each stage takes of it is its own
-    "machine", "executor", "tracker", "bench", "name", "outputs", "targets", "force", "code", "fail_fast",
+    "machine", "executor", "tracker", "bench", "name", "outputs", "targets", "force", "fail_fast",
     "report", "sweep",
 )  # fmt: skip
 TRAININGS = {"pretrain", "midtrain", "sft", "rl", "preference"}

@@ -64,8 +64,7 @@ def test_stopped_run_with_a_model_is_latest(models):
 
 def repeated(models: Any, pipeline: dict[str, dict[str, str]]) -> None:
     """Do what a command does whose steps are all done."""
-    name = "20990101-000000-000001-1-again"
-    _name_again(compose_config(["name=again"]), models.plan(pipeline), models.store, name)
+    _name_again(compose_config(["name=again"]), models.plan(pipeline), models.store)
 
 
 def test_finished_command_makes_its_run_latest(models):

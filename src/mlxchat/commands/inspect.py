@@ -56,8 +56,7 @@ def _status(options: Namespace) -> int:
         return 0
     lines = ["jobs"] * bool(jobs)
     for row in jobs:
-        where = f"run {row['run']}" if row["run"] else f"sweep {Path(row['sweep']).name}"
-        lines.append(f"  {row['step']:<11} {row['job']} {row['state']} ({where})")
+        lines.append(f"  {row['step']:<11} {row['job']} {row['state']} (run {row['run']})")
     for title in ("running", "failed", "left over"):
         rows = [
             row for row in work if title == (row["state"] if row["state"] in ("running", "failed") else "left over")
@@ -82,7 +81,7 @@ def _describe_jobs(store: Store, *, cancel: bool) -> Iterator[Row]:
             job.cancel()
         facts = job.facts
         yield {
-            "job": job.name, "step": facts.get("step", path.stem), "run": facts.get("run"), "sweep": facts.get("sweep"),
+            "job": job.name, "step": facts.get("step", path.stem), "run": facts.get("run"),
             "state": "is cancelled" if cancel else job.describe(), "submitted": facts["submitted"],
             "log": facts.get("log"), "record": path.stem,
         }  # fmt: skip

@@ -134,10 +134,11 @@ def _plan_sweep(options: Namespace) -> int:
     from mlxchat.planning.duration import estimate_trainings
     from mlxchat.planning.memory import forecast_memory
     from mlxchat.runner.reasons import Estimate, estimate_steps, format_plan
+    from mlxchat.store.store import Store
     from mlxchat.sweep.sweeper import read_sweep
 
-    sweep = read_sweep(options.settings)
-    jobs, store = sweep.jobs, sweep.store
+    jobs = read_sweep(options.settings)
+    store = Store(Path(jobs[0].composed.config.outputs))
     known: dict[str, Estimate | None] = {}
     described = []
     for job in jobs:

@@ -869,8 +869,6 @@ class Config:
     """Steps or stages to complete, with the steps that they need; null: the whole pipeline. `stage=NAME` sets it."""
     force: list[str] = field(default_factory=list)
     """Steps to run although their artifact exists; "all": every step."""
-    code: str = field(default="warn", metadata={"one_of": ("warn", "strict", "ignore")})
-    """If the code of a finished or interrupted step has changed: warn, strict (run it from the start) or ignore."""
     fail_fast: bool = False
     """Whether a failed step also stops the steps that do not need it."""
     stages: list[str] = field(default_factory=list)

@@ -126,33 +126,41 @@ def check_installed(settings: ExecutorConfig) -> None:
         raise ConfigError(f"executor={settings.kind} needs {library}: pip install 'mlxchat[{library}]'")
 
 
-def submit(
-    settings: ExecutorConfig, name: str, calls: Mapping[Path, Callable[[], None]], folder: Path, **facts: str
-) -> list[Job]:
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """A call for a job."""
+
+    record: Path
+    """Record of the job, a file of `outputs/jobs`."""
+    call: Callable[[], None]
+    """`partial` of a function of a module with texts and numbers. It raises Interrupted if a signal stopped it; what it
+    prints is in the job's log."""
+    facts: Mapping[str, str]
+    """For the record."""
+
+
+def submit(settings: ExecutorConfig, name: str, calls: Sequence[Call], folder: Path) -> list[Job]:
     """Submit calls, several to SLURM as one job array, and return their jobs.
 
     Args:
         settings: the executor and its resources.
         name: name in SLURM's queue.
-        calls: record of the job, a file of `outputs/jobs` → `partial` of a function of a module with texts and numbers.
-            The call raises Interrupted if a signal stopped it; what it prints is in the job's log.
+        calls: the calls.
         folder: folder for submitit's inputs and logs, on a file system that all machines share.
-        facts: for the records of the jobs.
 
     Raises:
         ConfigError: they cannot be submitted here.
     """
-    pairs = calls.items()
-    here = [_Here(call, Path.cwd(), path.resolve(), os.urandom(4).hex(), settings.kind) for path, call in pairs]
+    here = [_Here(each.call, Path.cwd(), each.record.resolve(), os.urandom(4).hex(), settings.kind) for each in calls]
     try:
         found = _CLUSTERS[settings.kind].submit(settings, name, here, folder)
     except Exception as error:  # of many kinds: the cluster refuses, or cannot be reached
         raise ConfigError(f"executor={settings.kind}: {(str(error).splitlines() or ['?'])[0]}") from None
-    shared: Record = {"kind": settings.kind, "submitted": now(), "host": host_name(), **facts}
+    shared: Record = {"kind": settings.kind, "submitted": now(), "host": host_name()}
     shared["address"] = settings.address or os.environ.get("RAY_ADDRESS")
-    for call, known in zip(here, found, strict=True):
-        Records(call.record).append({"job": call.job, **shared, **known})
-    return [Job(path) for path in calls]
+    for each, job, known in zip(calls, here, found, strict=True):
+        Records(each.record).append({"job": job.job, **shared, **each.facts, **known})
+    return [Job(each.record) for each in calls]
 
 
 @dataclass(frozen=True)

@@ -1,70 +1,211 @@
-"""Runs the steps of a plan: one after the other here, and as jobs elsewhere; what follows when one fails."""
+"""Leads runs: their steps one after the other here, or as jobs elsewhere; what follows when one fails.
+
+A sweep is several runs with one leader: a step that they share is made once, and its failure is theirs.
+"""
 
 from __future__ import annotations
 
 import json
 import signal
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from mlxchat.config.schema import ExecutorConfig
 from mlxchat.errors import Interrupted, MlxchatError, StepFailed, StoreError
-from mlxchat.runner.executors import Job, attach, submit
+from mlxchat.runner.executors import Call, Job, attach, submit
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.process import keep_awake, stop_on_signals
 from mlxchat.runner.run import Run, complete, find_done, summarise
 from mlxchat.store import attempts
 from mlxchat.store.files import Records, write_whole
 from mlxchat.store.manifest import read_manifest
-from mlxchat.store.naming import LATEST, MODEL, links, runs
-from mlxchat.store.store import SAVED, Store
-
-if TYPE_CHECKING:
-    from mlxchat.config.schema import ExecutorConfig
+from mlxchat.store.naming import LATEST, MODEL
+from mlxchat.store.store import Store
 
 # Each look at a job is a request to a file server.
 _LOOK_SECONDS = 1.0
 
 
+class Execution:
+    """The plan of one run, and how its steps have ended so far."""
+
+    executors: Mapping[str, ExecutorConfig] = {}
+    """Of the steps that do not run here."""
+    becomes_latest = True
+    """Whether the run becomes the latest one once it has finished a model."""
+
+    def __init__(self, plan: list[PlannedStep], store: Store, begin: Callable[[], Run]) -> None:
+        """`begin` makes the run; it is called before the first step."""
+        self.plan, self.store, self._begin = plan, store, begin
+        self.planned = {step.name: step for step in plan}
+        self.finished: set[str] = set()
+        self.failures: dict[str, MlxchatError] = {}
+        self.skipped: set[str] = set()
+        self.left: dict[str, str] = {}
+        """Step → its job, which continues although this process ends."""
+        self.current: str | None = None
+        """The step that ran last."""
+        self.has_begun = self.has_ended = False
+
+    @cached_property
+    def run(self) -> Run:
+        """The run."""
+        run = self._begin()
+        self.has_begun = True
+        run.event("run_started", steps=[step.name for step in self.plan])
+        return run
+
+    def end(self, error: BaseException | None) -> None:
+        """Record that no further step runs; `error` says why the run has failed or was stopped."""
+        self.has_ended = True
+        if error is None:
+            self.run.event("run_done")
+        else:
+            self.run.event("run_failed", step=self.current, error=str(error))
+
+    def order(self, step: PlannedStep) -> Callable[[], None]:
+        """Return the call that completes a step in a job."""
+        raise NotImplementedError
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every step has ended."""
+        return len(self.finished) + len(self.failures) + len(self.skipped) == len(self.plan)
+
+    @property
+    def error(self) -> MlxchatError | None:
+        """The error of its failed step, or one about all of them; None: no step has failed."""
+        if len(self.failures) < 2:
+            return next(iter(self.failures.values()), None)
+        lines = [f"{name}: {_first_line(error)}" for name, error in self.failures.items()]
+        return StepFailed(f"{len(lines)} steps failed:\n" + "\n".join(lines))
+
+    def ready(self) -> Iterator[PlannedStep]:
+        """Yield the steps that have not ended and whose inputs exist."""
+        for step in self.plan:
+            over = {*self.finished, *self.failures, *self.skipped}
+            if step.name not in over and self.finished.issuperset(step.inputs.values()):
+                yield step
+
+    def finish(self, step: PlannedStep, place: Path) -> None:
+        """Record a step's artifact and set its names; a run that has finished a model becomes the latest one."""
+        self.finished.add(step.name)
+        self.store.set_ref(self.run.name, step.name, place)
+        made = self.store.made(step.key)
+        step.take(made)
+        self.note(step)
+        has_made = step.stage.produces == MODEL and made is not None and made["run"] == self.run.name
+        is_whole = len(self.finished) == len(self.plan) and any(each.stage.produces == MODEL for each in self.plan)
+        if self.becomes_latest and (has_made or is_whole):
+            self.store.link_group(LATEST, self.run.name)
+
+    def note(self, step: PlannedStep) -> None:
+        """Write a step's final key and its artifact into plan.json."""
+        path = self.run.folder / "plan.json"
+        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"steps": []}
+        known = {"key": step.key, "rid": step.rid, "artifact": step.artifact}
+        for entry in record["steps"]:
+            if entry["step"] == step.name and not known.items() <= entry.items():
+                entry |= known
+                write_whole(path, json.dumps(record, indent=1).encode() + b"\n")
+
+    def fail(self, step: PlannedStep, error: MlxchatError) -> None:
+        """Record that a step failed, and that those which need it are skipped."""
+        self.failures[step.name] = error
+        lost = {step.name}
+        for other in self.plan:
+            if lost & set(other.inputs.values()) and other.name not in self.skipped:
+                lost.add(other.name)
+                self.run.event("step_skipped", step=other.name, failed=step.name)
+        self.skipped |= lost - {step.name}
+        if not self.run.fail_fast and not self.is_over:
+            self.run.say(f"{step.name:<10} failed: {_first_line(error)} (other steps continue)")
+        for other in self.plan:
+            if other.name in lost - {step.name}:
+                self.run.say(f"{other.name:<10} is skipped: {step.name} failed")
+
+
 def execute(plan: list[PlannedStep], store: Store, run: Run) -> None:
     """Run the unfinished steps of a plan, and set this run's refs to every step's artifact.
 
-    A run that finishes a model becomes the latest one. A failed step also fails the steps that need it; the others
-    continue, unless fail_fast is set.
+    A failed step also fails the steps that need it; the others continue, unless fail_fast is set.
     """
-    for step in plan:
-        _ = step.code  # digested now: later edits must not be recorded for steps that run now
-    leader = _Leader(plan, store, run)
+    execution = Execution(plan, store, lambda: run)
+    lead([execution], store)
+    if execution.error is not None:
+        raise execution.error
+
+
+def lead(executions: Sequence[Execution], store: Store) -> None:
+    """Run the unfinished steps of all executions, whose `error` says how they failed.
+
+    Raises:
+        Interrupted: a signal arrived.
+        StoreError: the outputs folder cannot be used.
+    """
+    for execution in executions:
+        for step in execution.plan:
+            _ = step.code  # digested now: later edits must not be recorded for steps that run now
+    leader = _Leader(executions, store)
     try:
-        run.event("run_started", steps=[step.name for step in plan])
-        with keep_awake(), stop_on_signals(run.request_stop, run.announce_stop):
+        with keep_awake(), stop_on_signals(leader.request_stop, leader.announce_stop), _store_errors(store):
             leader.complete_all()
-        leader.conclude()
+    except BaseException as error:
+        for execution in executions:
+            if execution.has_begun and not execution.has_ended:
+                execution.end(error)
+        raise
+
+
+@contextmanager
+def _store_errors(store: Store) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise StoreError(
             f"outputs folder {store.outputs} can no longer be used ({error.strerror or error}: {error.filename}). "
             "Its contents are intact. Fix that and run the same command again: it continues."
         ) from error
-    except MlxchatError as error:
-        run.event("run_failed", step=leader.current, error=str(error))
-        raise
-    run.event("run_done")
+
+
+@dataclass(kw_only=True, eq=False)
+class _Away:
+    """A step in a job."""
+
+    of: Execution
+    step: PlannedStep
+    job: Job
+    seen: int
+    """Records of its metrics.jsonl that the tracker has."""
 
 
 class _Leader:
-    """The process that leads a run: the results of its steps so far, and the next steps."""
+    """The process that leads runs: it chooses the next steps."""
 
-    def __init__(self, plan: list[PlannedStep], store: Store, run: Run) -> None:
-        self.plan, self.store, self.run = plan, store, run
-        self.planned = {step.name: step for step in plan}
-        self.finished: set[str] = set()
-        self.failures: dict[str, MlxchatError] = {}
-        self.skipped: dict[str, str] = {}  # step → the failed step that it needs
-        self.jobs: dict[str, Job] = {}  # step → its job elsewhere
-        self.seen: dict[str, int] = {}  # step in a job → records of its metrics.jsonl that the tracker has
-        self.left: dict[str, str] = {}  # step → its job, which continues although this process ends
+    def __init__(self, executions: Sequence[Execution], store: Store) -> None:
+        self.executions, self.store = executions, store
+        self.away: list[_Away] = []
+        self.made: set[str] = set()
+        """Keys of the steps that ran under this leader."""
+        self.failed: dict[str, MlxchatError] = {}
+        """Key → why that step failed."""
+        self.stop_signal: int | None = None
         self.interrupted: Interrupted | None = None
-        self.current: str | None = None  # the step that ran last
+
+    def request_stop(self, number: int) -> None:
+        """Record the signal that requests all runs to stop."""
+        self.stop_signal = self.stop_signal or number
+        for execution in self.executions:
+            if execution.has_begun:
+                execution.run.request_stop(number)
+
+    def announce_stop(self) -> None:
+        """Announce that the runs will stop."""
+        next(each for each in self.executions if each.has_begun).run.announce_stop()
 
     def complete_all(self) -> None:
         """Run local steps one after the other, and submit the others as soon as their inputs exist."""
@@ -76,187 +217,180 @@ class _Leader:
                 else:
                     here = self._submit_ready()
                 if here is not None:
-                    self._start(here, None)
-                elif self.jobs:
+                    self._complete(*here)
+                elif self.away:
                     time.sleep(_LOOK_SECONDS)
                 else:
                     break
-                for name in list(self.jobs):
-                    self._look(self.planned[name], self.jobs[name])
+                for away in list(self.away):
+                    self._look(away)
+                for execution in self.executions:
+                    if execution.is_over and not execution.has_ended:
+                        execution.end(execution.error)
         finally:
-            for job in self.jobs.values():
-                job.cancel()
+            for away in self.away:
+                away.job.cancel()
+        self._conclude()
+
+    def _conclude(self) -> None:
+        """Raise Interrupted if steps are left because of a signal; end the runs that have failed."""
+        unfinished = [each for each in self.executions if not each.is_over]
+        failed = any(execution.failures for execution in self.executions)
         if self.interrupted is not None:
             raise self.interrupted
-        if (number := self.run.stop_signal) is None or len(self.finished) == len(self.plan) or self.failures:
-            return
-        if self.left:
-            jobs = ", ".join(f"{name} in {job}" for name, job in self.left.items())
-            raise Interrupted(
-                f"stopped; {jobs} continues: the same command awaits it, mlxchat status --cancel ends it.", number
-            )
-        raise Interrupted("stopped between two steps. The same command continues from there.", number)
+        if (number := self.stop_signal) is not None and unfinished and not failed:
+            left = [f"{name} in {job}" for execution in unfinished for name, job in execution.left.items()]
+            if left:
+                jobs = ", ".join(left)
+                text = f"stopped; {jobs} continues: the same command awaits it, mlxchat status --cancel ends it."
+                raise Interrupted(text, number)
+            raise Interrupted("stopped between two steps. The same command continues from there.", number)
+        for execution in unfinished:
+            if execution.has_begun:
+                execution.end(execution.error)
 
     def _is_stopping(self) -> bool:
         """Return whether no further step may start."""
-        run = self.run
-        is_over = bool(self.failures) and (run.fail_fast or (run.team is not None and run.team.is_broken))
-        return is_over or run.stop_signal is not None or self.interrupted is not None
+        failed = [execution.run for execution in self.executions if execution.failures]
+        is_over = any(run.fail_fast or (run.team is not None and run.team.is_broken) for run in failed)
+        return is_over or self.stop_signal is not None or self.interrupted is not None
 
     def _stop_jobs(self) -> None:
         """Cancel all jobs, which save; after SIGTERM and SIGHUP leave those that outlive this process."""
-        for name, job in list(self.jobs.items()):
-            if self.run.stop_signal in (signal.SIGTERM, signal.SIGHUP) and job.outlives:
-                self.left[name] = job.name
-                del self.jobs[name]
+        for away in list(self.away):
+            if self.stop_signal in (signal.SIGTERM, signal.SIGHUP) and away.job.outlives:
+                away.of.left[away.step.name] = away.job.name
+                self.away.remove(away)
             else:
-                job.cancel()
+                away.job.cancel()
 
-    def _submit_ready(self) -> PlannedStep | None:
-        """Submit every step with an executor whose inputs exist; return the first other step that can run."""
+    def _submit_ready(self) -> tuple[Execution, PlannedStep] | None:
+        """Finish what is done and submit every step with an executor whose inputs exist; return the next local step."""
+        ready: list[tuple[Execution, PlannedStep]] = []
+        in_jobs = {away.step.key for away in self.away}
         here = None
-        for step in self.plan:
-            begun = {*self.finished, *self.failures, *self.skipped, *self.jobs}
-            if step.name in begun or not self.finished.issuperset(step.inputs.values()):
-                continue
-            executor = self.run.executors.get(step.name)
-            if executor is not None:
-                self._start(step, executor)
-            elif here is None:
-                here = step
+        for execution in self.executions:
+            for step in execution.ready():
+                is_away = any(away.step is step for away in self.away)
+                is_local = step.name not in execution.executors
+                if is_away or (is_local and here is not None) or not self._judge(execution, step):
+                    continue
+                if is_local:
+                    here = execution, step
+                elif step.key not in in_jobs:
+                    in_jobs.add(step.key)
+                    ready.append((execution, step))
+        self._submit(ready)
         return here
 
-    def _start(self, step: PlannedStep, executor: ExecutorConfig | None) -> None:
-        """Complete a step here, or submit it; its failure is recorded."""
-        self.current = step.name
+    def _judge(self, execution: Execution, step: PlannedStep) -> bool:
+        """Judge a step whose inputs exist; return True if it has to run."""
+        execution.current = step.name
+        forced = step.forced and step.key not in self.made
+        place = find_done(step, self.store, execution.run, execution.planned, forced=forced)
+        execution.note(step)
+        if place is not None:
+            execution.finish(step, place)
+        elif step.key in self.failed:
+            execution.fail(step, self.failed[step.key])
+        else:
+            return True
+        return False
+
+    def _complete(self, execution: Execution, step: PlannedStep) -> None:
+        """Complete a step here; its failure is recorded."""
+        execution.current = step.name
         try:
-            place = find_done(step, self.store, self.run, self.planned, forced=step.forced)
-            self._note(step)
-            if place is None and executor is not None:
-                self._submit(step, executor)
-                return
-            self._finish(step, place or complete(step, self.store, self.run, self.planned))
+            place = complete(step, self.store, execution.run, execution.planned)
         except Interrupted as stop:
             self.interrupted = stop
         except StoreError:
             raise
         except MlxchatError as error:
-            self._fail(step, error)
+            self._fail(execution, step, error)
+        else:
+            self.made.add(step.key)
+            execution.finish(step, place)
 
-    def _submit(self, step: PlannedStep, executor: ExecutorConfig) -> None:
-        """Submit a step, or find the job that an earlier command submitted, which continues if its command ends."""
-        run, record = self.run, self.store.jobs / f"{step.key}.jsonl"
-        self.seen[step.name] = len(Records(self.store.work(step.key) / "ckpt" / "records" / "metrics.jsonl").read())
-        job = attach(record)
-        if job is None:
-            assert run.order is not None, "a step has an executor"
-            calls = {record: run.order(step)}
-            (job,) = submit(executor, step.name, calls, run.folder / "jobs", step=step.name, run=run.name)
-        elif job.facts["run"] != run.name:
-            run.say(f"{step.name:<10} awaits {job.name} of run {job.facts['run']}")
-        self.jobs[step.name] = job
+    def _fail(self, execution: Execution, step: PlannedStep, error: MlxchatError) -> None:
+        self.failed[step.key] = error
+        execution.fail(step, error)
 
-    def _look(self, step: PlannedStep, job: Job) -> None:
+    def _submit(self, ready: Sequence[tuple[Execution, PlannedStep]]) -> None:
+        """Submit steps, those of one name together; take the jobs of earlier commands, which continue without them."""
+        new: dict[str, list[tuple[Execution, PlannedStep]]] = {}
+        for execution, step in ready:
+            record, run = self.store.jobs / f"{step.key}.jsonl", execution.run
+            if (job := attach(record)) is None:
+                new.setdefault(step.name, []).append((execution, step))
+                continue
+            if job.facts["run"] != run.name:
+                run.say(f"{step.name:<10} awaits {job.name} of run {job.facts['run']}")
+            self._watch(execution, step, job)
+        for name, steps in new.items():
+            first, _ = steps[0]
+            calls = [
+                Call(
+                    record=self.store.jobs / f"{step.key}.jsonl", call=execution.order(step),
+                    facts={"step": name, "run": execution.run.name},
+                )
+                for execution, step in steps
+            ]  # fmt: skip
+            try:
+                jobs = submit(first.executors[name], name, calls, first.run.folder / "jobs")
+            except MlxchatError as error:
+                for execution, step in steps:
+                    self._fail(execution, step, error)
+                continue
+            for (execution, step), job in zip(steps, jobs, strict=True):
+                self._watch(execution, step, job)
+
+    def _watch(self, execution: Execution, step: PlannedStep, job: Job) -> None:
+        known = Records(self.store.work(step.key) / "ckpt" / "records" / "metrics.jsonl").read()
+        self.away.append(_Away(of=execution, step=step, job=job, seen=len(known)))
+
+    def _look(self, away: _Away) -> None:
         """Print what is new about a job, pass on its metrics, and take its result once it has ended."""
-        if job.done():
-            del self.jobs[step.name]
-            self._take(step, job)
+        if away.job.done():
+            self.away.remove(away)
+            self._take(away)
             return
-        self._pass_on(step, self.store.work(step.key) / "ckpt" / "records")
-        if news := job.news():
-            self.run.say(f"{step.name:<10} {job.name} {news}")
+        self._pass_on(away, self.store.work(away.step.key) / "ckpt" / "records")
+        if news := away.job.news():
+            away.of.run.say(f"{away.step.name:<10} {away.job.name} {news}")
 
-    def _pass_on(self, step: PlannedStep, folder: Path) -> None:
+    def _pass_on(self, away: _Away, folder: Path) -> None:
         records = Records(folder / "metrics.jsonl").read()
-        for record in records[self.seen[step.name] :]:
-            self.run.on_metrics(step.name, record)
-        self.seen[step.name] = max(self.seen[step.name], len(records))
+        for record in records[away.seen :]:
+            away.of.run.on_metrics(away.step.name, record)
+        away.seen = max(away.seen, len(records))
 
-    def _take(self, step: PlannedStep, job: Job) -> None:
+    def _take(self, away: _Away) -> None:
         """Record the result of a step whose job has ended: what is in the store, or why the job failed."""
-        run = self.run
-        self.current = step.name
+        execution, step, job = away.of, away.step, away.job
+        run = execution.run
+        execution.current = step.name
         error = job.take()
         self.store.forget()
         made = self.store.made(step.key)
         if made is not None and (not step.forced or made["run"] == job.facts["run"]):
             place = self.store.outputs / "store" / made["name"]
-            self._pass_on(step, place)
+            self._pass_on(away, place)
             run.say(f"{step.name:<10} done by {job.name}: {summarise(read_manifest(place))}")
             step.state = "done"
-            self._finish(step, place)
+            self.made.add(step.key)
+            execution.finish(step, place)
         elif job.is_cancelled:
-            if run.stop_signal is not None:
+            if self.stop_signal is not None:
                 text = f"{step.name} was stopped. The same command continues it."
-                self.interrupted = self.interrupted or Interrupted(text, run.stop_signal)
+                self.interrupted = self.interrupted or Interrupted(text, self.stop_signal)
         elif job.end is not None:
-            self._fail(step, StepFailed(error or f"{job.name} ended without a result"))
+            self._fail(execution, step, StepFailed(error or f"{job.name} ended without a result"))
         else:
             saved = ", and it continues from what was saved" if attempts.has_saved(self.store.work(step.key)) else ""
             text = f"step {step.name} failed: {error}\nThe same command submits it again{saved}."
             run.event("step_failed", step=step.name, error=text)
-            self._fail(step, StepFailed(text))
-
-    def _finish(self, step: PlannedStep, place: Path) -> None:
-        """Record a step's artifact and set its names."""
-        self.finished.add(step.name)
-        self.store.set_ref(self.run.name, step.name, place)
-        made = self.store.made(step.key)
-        step.take(made)
-        if made is not None:
-            self._name_saved(step, {role: each["tree"] for role, each in made["inputs"].items()})
-        self._note(step)
-        if step.stage.produces == MODEL and made is not None and made["run"] == self.run.name:
-            self._become_latest()
-
-    def _name_saved(self, step: PlannedStep, contents: dict[str, str]) -> None:
-        """Add refs to this run for the intermediate models of a training that earlier runs published."""
-        for run in runs(self.store):
-            for name, place in links(self.store, run).items() if run != self.run.name else ():
-                of, _, iteration = name.rpartition(SAVED)
-                if of != step.name or not iteration.isdecimal():
-                    continue
-                if read_manifest(place)["key"] == step.key_with(contents, int(iteration)):
-                    self.store.set_ref(self.run.name, name, place)
-
-    def _note(self, step: PlannedStep) -> None:
-        """Write a step's final key and its artifact into plan.json."""
-        path = self.run.folder / "plan.json"
-        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"steps": []}
-        known = {"key": step.key, "rid": step.rid, "artifact": step.artifact}
-        for entry in record["steps"]:
-            if entry["step"] == step.name and not known.items() <= entry.items():
-                entry |= known
-                write_whole(path, json.dumps(record, indent=1).encode() + b"\n")
-
-    def _fail(self, step: PlannedStep, error: MlxchatError) -> None:
-        """Record that a step failed, and that those which need it are skipped."""
-        self.failures[step.name] = error
-        lost = {step.name}
-        for other in self.plan:
-            if lost & set(other.inputs.values()) and other.name not in self.skipped:
-                lost.add(other.name)
-                self.skipped[other.name] = step.name
-                self.run.event("step_skipped", step=other.name, failed=step.name)
-        over = {*self.finished, *self.failures, *self.skipped}
-        if not self.run.fail_fast and any(other.name not in over for other in self.plan):
-            self.run.say(f"{step.name:<10} failed: {_first_line(error)} (other steps continue)")
-        for name in lost - {step.name}:
-            self.run.say(f"{name:<10} is skipped: {step.name} failed")
-
-    def conclude(self) -> None:
-        """Raise the errors of the run, if any."""
-        if len(self.failures) == 1:
-            raise next(iter(self.failures.values()))
-        if self.failures:
-            lines = [f"{name}: {_first_line(error)}" for name, error in self.failures.items()]
-            raise StepFailed(f"{len(lines)} steps failed:\n" + "\n".join(lines))
-        if any(step.stage.produces == MODEL for step in self.plan):
-            self._become_latest()
-
-    def _become_latest(self) -> None:
-        if self.run.becomes_latest:
-            self.store.link_group(LATEST, self.run.name)
+            self._fail(execution, step, StepFailed(text))
 
 
 def _first_line(error: MlxchatError) -> str:

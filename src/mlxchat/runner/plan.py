@@ -124,7 +124,6 @@ class PlannedStep:
     externals: dict[str, str]  # pins of external data
     label: str
     forced: bool = False  # whether to run it although its artifact exists
-    code_policy: str = "warn"  # effect of changed code: warn, strict (the step runs again) or ignore
     config: Any = field(repr=False)  # with its own settings (`with`)
     sections: dict[str, Any] = field(repr=False)  # the sections of `config` that the stage reads
     format: Format | None = None  # of the checkpoint that the step starts from; None: unknown, or no checkpoint
@@ -195,13 +194,9 @@ class PlannedStep:
         if forced:
             self.reason = "forced"
         elif made is not None and not pending:
-            if self.code_policy != "ignore":
-                self.drift = changed_names(made["code"].get("modules", {}), self.code["modules"])
+            self.drift = changed_names(made["code"].get("modules", {}), self.code["modules"])
             changed = first_of(self.drift, _MOST_MODULES_SHOWN)
-            if changed and self.code_policy == "strict":
-                self.reason = f"code changed: {changed}"
-            else:
-                self.state, self.reason = "done", f"code drift (warn): {changed}" if changed else ""
+            self.state, self.reason = "done", f"code drift: {changed}" if changed else ""
         else:
             trees = {role: manifest["tree"] for role, manifest in self.inputs_made(store, planned).items()}
             self.difference = find_difference(self, store, trees)
@@ -269,8 +264,7 @@ def make_plan(
         step = PlannedStep(
             name=name, stage=stage, inputs=inputs, artifacts=artifacts, identity=identity, externals=pins[read],
             label=str(stage.label(own)) if stage.label is not None else "".join(labels[:1]),
-            forced=name in force or "all" in force, code_policy=config.code, config=own,
-            sections=sections, format=format, unread=unread,
+            forced=name in force or "all" in force, config=own, sections=sections, format=format, unread=unread,
         )  # fmt: skip
         step.artifacts |= _find_named(step, store, planned)
         step.judge(store, planned, forced=step.forced)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 import re
@@ -28,14 +27,13 @@ from mlxchat.store import locks
 from mlxchat.store.bases import bases_of
 from mlxchat.store.crash import crash_point
 from mlxchat.store.environment import Environment, peak_array_bytes, peak_memory_bytes, reset_peak_memory
-from mlxchat.store.files import Record, Records, now, write_whole
+from mlxchat.store.files import Record, Records, now
 from mlxchat.store.fingerprint import plain_of
 from mlxchat.store.manifest import MEASURED, SCHEMA, Manifest, find_damage
 from mlxchat.store.shared import SharedArtifacts
 from mlxchat.store.store import SAVED, Store
 
 if TYPE_CHECKING:
-    from mlxchat.config.schema import ExecutorConfig
     from mlxchat.distributed.team import Team
 
 # Errors that persist until a user fixes their cause.
@@ -54,14 +52,10 @@ class Run:
     environment: Environment
     say: Callable[[str], None] = print
     on_metrics: Callable[[str, Record], None] = lambda step, record: None  # for trackers
-    executors: Mapping[str, ExecutorConfig] = field(default_factory=dict)  # of steps that do not run here
-    # Step → the call that completes it in a job, for `executors.submit`; None: no step has an executor.
-    order: Callable[[PlannedStep], Callable[[], None]] | None = None
     fail_fast: bool = False  # whether a failed step also stops steps that do not need it
     hints: Mapping[str, float] = field(default_factory=dict)  # Context.hints
     # Whether stages that declare `uses_gpu` use one; may be slow, since it may load MLX.
     uses_gpu: Callable[[], bool] = lambda: False
-    becomes_latest: bool = True  # once it has finished a model
     team: Team | None = None  # the ranks that compute steps that declare `uses_gpu` together
     stop_signal: int | None = field(default=None, init=False)  # the signal that requested the run to stop
 
@@ -190,11 +184,6 @@ class _Attempt:
         step, run, ctx = self.step, self.run, self.ctx
         shutil.rmtree(ctx.out, ignore_errors=True)
         ctx.out.mkdir(parents=True)
-        code, of_saved = json.dumps(step.code["modules"]), self.work / "code.json"
-        if step.code_policy == "strict" and ctx.work.exists() and of_saved.read_text() != code:
-            shutil.rmtree(ctx.work)
-        if not ctx.work.exists():
-            write_whole(of_saved, code, durable=False)
         crash_point("step.prepared")
         if ctx.team is not None:
             begin_step(ctx.team, step.config.machine)

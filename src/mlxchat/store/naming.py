@@ -171,7 +171,7 @@ def _in_group(store: Store, group: str, step: str) -> Found:
     if run is None:
         raise _unknown(store, f"{group}/{step}", f'there is no run "{group}" with artifacts')
     steps = links(store, run)
-    if (place := _step(steps, step)) is None:
+    if (place := _step(store, steps, step)) is None:
         has = ", ".join(steps) or "removed artifacts"
         raise StoreError(f'{run} has no "{step}", only {has}.{suggest(step, steps)}')
     return Found(place, None if run in (PINS, IMPORTS) else run)
@@ -180,7 +180,7 @@ def _in_group(store: Store, group: str, step: str) -> Found:
 def _step_or_pin(store: Store, name: str) -> Found | None:
     """Return the step or pin with exactly this name."""
     group = latest(store)
-    step, pin = links(store, group).get(name), links(store, PINS).get(name)
+    step, pin = _saved(store, links(store, group), name), links(store, PINS).get(name)
     if step is not None and pin is not None and step != pin:
         raise StoreError(f'"{name}" is ambiguous: use {LATEST}/{name} ({step.name}), {PINS}/{name} ({pin.name})')
     if step is not None:
@@ -189,12 +189,21 @@ def _step_or_pin(store: Store, name: str) -> Found | None:
         return Found(pin)
     others = [(run, links(store, run)) for run in reversed(runs(store)) if _JOB.search(run) is None]
     finished = next((Found(steps[name], run) for run, steps in others if name in steps), None)
-    return finished or next((Found(place, run) for run, steps in others if (place := _step(steps, name))), None)
+    return finished or next((Found(place, run) for run, steps in others if (place := _step(store, steps, name))), None)
 
 
-def _step(steps: Mapping[str, Path], name: str) -> Path | None:
+def _step(store: Store, steps: Mapping[str, Path], name: str) -> Path | None:
     """Return a step's artifact; until there is one, the last intermediate model of its training."""
-    return steps.get(name) or _last_saved(steps, name)
+    return _saved(store, steps, name) or _last_saved(steps, name)
+
+
+def _saved(store: Store, steps: Mapping[str, Path], name: str) -> Path | None:
+    """Return a step's artifact, or an intermediate model: of this run, or of the runs that made the step."""
+    final = steps.get(name.partition(SAVED)[0]) if SAVED in name else None
+    if name in steps or final is None:
+        return steps.get(name)
+    made = (links(store, str(attempt.get("run"))).get(name) for attempt in _manifest(final).get("attempts", ()))
+    return next(filter(None, made), None)
 
 
 def _last_saved(steps: Mapping[str, Path], step: str = "") -> Path | None:

@@ -135,7 +135,7 @@ def conclude(
     Returns:
         the rows, best first; pruned rows and then rows without the metric last.
     """
-    from mlxchat.sweep.scaling import laws_of_report, trainings_of, write_scaling
+    from mlxchat.sweep.scaling import laws_of_report, trainings_of
 
     rows = sorted(
         redact([row | _product_of(row, store) for row in rows]), key=lambda row: _rank(row, metric, less_is_better)
@@ -145,8 +145,6 @@ def conclude(
     _write_table(folder, rows, keys, metric, unit, less_is_better=less_is_better)
     manifests = [store.made(step["key"]) for row in rows for step in row["steps"]]
     trainings = trainings_of(filter(None, manifests))
-    if (scaling := write_scaling(trainings, folder)) is not None:
-        print(f"scaling: {scaling}", flush=True)
     if any(step["rid"] for row in rows for step in row["steps"]):
         print(f"report: {_write_report(folder, store, laws_of_report(trainings))}", flush=True)
     _name_best(rows, metric, folder, store, unit)
@@ -172,9 +170,7 @@ def _rank(row: Row, metric: str | None, less_is_better: bool) -> tuple[bool, boo
 def _write_table(
     folder: Path, rows: Sequence[Row], keys: Sequence[str], metric: str | None, unit: str, *, less_is_better: bool
 ) -> None:
-    """Write table.md, table.json and, if something can be drawn, plot.png; print the table."""
-    from mlxchat.sweep.plot import draw_sweep
-
+    """Write table.md and table.json; print the table."""
     flat = [
         {unit: row["job"], **{key: row["settings"].get(key, "") for key in keys}, **row["metrics"]}
         | {key: row[key] for key in _LAST if row.get(key)}
@@ -187,9 +183,6 @@ def _write_table(
     (folder / "table.md").write_text(table + "\n", encoding="utf-8")
     (folder / "table.json").write_text(json.dumps(flat, indent=1) + "\n", encoding="utf-8")
     order = f"{unit}s by {metric}, {'smallest' if less_is_better else 'largest'} first\n\n" if metric else ""
-    picture = draw_sweep(flat, keys, metric) if metric is not None else None
-    if picture is not None:
-        (folder / "plot.png").write_bytes(picture)
     print(f"\n{visible(order + table)}\n\nsweep: {folder / 'table.md'}", flush=True)
 
 

@@ -8,13 +8,11 @@ D the tokens.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,13 +26,6 @@ if TYPE_CHECKING:
 _SAME_BUDGET = 0.1
 """Trainings whose FLOPs differ by less than this share have one budget: iterations are whole numbers."""
 _FEWEST_SIZES = 3
-# Column of nanochat's table → number in a pretraining's manifest.
-_COLUMNS = {
-    "depth": "num_layers", "model_dim": "width", "params_transformer": "num_matrix_parameters",
-    "params_wte": "num_embedding_parameters", "params_value_embeds": "num_value_embedding_parameters",
-    "params_lm_head": "num_head_parameters", "params_scalars": "num_scalar_parameters",
-    "params_total": "num_parameters", "num_iterations": "num_iterations", "tokens_trained": "total_tokens",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +36,6 @@ class Training:
     tokens: int  # D
     flops: float
     bpb: float  # held-out bits per byte at the end
-    row: dict[str, Any]
-    """Its row of nanochat's table, without the budget."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,14 +84,11 @@ def trainings_of(manifests: Iterable[Manifest]) -> list[Training]:
     for manifest in manifests:
         if manifest["stage"] != "pretrain" or manifest["metrics"].get("val_bpb") is None:
             continue
-        numbers, metrics = manifest["derived"], manifest["metrics"]
-        size, tokens = numbers["num_horizon_parameters"], numbers["total_tokens"]
-        row = {column: numbers[name] for column, name in _COLUMNS.items()}
-        row |= {"param_data_ratio": round(tokens / size, 2), "val_bpb": metrics["val_bpb"]}
-        row |= {"core_score": metrics.get("core", ""), "train_time_sec": round(manifest["seconds"], 1)}
+        numbers = manifest["derived"]
         found[manifest["rid"]] = Training(
-            size=size, tokens=tokens, flops=numbers["total_flops"], bpb=metrics["val_bpb"], row=row
-        )
+            size=numbers["num_horizon_parameters"], tokens=numbers["total_tokens"], flops=numbers["total_flops"],
+            bpb=manifest["metrics"]["val_bpb"],
+        )  # fmt: skip
     return list(found.values())
 
 
@@ -160,19 +146,6 @@ def _fit_budget(trainings: list[Training]) -> Budget:
         tokens=math.exp(tokens(lowest)) if is_inside else math.nan,
         bpb=float(parabola(lowest)) if is_inside else math.nan,
     )
-
-
-def write_scaling(trainings: list[Training], folder: Path) -> Path | None:
-    """Write scaling.csv with a row for each training and return its path; None with fewer than three sizes."""
-    if len({one.size for one in trainings}) < _FEWEST_SIZES:
-        return None
-    groups = group_by_budget(trainings)
-    rows = [{"flops_budget": f"{group[0].flops:.4g}", **one.row} for group in groups for one in group]
-    with (folder / "scaling.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return folder / "scaling.csv"
 
 
 def laws_of_report(trainings: list[Training]) -> list[Block]:

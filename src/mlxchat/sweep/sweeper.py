@@ -1,11 +1,11 @@
-"""`mlxchat -m key=a,b`: composes, checks and plans every combination, runs shared steps once, then the rest."""
+"""`mlxchat -m key=a,b`: composes, checks and plans every combination, and runs them all with one leader."""
 
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -13,17 +13,18 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 
-from mlxchat.composition.compose import compose_config, group_options, refuse_hydras, split_config_dirs
+from mlxchat.composition.compose import Composed, compose_config, group_options, refuse_hydras, split_config_dirs
 from mlxchat.composition.overrides import implied_experiment
 from mlxchat.config.schema import Config
 from mlxchat.config.secrets import redact
 from mlxchat.config.wording import format_number
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError, visible
-from mlxchat.pipeline import place_steps, plan_of, plan_to_run, run_pipeline
-from mlxchat.runner.plan import PlannedStep, plan_again
+from mlxchat.pipeline import PipelineRun, place_steps, plan_of, plan_to_run
+from mlxchat.runner.leader import lead
+from mlxchat.runner.plan import PlannedStep, entries_of
 from mlxchat.store.store import Store
-from mlxchat.sweep.jobs import Job, run_elsewhere, run_here
 from mlxchat.sweep.results import (
+    Row,
     conclude,
     differing,
     find_metric,
@@ -36,40 +37,54 @@ from mlxchat.sweep.results import (
 
 
 @dataclass(kw_only=True)
-class Sweep:
-    """The checked and planned jobs of a command line."""
+class Job:
+    """One job of a sweep."""
 
-    jobs: list[Job]
-
-    @property
-    def config(self) -> Config:
-        """The first job's configuration; `outputs`, `executor`, `fail_fast` and `sweep` are taken from it."""
-        return self.jobs[0].composed.config
-
-    @property
-    def store(self) -> Store:
-        """Store of the artifacts of all jobs."""
-        return Store(Path(self.config.outputs))
+    number: int
+    """Counted from 1, in the order of the command line."""
+    overrides: list[str]
+    composed: Composed
+    plan: list[PlannedStep]
+    title: str = ""
+    """The settings that differ between jobs."""
+    run: PipelineRun | None = None
+    """None: it was done before, or the sweep has not begun."""
 
     @property
-    def shared(self) -> list[tuple[Job, list[PlannedStep]]]:
-        """Unfinished steps that several jobs need, each once, with the first job that needs it."""
-        needed = Counter(step.key for job in self.jobs for step in job.plan)
-        taken: set[str] = set()
-        found = []
-        for job in self.jobs:
-            new = [step for step in job.plan if not step.done and needed[step.key] > 1 and step.key not in taken]
-            taken |= {step.key for step in new}
-            if new:
-                found.append((job, new))
-        return found
+    def is_finished(self) -> bool:
+        """Whether every step of it is done."""
+        return all(step.done for step in self.plan)
+
+    @property
+    def status(self) -> str:
+        """done, failed, not run, interrupted, or queued: the executor's jobs outlive this process."""
+        if self.run is None:
+            return "done" if self.is_finished else "not run"
+        if self.run.error is not None:
+            return "failed"
+        if not self.run.has_begun or self.run.is_over:
+            return "done" if self.run.is_over else "not run"
+        return "queued" if self.run.left else "interrupted"
+
+    def row(self, store: Store) -> Row:
+        """Return its row of the table."""
+        metric = self.composed.config.sweep.metric
+        error = self.run.error if self.run is not None else None
+        return {
+            "job": self.number, "title": self.title or f"job {self.number}", "settings": settings_of(self.overrides),
+            "status": self.status, "error": str(error or "").partition("\n")[0],
+            "metrics": metrics_of(self.plan, store, metric) if self.status == "done" else {},
+            "steps": entries_of(self.plan),
+        }  # fmt: skip
 
 
 Planner = Callable[[Config, Store], list[PlannedStep]]
 
 
-def read_sweep(arguments: list[str], make_plan: Planner = plan_of) -> Sweep:
-    """Return the sweep of a command line; nothing is written.
+def read_sweep(arguments: list[str], make_plan: Planner = plan_of) -> list[Job]:
+    """Return the checked and planned jobs of a command line; nothing is written.
+
+    `outputs`, `fail_fast` and `sweep` are the first job's.
 
     Args:
         arguments: arguments of the command line.
@@ -104,10 +119,10 @@ def read_sweep(arguments: list[str], make_plan: Planner = plan_of) -> Sweep:
     settings = [settings_of(job.overrides) for job in jobs]
     for job, own in zip(jobs, settings, strict=True):
         job.title = redact(" ".join(f"{key}={own[key]}" for key in differing(settings) if key in own))
-    sweep = Sweep(jobs=jobs)
-    if sweep.config.sweep.metric is not None:
-        find_metric(sweep.config.sweep.metric, sweep.config.sweep.direction, [job.plan for job in jobs])
-    return sweep
+    sweep = jobs[0].composed.config.sweep
+    if sweep.metric is not None:
+        find_metric(sweep.metric, sweep.direction, [job.plan for job in jobs])
+    return jobs
 
 
 def parse(text: str, config_dirs: list[str]) -> Override:
@@ -169,85 +184,68 @@ def run_sweep(arguments: list[str]) -> int:
         ConfigError: a job's configuration is invalid; nothing runs.
         Interrupted: a signal arrived; finished jobs are kept and in the table.
     """
-    sweep = read_sweep(arguments, plan_to_run)
-    jobs, store = sweep.jobs, sweep.store
+    jobs = read_sweep(arguments, plan_to_run)
+    config = jobs[0].composed.config
+    store = Store(Path(config.outputs))
     if any(implied := [item for job in jobs for item in implied_experiment(job.overrides)]):
         print(f"recipe: {implied[0]}, implied by model=. The default recipe: experiment=quickstart", flush=True)
     store.prepare()
-    folder = store.outputs / "multirun" / f"{datetime.now():%Y%m%d-%H%M%S-%f}-{redact(sweep.config.name)}-sweep"
+    folder = store.outputs / "multirun" / f"{datetime.now():%Y%m%d-%H%M%S-%f}-{redact(config.name)}-sweep"
     write_state(folder, [job.row(store) for job in jobs])
     stop: Interrupted | None = None
     try:
-        _run_jobs(sweep, folder)
+        _run_jobs(jobs, store)
     except Interrupted as error:
         stop = error
     rows = [job.row(store) for job in jobs]
-    metric = sweep.config.sweep.metric or main_metric(rows)
+    metric = config.sweep.metric or main_metric(rows)
     declared = {name: better for job in jobs for name, (better, _) in metrics_of_plan(job.plan).items()}
-    direction = sweep.config.sweep.direction or declared.get(metric or "")
+    direction = config.sweep.direction or declared.get(metric or "")
     conclude(folder, store, rows, metric=metric, less_is_better=direction != "maximize")
     if stop is not None:
         raise stop
     return int(any(job.status != "done" for job in jobs))
 
 
-def _run_jobs(sweep: Sweep, folder: Path) -> None:
-    """Make shared steps, then run the unfinished jobs: one after the other here, or by the executor."""
-    store, config = sweep.store, sweep.config
+class _JobRun(PipelineRun):
+    """The run of a job, whose lines are printed below the job's name."""
 
-    def say(job: Job, text: str) -> None:
-        print(visible(f"── job {job.number}/{len(sweep.jobs)} {job.title}".rstrip() + f" {text}".rstrip()), flush=True)
+    spoke_last: _JobRun | None = None
 
-    def say_end(job: Job, how: str) -> None:
-        numbers = metrics_of(job.plan, store, config.sweep.metric) if job.status == "done" else {}
-        shown = "".join(f"  {key} {format_number(value)}" for key, value in numbers.items())
-        say(job, f"{how}{': ' * bool(job.error)}{job.error}{shown}")
+    def __init__(self, job: Job, name: str, store: Store) -> None:
+        super().__init__(job.composed, job.plan, store, job=f"job{job.number}", say=self._say)
+        self.name, self.metric = name, job.composed.config.sweep.metric
 
-    for job in sweep.jobs:
+    def _say(self, line: str) -> None:
+        if _JobRun.spoke_last is not self:
+            _JobRun.spoke_last = self
+            _print(f"\n{self.name}")
+        _print(line)
+
+    def end(self, error: BaseException | None) -> None:
+        super().end(error)
+        if error is not None:
+            print(redact(f"error: {error}"), file=sys.stderr, flush=True)
+            _print(f"{self.name} failed: {str(error).partition(chr(10))[0]}")
+        else:
+            _print(f"{self.name} done{_describe(self.plan, self.store, self.metric)}")
+
+
+def _run_jobs(jobs: Sequence[Job], store: Store) -> None:
+    """Run the unfinished jobs."""
+    for job in jobs:
+        name = f"── job {job.number}/{len(jobs)} {job.title}".rstrip()
         if job.is_finished:
-            job.status = "done"
-            say_end(job, "is done already")
-    errors = _make_shared(sweep)
-    for job in sweep.jobs:
-        if reasons := [errors[step.key] for step in job.plan if step.key in errors]:
-            job.status, job.error = "failed", reasons[0]
-            say_end(job, job.status)
-    pending = [job for job in sweep.jobs if job.status == "not run"]
-    if errors and config.fail_fast:
-        return
-    if config.executor.kind != "local" and pending:
-        run_elsewhere(pending, config.executor, store, folder, lambda job, text: say_end(job, text))
-        return
-    for job in pending:
-        print()
-        say(job, "")
-        run_here(job, store)
-        say_end(job, job.status)
-        if job.error and config.fail_fast:
-            return
+            _print(f"{name} is done already{_describe(job.plan, store, job.composed.config.sweep.metric)}")
+        else:
+            job.run = _JobRun(job, name, store)
+    lead([job.run for job in jobs if job.run is not None], store)
 
 
-def _make_shared(sweep: Sweep) -> dict[str, str]:
-    """Run the steps that several jobs need; return key → error of those that failed, which ends only their jobs."""
-    errors: dict[str, str] = {}
-    for job, steps in sweep.shared:
-        if any(step.key in errors for step in job.plan):
-            continue  # they need what failed, and so does the job
-        names, keys = [step.name for step in steps], {step.key for step in steps}
-        users = [other for other in sweep.jobs if steps[0].key in {step.key for step in other.plan}]
-        print(f"\n── shared by {len(users)} jobs: {', '.join(names)}", flush=True)
-        config = replace(job.composed.config, targets=names, force=[step.name for step in steps if step.forced])
-        try:
-            run_pipeline(replace(job.composed, config=config), job="shared")
-        except Interrupted:
-            raise
-        except MlxchatError as error:
-            print(redact(f"error: {error}"), flush=True)
-            undone = [step for step in plan_again(job.plan, sweep.store) if step.name in names and not step.done]
-            reason = f"shared step {undone[0].name}: {str(error).splitlines()[0]}"
-            errors |= {step.key: reason for step in steps if step.name in {each.name for each in undone}}
-        for other in sweep.jobs:
-            other.made |= {step.name for step in other.plan if step.key in keys}
-        if errors and sweep.config.fail_fast:
-            break
-    return errors
+def _describe(plan: Sequence[PlannedStep], store: Store, metric: str | None) -> str:
+    numbers = metrics_of(plan, store, metric)
+    return "".join(f"  {key} {format_number(value)}" for key, value in numbers.items())
+
+
+def _print(line: str) -> None:
+    print(visible(redact(line)), flush=True)
