@@ -3,4 +3,4 @@
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent))  # as for `python tests/parity/check.py`
+sys.path.append(str(Path(__file__).parent))

@@ -1,0 +1,217 @@
+"""Multipliers, momentum, weight decay and derived hyperparameters of both snapshots at every depth."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from values import VARIANTS, assert_same, assert_within, of_files
+
+from mlxchat.composition.compose import compose_config
+from mlxchat.composition.problems import find_problems
+from mlxchat.config.schema import Config
+from mlxchat.model.gpt import GPT
+from mlxchat.model.parameters import flatten_parameters
+from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
+from mlxchat.optim.optimizer import Optimizer, rates_at
+from mlxchat.planning.horizon import Hyperparameters, derive_hyperparameters
+
+TOLERANCE = 1e-9
+EXPERIMENTS = {"oct2025": "speedrun_d20", "jul2026": "speedrun_jul2026_d24"}
+# Our names of nanochat's settings. Settings of rows and memory are left out: they change none of the numbers.
+SCHEDULE = {
+    "warmup_steps": "pretrain.schedule.warmup_iterations", "warmup_ratio": "pretrain.schedule.warmup_frac",
+    "warmdown_ratio": "pretrain.schedule.warmdown_frac", "final_lr_frac": "pretrain.schedule.final_lr_frac",
+}  # fmt: skip
+SETTINGS = SCHEDULE | {
+    "aspect_ratio": "model.aspect_ratio", "head_dim": "model.head_width", "max_seq_len": "model.context_tokens",
+    "window_pattern": "architecture.window_pattern", "vocab_size": "tokenizer.vocab_size",
+    "embedding_lr": "optimizer.embedding_lr", "unembedding_lr": "optimizer.unembedding_lr",
+    "matrix_lr": "optimizer.matrix_lr", "scalar_lr": "optimizer.scalar_lr", "weight_decay": "optimizer.weight_decay",
+}  # fmt: skip
+
+each_variant = pytest.mark.parametrize("variant", VARIANTS)
+each_file = of_files("schedules_*.json")
+
+
+@cache
+def composed(variant: str, settings: tuple[tuple[str, Any], ...]) -> Config:
+    overrides = [f"experiment={EXPERIMENTS[variant]}", *(f"{SETTINGS[key]}={value}" for key, value in settings)]
+    config = compose_config(overrides).config
+    if config.optimizer.scaling is None:
+        return config
+    # nanochat's rule has no upper bound.
+    scaling = replace(config.optimizer.scaling, max_weight_decay=None)
+    return replace(config, optimizer=replace(config.optimizer, scaling=scaling))
+
+
+def rates_of(variant: str, settings: dict[str, Any], count: int) -> dict[str, list[float]]:
+    """Return what our training takes from a schedule at each update."""
+    config = composed(variant, tuple((key, settings[key]) for key in SCHEDULE if key in settings))
+    schedule = config.pretrain.schedule
+    if settings.get("stage", "base") != "base":
+        schedule = replace(schedule, warmup_iterations=0, warmup_frac=0.0, final_lr_frac=0.0)
+    rates = [rates_at(done, settings["num_iterations"], schedule, config.optimizer) for done in range(count)]
+    decay = settings.get("weight_decay_scaled", 0.0)
+    return {
+        "lr_multiplier": [each.lr_factor for each in rates],
+        "muon_momentum": [each.momentum for each in rates],
+        "weight_decay": [decay * each.weight_decay_factor for each in rates],
+    }
+
+
+def clamped_error(got: list[float], expected: list[float]) -> float:
+    """Return the largest difference, where nanochat's negative factors count as 0."""
+    return float(np.abs(np.array(got) - np.maximum(expected, 0)).max()) if len(got) == len(expected) else np.inf
+
+
+@each_file
+@each_variant
+def test_factors_at_every_update(values, variant):
+    errors = {}
+    for number, case in enumerate(values.section(variant)["schedules"]):
+        # SFT and RL have no such settings: their rates fall from the first update to the last.
+        settings = {"warmdown_ratio": 1.0} | case if case["stage"] != "base" else case
+        for key, got in rates_of(variant, settings, case["num_iterations"]).items():
+            if key in case:
+                errors[f"{number} {key}"] = clamped_error(got, case[key])
+    assert_within(TOLERANCE, errors)
+
+
+@each_file
+@each_variant
+def test_factors_of_whole_runs_of_base_train(values, variant):
+    """mid_train and chat_sft count micro-batches and ours count updates, so they are not compared."""
+    errors = {}
+    for number, case in enumerate(values.section(variant)["script_runs"]):
+        if not case["script"].endswith("base_train.py"):
+            continue
+        settings = case["settings"] | {"weight_decay_scaled": case.get("setup_optimizer_weight_decay", 0.0)}
+        got = rates_of(variant, settings, case["num_updates"])
+        theirs = {"lr_multiplier": "lr_multiplier", "muon_momentum": "muon_momentum"}
+        theirs |= {"weight_decay": "muon_weight_decay"} if "muon_weight_decay" in case else {}
+        errors |= {f"{number} {key}": clamped_error(got[key], case[name]) for key, name in theirs.items()}
+        assert settings["num_iterations"] == case["num_updates"]
+    assert_within(TOLERANCE, errors)
+
+
+# Derived numbers
+
+
+def config_of(variant: str, given: dict[str, Any], depth: int) -> Config:
+    """Return the configuration of a snapshot's speedrun with nanochat's settings."""
+    config = composed(variant, tuple((key, value) for key, value in given.items() if key in SETTINGS))
+    horizons = {
+        "num_iterations": given.get("num_iterations", -1),
+        "target_flops": given.get("target_flops", -1),
+        "tokens_per_parameter": given.get("target_param_data_ratio", -1),
+    }
+    # In nanochat all three may be set, and the first one that is wins.
+    chosen = next((key for key, value in horizons.items() if value > 0), None)
+    kept = {key: value if key == chosen else None for key, value in horizons.items()}
+    batch = replace(config.pretrain.batch, row_tokens=given.get("max_seq_len", config.pretrain.batch.row_tokens))
+    if "total_batch_size" in given:
+        batch = replace(batch, tokens=given["total_batch_size"] if given["total_batch_size"] > 0 else None)
+    return replace(
+        config, model=replace(config.model, depth=depth), pretrain=replace(config.pretrain, batch=batch, **kept)
+    )
+
+
+def integers_of(sizes: GPTSizes, derived: Hyperparameters, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return our numbers under nanochat's names, where `params.` marks those inside `params`."""
+    counts, context = count_parameters(sizes), sizes.context_tokens
+    return {
+        "model_dim": sizes.width,
+        "num_heads": sizes.num_heads,
+        "num_kv_heads": sizes.num_kv_heads,
+        "head_dim": sizes.head_width,
+        "padded_vocab_size": sizes.padded_vocab_size,
+        "window_sizes": [context if window is None else window for window in sizes.windows],
+        "value_embed_layers": [layer for layer in range(sizes.num_layers) if layer in sizes.value_embedding_layers],
+        "num_params": counts["total"],
+        "params.wte": counts["embedding"],
+        "params.lm_head": counts["head"],
+        "params.value_embeds": counts["value_embeddings"],
+        "params.transformer_matrices": counts["matrices"],
+        "params.scalars": counts["scalars"],
+        "params.total": counts["total"],
+        "scaling_params": counts["matrices"] + counts["head"],
+        "flops_per_token": flops_per_token(sizes),
+        "total_batch_size_tokens": derived.batch_tokens,
+        "num_iterations": derived.num_iterations,
+        "total_tokens": derived.num_iterations * derived.batch_tokens,
+        "grad_accum_steps": -(-derived.batch_tokens // (settings["device_batch_size"] * settings["max_seq_len"])),
+    }
+
+
+def flat(row: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in row.items():
+        if isinstance(value, dict):
+            yield from ((f"{key}.{inner}", number) for inner, number in value.items())
+        else:
+            yield key, value
+
+
+def group_errors(
+    sizes: GPTSizes, config: Config, derived: Hyperparameters, groups: list[dict[str, Any]]
+) -> Iterator[tuple[str, float]]:
+    """Yield the largest relative error of each group of nanochat's optimizer; the weights are never evaluated."""
+    model = GPT(sizes)
+    shapes = {name: value.shape for name, value in flatten_parameters(model).items()}
+    scales = {"batch_lr_scale": derived.batch_lr_scale, "weight_decay": derived.weight_decay}
+    optimizer = Optimizer(model, config.optimizer, width=sizes.width, **scales)
+    matrices, seen = [name for stack in optimizer.stacks.values() for name in stack], set()
+    for group in groups:
+        if "ns_steps" in group:
+            size = group["num_params"] // group["num_tensors"]
+            shape = group.get("shape")
+            names = [
+                name
+                for name in matrices
+                if (list(shapes[name]) == shape if shape else int(np.prod(shapes[name])) == size)
+            ]
+            got = [optimizer.muon_lr, config.optimizer.newton_schulz_iterations]
+            expected = [group["lr"], group["ns_steps"]]
+            if "beta2" in group:
+                got += [config.optimizer.muon_beta2, optimizer.weight_decay]
+                expected += [group["beta2"], group["weight_decay"]]
+        else:
+            starts = tuple({"wte": "transformer.wte"}.get(word, word) for word in group["name"].split())
+            names = [name for name in optimizer.adamw_rules if name.startswith(starts)]
+            (rule,) = {optimizer.adamw_rules[name] for name in names}
+            got = [rule.lr, *rule.betas, rule.weight_decay, config.optimizer.adam_epsilon]
+            expected = [group["lr"], *group["betas"], group["weight_decay"], group["eps"]]
+        seen |= set(names)
+        got += [len(names), sum(int(np.prod(shapes[name])) for name in names)]
+        expected += [group["num_tensors"], group["num_params"]]
+        error = max(abs(ours - theirs) / max(abs(theirs), 1e-30) for ours, theirs in zip(got, expected, strict=True))
+        yield f"{group.get('name', 'matrices')} {group.get('shape', '')}", float(error)
+    assert seen == shapes.keys()
+
+
+@each_file
+@each_variant
+def test_sizes_counts_horizons_and_groups_at_every_depth(values, variant):
+    data = values.section(variant)
+    default = data["hyperparameters"][0]["settings"]
+    cases = [(each["settings"], row) for each in data["hyperparameters"] for row in each["rows"]]
+    cases += [(default | each["override"], each) for each in data["horizon_overrides"]]
+    integers, errors = [], {}
+    for number, (settings, row) in enumerate(cases):
+        config, name = config_of(variant, settings, row["depth"]), f"{number}: d{row['depth']}"
+        sizes = sizes_of(config.model, config.architecture, settings["vocab_size"])
+        if "error" in row:  # nanochat refuses a width that its heads do not divide; ours takes more heads
+            integers.append((name, sizes.width % sizes.num_heads + len(find_problems(config)), 0))
+            continue
+        derived = derive_hyperparameters(config, sizes)
+        got = integers_of(sizes, derived, settings)
+        integers += [(f"{name} {key}", got[key], value) for key, value in flat(row) if key in got]
+        scales = {"batch_lr_scale": derived.batch_lr_scale, "weight_decay_scaled": derived.weight_decay}
+        errors |= {f"{name} {key}": abs(ours / row[key] - 1) for key, ours in scales.items() if key in row}
+        groups = row.get("optimizer_groups", [*row.get("adamw_groups", []), *row.get("muon_groups", [])])
+        if groups:
+            errors |= {f"{name} {key}": error for key, error in group_errors(sizes, config, derived, groups)}
+    assert_same(integers)
+    assert_within(TOLERANCE, errors)
