@@ -1,6 +1,5 @@
 """Outside files are part of the key by content, checked before and after a step."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from mlxchat.config.pins import File, Folder
 from mlxchat.config.schema import TaskItem
 from mlxchat.errors import StepFailed
 from mlxchat.runner import keys
-from mlxchat.runner.keys import FileHashes
 from mlxchat.store import attempts
 from mlxchat.store.fingerprint import hash_file, identity_of
 
@@ -60,33 +58,6 @@ def test_file_changed_since_planning_fails_the_step(toys, tmp_path):
     ):
         toys.run(plan)
     assert list(toys.store.manifests()) == []
-
-
-def test_hash_cache_is_exact(tmp_path, monkeypatch):
-    text, cache = tmp_path / "text.txt", tmp_path / "index" / "files.json"
-    text.write_text("old")
-
-    def digest() -> str:
-        """Return the digest that a new process finds."""
-        hashes = FileHashes(tmp_path)
-        found = hashes.of(text)
-        hashes.save()
-        return found
-
-    old = digest()
-    assert not cache.exists(), "a recently changed file may change again within its times' resolution"
-    monkeypatch.setattr(keys, "_SETTLED_NANOSECONDS", -1)
-    assert digest() == old
-    with monkeypatch.context() as patch:
-        patch.setattr(keys, "hash_file", lambda path: pytest.fail("hashed again"))
-        assert digest() == old
-    whole, status = cache.read_text(), text.stat()
-    for damaged in (whole[:20], "", "[1]", "\0", whole.replace("files", "others"), whole.replace("[", '["x", ')):
-        cache.write_text(damaged)
-        assert digest() == old
-    text.write_text("new")
-    os.utime(text, ns=(status.st_atime_ns, status.st_mtime_ns))  # as `touch -r` does; the inode's own time moves on
-    assert digest() == hash_file(text) != old
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import time
 from collections.abc import Callable, Container, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -13,7 +12,6 @@ from typing import Any
 
 from mlxchat.config.pins import UNKNOWN, find_own_files
 from mlxchat.errors import ConfigError, StepFailed
-from mlxchat.store.files import read_cache, write_cache
 from mlxchat.store.fingerprint import hash_file, is_identity
 
 PACKAGE = "mlxchat"
@@ -22,34 +20,6 @@ _LEFT_OUT = frozenset({
     "runner", "store", "commands", "report", "bench", "sweep", "serve", "terminal", "cli", "composition", "trackers",
     "errors", "config", "conf", "stages", "__init__", "__main__",
 })  # fmt: skip
-# A recently changed file may change again with the same mtime, so its hash is not cached yet.
-_SETTLED_NANOSECONDS = 2_000_000_000
-
-
-class FileHashes:
-    """sha256 of outside files, cached while size, times and inode stay the same: planning reads large texts once."""
-
-    def __init__(self, outputs: Path) -> None:
-        """Load the cache of an outputs folder."""
-        self._place, self._changed = outputs / "index" / "files.json", False
-        self._known = read_cache(self._place, "files 1")
-
-    def of(self, path: Path) -> str:
-        """Return a file's sha256."""
-        name, status = str(path.resolve()), path.stat()
-        stamp = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-        before, found = self._known.get(name, (None, ""))
-        if before != stamp:
-            found = hash_file(path)
-            if time.time_ns() - max(stamp[1], stamp[2]) > _SETTLED_NANOSECONDS:
-                self._known[name], self._changed = [stamp, found], True
-        return str(found)
-
-    def save(self) -> None:
-        """Save the cache without files that are gone; failing to write it is no error."""
-        if self._changed:
-            kept = {path: known for path, known in self._known.items() if Path(path).exists()}
-            write_cache(self._place, "files 1", kept)
 
 
 def pin_externals(

@@ -179,8 +179,6 @@ class _Away:
     of: Execution
     step: PlannedStep
     job: Job
-    seen: int
-    """Records of its metrics.jsonl that the tracker has."""
 
 
 class _Leader:
@@ -326,7 +324,7 @@ class _Leader:
                 continue
             if job.facts["run"] != run.name:
                 run.say(f"{step.name:<10} awaits {job.name} of run {job.facts['run']}")
-            self._watch(execution, step, job)
+            self.away.append(_Away(of=execution, step=step, job=job))
         for name, steps in new.items():
             first, _ = steps[0]
             calls = [
@@ -343,27 +341,15 @@ class _Leader:
                     self._fail(execution, step, error)
                 continue
             for (execution, step), job in zip(steps, jobs, strict=True):
-                self._watch(execution, step, job)
-
-    def _watch(self, execution: Execution, step: PlannedStep, job: Job) -> None:
-        known = Records(self.store.work(step.key) / "ckpt" / "records" / "metrics.jsonl").read()
-        self.away.append(_Away(of=execution, step=step, job=job, seen=len(known)))
+                self.away.append(_Away(of=execution, step=step, job=job))
 
     def _look(self, away: _Away) -> None:
-        """Print what is new about a job, pass on its metrics, and take its result once it has ended."""
+        """Print what is new about a job, and take its result once it has ended."""
         if away.job.done():
             self.away.remove(away)
             self._take(away)
-            return
-        self._pass_on(away, self.store.work(away.step.key) / "ckpt" / "records")
-        if news := away.job.news():
+        elif news := away.job.news():
             away.of.run.say(f"{away.step.name:<10} {away.job.name} {news}")
-
-    def _pass_on(self, away: _Away, folder: Path) -> None:
-        records = Records(folder / "metrics.jsonl").read()
-        for record in records[away.seen :]:
-            away.of.run.on_metrics(away.step.name, record)
-        away.seen = max(away.seen, len(records))
 
     def _take(self, away: _Away) -> None:
         """Record the result of a step whose job has ended: what is in the store, or why the job failed."""
@@ -375,7 +361,8 @@ class _Leader:
         made = self.store.made(step.key)
         if made is not None and (not step.forced or made["run"] == job.facts["run"]):
             place = self.store.outputs / "store" / made["name"]
-            self._pass_on(away, place)
+            for record in Records(place / "metrics.jsonl").read():
+                run.on_metrics(step.name, record)
             run.say(f"{step.name:<10} done by {job.name}: {summarise(read_manifest(place))}")
             step.state = "done"
             self.made.add(step.key)

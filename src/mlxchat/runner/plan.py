@@ -10,16 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from mlxchat.config.wording import first_of
 from mlxchat.errors import ConfigError, StoreError, suggest
-from mlxchat.runner.keys import FileHashes, changed_names, code_of_stage, pin_externals
+from mlxchat.runner.keys import changed_names, code_of_stage, pin_externals
 from mlxchat.runner.reasons import Difference, find_difference
 from mlxchat.runner.stage import Format, Stage, Stages
 from mlxchat.store import attempts, locks
-from mlxchat.store.fingerprint import compute_key, identity_of
+from mlxchat.store.fingerprint import compute_key, hash_file, identity_of
 from mlxchat.store.manifest import Manifest, read_manifest
 from mlxchat.store.naming import find, resolve
 from mlxchat.store.store import Store, artifact_title
@@ -235,7 +235,7 @@ def make_plan(
     force = [str(name) for name in config.force]
     if unknown := [name for name in force if name not in pipeline and name != "all"]:
         raise ConfigError(f"force: {', '.join(unknown)} is not a step of the pipeline.{suggest(unknown[0], pipeline)}")
-    hashes = FileHashes(store.outputs)
+    hash_once = cache(hash_file)  # large texts, of several steps
     # Computed once for all steps with the same sections.
     identities: dict[int, Any] = {}
     pins: dict[tuple[tuple[int, ...], frozenset[str]], dict[str, str]] = {}
@@ -254,7 +254,7 @@ def make_plan(
         unread = frozenset(stage.unread({*inputs, *given}, format))
         read = (tuple(map(id, sections.values())), unread)
         if read not in pins:
-            pins[read] = pin_externals(sections, hashes.of, unread)
+            pins[read] = pin_externals(sections, hash_once, unread)
         identity = _without(unread, {section: identities[id(value)] for section, value in sections.items()})
         identity |= stage.seeds(config.seed, config.data_seed)
         if compute_dtype != "float32" and stage.uses_gpu:
@@ -272,7 +272,6 @@ def make_plan(
             maker = locks.name_process(locks.read_owner(store.lock(step.key)))
             step.state, step.reason = "waiting", f"{maker} is making it"
         planned[name] = step
-    hashes.save()
     return list(planned.values())
 
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -167,23 +167,6 @@ Record = dict[str, Any]
 def now() -> str:
     """Return the current time as ISO 8601 in UTC, to the millisecond."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def read_cache(path: Path, kind: str) -> dict[str, Any]:
-    """Return the contents of a cache file; {} if it is absent, damaged or not of this kind (name and format)."""
-    try:
-        record = unseal(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    content: dict[str, Any] = record["content"] if record["kind"] == kind else {}
-    return content
-
-
-def write_cache(path: Path, kind: str, content: Mapping[str, Any]) -> None:
-    """Write a cache file atomically; errors are ignored."""
-    with suppress(OSError, ValueError):  # ValueError: a path that is not UTF-8
-        path.parent.mkdir(exist_ok=True)
-        write_whole(path, seal({"kind": kind, "content": content}), durable=False)
 
 
 class Records:

@@ -319,8 +319,6 @@ def sweep(store: Store) -> None:
             with suppress(StoreError), locks.hold(store.lock(folder.name), {"step": "sweep"}, _give_up):
                 if _is_finished(store, folder):
                     shutil.rmtree(folder, ignore_errors=True)
-    for path in (store.outputs / "index").glob(".*"):
-        path.unlink(missing_ok=True)
 
 
 def _is_finished(store: Store, work: Path) -> bool:
