@@ -1,6 +1,7 @@
 """The stage preference: from pairs to a checkpoint, resumed bit for bit, and what it gains."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,8 @@ def test_killed_training_ends_with_the_same_bytes_and_prefers_the_chosen(outputs
     curve = [json.loads(line) for line in (resumed / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in curve if "val_loss" in line] == [0, 3, 6]
     assert [line["iteration"] for line in curve if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    losses = [line["loss"] for line in curve if "loss" in line]
+    assert losses[0] == pytest.approx(math.log(2), rel=1e-3), "DPO's loss of the reference itself"
     metrics = json.loads((resumed / "manifest.json").read_text())["metrics"]
     assert metrics["val_pair_accuracy"] == 1.0 > curve[0]["val_pair_accuracy"]
     assert metrics["val_loss"] < curve[0]["val_loss"]

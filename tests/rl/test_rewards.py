@@ -50,6 +50,7 @@ def test_reward_is_the_tasks_or_the_weighted_sum_of_parts(functions):
         "short": RewardConfig(kind="length", free_tokens=10, most_tokens=20, weight=1.0),
     }
     assert judge("it\nis 4", 15, **parts) == (2.0 + 0.5 - 0.5, {"right": 1.0, "form": 1.0, "short": -0.5})
+    assert judge("so it is 4", 15, form=parts["form"]) == (0.0, {"form": 0.0})
     own = RewardConfig(kind="function", function="judging_of_tests:brief", weight=3.0)
     assert [judge("abc", own=own)[0], judge("abcd", own=own)[0]] == [3.0, 0.0]
 

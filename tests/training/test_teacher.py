@@ -30,7 +30,7 @@ TEACHER = TeacherConfig(path=None, artifact=None, weight=0.5, temperature=1.0)
 
 
 def make_teacher(vocab_size: int = 280, **sizes: Any) -> GPT:
-    other = {"num_layers": 3, "num_heads": 2, "width": 16, "seed": 11, "scale": 0.4}
+    other = {"num_layers": 3, "num_heads": 2, "width": 24, "seed": 11, "scale": 0.4}
     return make_model(**{**other, "vocab_size": vocab_size, **sizes})
 
 
