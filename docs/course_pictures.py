@@ -404,7 +404,7 @@ def packed(course: Course, stage: str, mixture: Mixture, rows: int) -> Iterator[
     conversations = encode(tokenizer, mixture, 300)
     stream = RowStream(
         config.packing, ShuffledConversations(conversations, None), row_tokens=config.batch.row_tokens,
-        buffer_size=config.packing_buffer_conversations, batch_rows=rows, padding=tokenizer.bos,
+        buffer_size=100, batch_rows=rows, padding=tokenizer.bos,
         train_on=config.train_on,
     )  # fmt: skip
     for _ in range(rows):

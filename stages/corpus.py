@@ -58,7 +58,6 @@ def run(ctx: Context) -> None:
         documents,
         validation_documents=config.validation_documents,
         shard_documents=config.shard_documents,
-        row_group_documents=config.row_group_documents,
     )
     corpus = Corpus.open(ctx.out)
     for split in ("train", "validation"):

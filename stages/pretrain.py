@@ -105,7 +105,7 @@ def run(ctx: Context) -> None:
             config.packing,
             open_documents(ctx, split, tokenizer, once=once),
             row_tokens=row_tokens,
-            buffer_size=config.packing_buffer_documents,
+            buffer_size=1000,  # nanochat's
             batch_rows=rows_per_iteration,
         )
 
@@ -138,8 +138,8 @@ def run(ctx: Context) -> None:
             Engine(model, tokenizer, dtype=dtype, max_rows=micro_batch.sampled_rows, team=ctx.team),
             config.prompts,
             config.sample_tokens,
-            temperature=config.sample_temperature,
-            top_k=config.sample_top_k,
+            temperature=0.0,
+            top_k=None,
             seed=ctx.seed("samples"),
         )
         for prompt, text in texts:

@@ -69,11 +69,11 @@ def composed_once() -> Iterator[None]:
     known: dict[Any, Any] = {}
     plain = compose._compose
 
-    def remember(overrides: list[str], primary: Path | None, schema: type) -> Any:
-        if primary is not None or any("hydra." in each for each in overrides):
-            return plain(overrides, primary, schema)
+    def remember(overrides: list[str], folders: list[str], primary: Path | None, schema: type) -> Any:
+        if primary is not None or folders:
+            return plain(overrides, folders, primary, schema)
         if (key := (tuple(overrides), schema)) not in known:
-            known[key] = plain(overrides, primary, schema)
+            known[key] = plain(overrides, folders, primary, schema)
         return deepcopy(known[key])
 
     compose._compose = remember

@@ -24,6 +24,8 @@ def own(tmp_path: Path) -> Path:
 
 
 def test_config_name_replaces_the_primary_file(own):
+    recipe = compose_config(["experiment=recipe"], [str(own)])
+    assert (recipe.config.name, recipe.command) == ("recipe", f"mlxchat --config-dir {own} experiment=recipe")
     for words in (["-cn", "mine", "-cd", str(own)], [f"--config-path={own}", "--config-name", "mine.yaml", "model=d3"]):
         overrides, folders, primary = split_options(words)
         composed = compose_config(overrides, folders, primary)
@@ -33,13 +35,6 @@ def test_config_name_replaces_the_primary_file(own):
         assert (composed.choices["experiment"], composed.config.pretrain.num_iterations) == ("smoke", 20)
         assert composed.implied == [], "the file is the recipe"
         assert split_options(composed.command.split()[1:])[1:] == (folders, primary)
-
-
-@pytest.mark.parametrize("sign", ["", "+"])
-def test_own_experiment_needs_no_plus(sign, own):
-    composed = compose_config([f"{sign}experiment=recipe"], [str(own)])
-    assert composed.config.name == "recipe"
-    assert composed.command == f"mlxchat --config-dir {own} {sign}experiment=recipe"
 
 
 def test_primary_file_needs_the_schema(own):
@@ -52,9 +47,6 @@ def test_primary_file_needs_the_schema(own):
     ("override", "reason"),
     [
         ("hydra.run.dir=x", r"a run's folder is OUTPUTS/runs/.*outputs=PATH"),
-        ("hydra.run.dir=${now:%Y}", r"a run's folder is"),
-        ("hydra.output_subdir=x", r"config\.yaml to OUTPUTS"),
-        ("hydra.job.chdir=true", r"working directory"),
         ("hydra.sweep.dir=x", r"a sweep's folder is OUTPUTS/multirun"),
         ("hydra/launcher=joblib", r"executor=slurm, ray or submitit_local"),
         ("+hydra.sweeper.params={seed: 1}", r"KEY=A,B"),

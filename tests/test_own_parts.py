@@ -101,8 +101,8 @@ WITH_SETTINGS = f"{IMPORT}stage = Stage(version=1, produces='x', outputs=[], set
         ("odd", "VERSION = 1\nINPUTS = {}\nPRODUCES = 'x'\n", r"as up to version 0\.2\. Write stage = Stage\("),
         ("odd", f"{IMPORT}stage = Stage(version=1, outputs=[])\n", "importing it failed .*'produces'"),
         ("odd", "stage = 1\n", r"odd.py declares no stage; expected stage = Stage\("),
-        ("odd", f"class Settings: pass\n{WITH_SETTINGS}", "Settings'> is not a dataclass"),
-        ("odd", f"{DATACLASS}class Settings:\n    x: set = None\n{WITH_SETTINGS}", "odd.py: Settings: .*x"),
+        ("odd", f"class Settings: pass\n{WITH_SETTINGS}", "Settings'> is no dataclass for YAML"),
+        ("odd", f"{DATACLASS}class Settings:\n    x: set = None\n{WITH_SETTINGS}", "no dataclass for YAML: .*x"),
         ("odd", f"{DATACLASS}class Settings:\n    x: int\n{WITH_SETTINGS}", "odd.x has no value: give odd.x="),
         (
             "odd",

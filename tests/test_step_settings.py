@@ -49,7 +49,7 @@ def test_mistakes_in_step_settings_are_reported_together():
         "pipeline.sft_long.with.num_epoch=2", "pipeline.sft_short.with.num_epochs=many",
         "+pipeline.midtrain.with={train_on: everything}", "+pipeline.eval_long.with=5",
     ).splitlines()  # fmt: skip
-    assert any('no "sft.num_epoch" for pipeline.sft_long.with. Did you mean "num_epochs"?' in line for line in lines)
+    assert any('no "pipeline.sft_long.with.num_epoch". Did you mean "num_epochs"?' in line for line in lines)
     assert any(line.startswith("pipeline.sft_short.with.num_epochs: Value 'many'") for line in lines)
     assert any(line.startswith('pipeline.midtrain.with: midtrain.train_on is "everything"') for line in lines)
     assert any("pipeline.eval_long.with is 5, expected settings of eval as a mapping" in line for line in lines)

@@ -20,8 +20,8 @@ from mlxchat.model.checkpoint import save_checkpoint
 Done = subprocess.CompletedProcess[str]
 
 TINY = (
-    "machine=cpu", "machine.blas_threads=1", "model=d2", "bench.vocab_size=512", "bench.batch_rows=2",
-    "bench.row_tokens=64", "bench.steps=2", "bench.warmup_steps=1",
+    "machine=cpu", "machine.blas_threads=1", "model=d2", "tokenizer.vocab_size=512", "bench.batch_rows=2",
+    "model.context_tokens=64", "bench.steps=2",
 )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def test_speeds_follow_from_the_median_of_the_seconds(record):
 def test_experiment_sets_its_sizes(composed):
     config, wanted = composed("experiment=quickstart"), compose_config(["experiment=quickstart"]).config
     assert (config.model, config.optimizer) == (wanted.model, wanted.optimizer)
-    assert (config.bench.vocab_size, config.bench.row_tokens) == (4096, 256)
+    assert (config.tokenizer.vocab_size, config.model.context_tokens) == (4096, 256)
 
 
 @pytest.mark.parametrize(
@@ -79,8 +79,8 @@ def test_experiment_sets_its_sizes(composed):
         (["trian", "model=d2"], r'expected mlxchat bench train\|generate.*, got "trian"\. Did you mean "train"\?'),
         (["train", "bench.step=2"], r'there is no "bench\.step" to set\. Did you mean "bench\.steps"\?'),
         (
-            ["train", "bench.vocab_size=0", "bench.batch_rows=0", "bench.row_tokens=0"],
-            r"(?s)vocab_size is 0.*batch_rows is 0.*row_tokens is 0",
+            ["train", "bench.batch_rows=0", "bench.steps=0"],
+            r"(?s)batch_rows is 0.*steps is 0",
         ),
     ],
     ids=lambda part: " ".join(part) if isinstance(part, list) else "",
@@ -96,7 +96,7 @@ def test_decoding_step_reads_weights_and_cache(monkeypatch):
     """Two layers 64 wide with heads of 32, of October 2025: 12 C² a layer and the head, in float32."""
     monkeypatch.setattr(generate, "_BANDWIDTH_BYTES", 1_000_000)
     monkeypatch.setattr(generate, "peak_flops", lambda dtype: 1e9)
-    overrides = ["model=d2", "model.aspect_ratio=32", "model.head_width=32", "bench.vocab_size=320", "machine=cpu"]
+    overrides = ["model=d2", "model.aspect_ratio=32", "model.head_width=32", "tokenizer.vocab_size=320", "machine=cpu"]
     asked = ["bench.rows=[1,3]", "bench.prompt_tokens=[36]", "bench.new_tokens=8", "bench.steps=1"]
     found = generate.measure_generation(compose_config([*overrides, *asked]).config)
     matrices, head = 2 * 12 * 64 * 64, 320 * 64

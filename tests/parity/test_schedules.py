@@ -15,7 +15,7 @@ from mlxchat.config.schema import Config
 from mlxchat.model.gpt import GPT
 from mlxchat.model.parameters import flatten_parameters
 from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
-from mlxchat.optim.optimizer import Optimizer, rates_at
+from mlxchat.optim.optimizer import EPSILON, ORTHOGONALISATIONS, VARIANCE_DECAY, Optimizer, rates_at
 from mlxchat.planning.horizon import Hyperparameters, derive_hyperparameters
 
 TOLERANCE = 1e-9
@@ -40,11 +40,8 @@ each_file = of_files("schedules_*.json")
 def composed(variant: str, settings: tuple[tuple[str, Any], ...]) -> Config:
     overrides = [f"experiment={EXPERIMENTS[variant]}", *(f"{SETTINGS[key]}={value}" for key, value in settings)]
     config = compose_config(overrides).config
-    if config.optimizer.scaling is None:
-        return config
     # nanochat's rule has no upper bound.
-    scaling = replace(config.optimizer.scaling, max_weight_decay=None)
-    return replace(config, optimizer=replace(config.optimizer, scaling=scaling))
+    return replace(config, optimizer=replace(config.optimizer, max_weight_decay=None))
 
 
 def rates_of(variant: str, settings: dict[str, Any], count: int) -> dict[str, list[float]]:
@@ -172,16 +169,16 @@ def group_errors(
                 for name in matrices
                 if (list(shapes[name]) == shape if shape else int(np.prod(shapes[name])) == size)
             ]
-            got = [optimizer.muon_lr, config.optimizer.newton_schulz_iterations]
+            got = [optimizer.muon_lr, ORTHOGONALISATIONS]
             expected = [group["lr"], group["ns_steps"]]
             if "beta2" in group:
-                got += [config.optimizer.muon_beta2, optimizer.weight_decay]
+                got += [VARIANCE_DECAY, optimizer.weight_decay]
                 expected += [group["beta2"], group["weight_decay"]]
         else:
             starts = tuple({"wte": "transformer.wte"}.get(word, word) for word in group["name"].split())
             names = [name for name in optimizer.adamw_rules if name.startswith(starts)]
             (rule,) = {optimizer.adamw_rules[name] for name in names}
-            got = [rule.lr, *rule.betas, rule.weight_decay, config.optimizer.adam_epsilon]
+            got = [rule.lr, *rule.betas, rule.weight_decay, EPSILON]
             expected = [group["lr"], *group["betas"], group["weight_decay"], group["eps"]]
         seen |= set(names)
         got += [len(names), sum(int(np.prod(shapes[name])) for name in names)]

@@ -55,9 +55,7 @@ def test_derived_numbers_follow_from_each_other():
     ],
 )  # fmt: skip
 def test_batch_iterations_and_weight_decay_are_nanochats_at_every_depth(depth, exponent, iterations, weight_decay):
-    unbounded = replace(
-        JUL2026, optimizer=replace(JUL2026.optimizer, scaling=replace(JUL2026.optimizer.scaling, max_weight_decay=None))
-    )
+    unbounded = replace(JUL2026, optimizer=replace(JUL2026.optimizer, max_weight_decay=None))
     found = derive(depth, unbounded, None, tokens_per_parameter=12)
     assert (found.batch_tokens, found.num_iterations) == (2**exponent, iterations)
     assert found.batch_lr_scale == pytest.approx((2 ** (exponent - 19)) ** 0.5, rel=1e-12)

@@ -72,7 +72,7 @@ def test_secrets_of_the_command_line_reach_no_file(say, tiny, tmp_path, monkeypa
     settings = [*tiny, "stage=corpus", f"outputs={tmp_path / 'outputs'}"]
     planted = f'tracker.project="{secrets["HF_TOKEN"]} {secrets["DB_PASSWORD"]}"'
     wrong = ["corpus.validation_documents=100000", f"corpus.name={secrets['WANDB_API_KEY']}"]
-    sweep = ["-m", "corpus.row_group_documents=5,6", f"tracker.project={secrets['HF_TOKEN']},{secrets['DB_PASSWORD']}"]
+    sweep = ["-m", "corpus.shard_documents=5,6", f"tracker.project={secrets['HF_TOKEN']},{secrets['DB_PASSWORD']}"]
     for arguments, code in (([*settings, planted], 0), ([*settings, planted, *wrong], 2), ([*sweep, *settings], 0)):
         monkeypatch.setattr(sys, "argv", ["mlxchat", *arguments])
         said = say(*arguments, code=code)

@@ -34,8 +34,7 @@ NOT_IDENTITY = {
     *(
         f"pretrain.{name}"  # CORE is only looked at there
         for name in ("core.bundle", "core.sha256", "core.max_per_task", "core.tasks", "core.long_prompts", "core_every",
-                     "sample_every", "sample_tokens", "prompts",
-                     "sample_temperature", "sample_top_k")
+                     "sample_every", "sample_tokens", "prompts")
     ),
     *(
         f"{stage}.{name}"  # what is in a teacher's folder counts, or its id as an input

@@ -133,7 +133,7 @@ def _sizes(config: Config, given: GivenModel | None, longest: int) -> GPTSizes |
     """Return the sizes of our model, None for a third-party model."""
     if given is None:
         model = replace(config.model, context_tokens=longest)
-        return sizes_of(model, config.architecture, config.bench.vocab_size)
+        return sizes_of(model, config.architecture, config.tokenizer.vocab_size)
     return None if given.third_party else sizes_of_folder(given.folder)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from statistics import median
 from typing import Any
 
@@ -33,6 +33,8 @@ from mlxchat.store.environment import peak_memory_bytes, reset_peak_memory, vers
 from mlxchat.training.batches import mean_batch
 from mlxchat.training.step import TrainStep
 
+_WARMUP_STEPS = 2  # untimed; the first one compiles
+
 
 def measure_training(config: Config) -> dict[str, Any]:
     """Return what `mlxchat bench train --json` prints: plain data, seconds, bytes and 10⁹ FLOP/s.
@@ -44,13 +46,14 @@ def measure_training(config: Config) -> dict[str, Any]:
     """
     bench, machine, seed = config.bench, config.machine, config.seed
     dtype = prepare_machine(machine)
-    sizes = sizes_of(replace(config.model, context_tokens=bench.row_tokens), config.architecture, bench.vocab_size)
-    tokens = bench.batch_rows * bench.row_tokens
+    row_tokens = config.model.context_tokens
+    sizes = sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
+    tokens = bench.batch_rows * row_tokens
     training = Training(
         sizes=sizes,
         optimizer=config.optimizer,
         rows=bench.batch_rows,
-        row_tokens=bench.row_tokens,
+        row_tokens=row_tokens,
         recompute=machine.grad_checkpointing,
         device=find_device(machine),
         adapters=resolve_adapter("adapter", config.adapter, sizes),
@@ -61,7 +64,7 @@ def measure_training(config: Config) -> dict[str, Any]:
 
     def rows(batch: int) -> list[Row]:
         ids = np.random.default_rng([seed, batch]).integers(
-            0, bench.vocab_size, (bench.batch_rows, bench.row_tokens + 1), dtype=np.int32
+            0, sizes.vocab_size, (bench.batch_rows, row_tokens + 1), dtype=np.int32
         )
         return [(row[:-1], row[1:]) for row in ids]
 
@@ -72,9 +75,9 @@ def measure_training(config: Config) -> dict[str, Any]:
     model, optimizer = _make_model(config, sizes, training.adapters, dtype)
     rates = rates_at(0, 1000, config.pretrain.schedule, config.optimizer)
     train_step = TrainStep(
-        model, optimizer, micro_tokens=micro_rows * bench.row_tokens, dtype=dtype, recompute=machine.grad_checkpointing
+        model, optimizer, micro_tokens=micro_rows * row_tokens, dtype=dtype, recompute=machine.grad_checkpointing
     )
-    count = bench.warmup_steps + bench.steps
+    count = _WARMUP_STEPS + bench.steps
     batches = [mean_batch(rows(index)) for index in range(count)]
     losses: list[float] = []
     micro_tokens = forward_tokens(machine, sizes)
@@ -84,7 +87,7 @@ def measure_training(config: Config) -> dict[str, Any]:
         forward = _time(
             progress, "forward", count, lambda index: mean_loss(model, rows(index), micro_tokens=micro_tokens)
         )
-    seconds, forward = seconds[bench.warmup_steps :], forward[bench.warmup_steps :]
+    seconds, forward = seconds[_WARMUP_STEPS:], forward[_WARMUP_STEPS:]
     peak = peak_flops(dtype)
     flops = flops_per_token(sizes) * tokens / median(seconds)
     growth = max(0, resident_peak - resident_before)
@@ -99,7 +102,7 @@ def measure_training(config: Config) -> dict[str, Any]:
         "seconds": seconds,
         "forward_seconds": forward,
         "tokens_per_step": tokens,
-        "micro_batch_tokens": micro_rows * bench.row_tokens,
+        "micro_batch_tokens": micro_rows * row_tokens,
         "predicted_peak_bytes": training.peak_bytes(micro_rows),
         "mlx_peak_bytes": mlx_peak,
         "resident_growth_bytes": growth,
@@ -132,7 +135,7 @@ def _make_model(
     if adapters is not None:
         attach_adapters(model, adapters, seed=config.seed, dtype=dtype)
         fill_zero_weights(model, config.seed + 2)
-        rule = adapter_rule(config.adapter, sizes.width, config.optimizer)
+        rule = adapter_rule(config.adapter, sizes.width)
     optimizer = Optimizer(model, config.optimizer, width=sizes.width, adapter=rule)
     mx.eval(model.state, optimizer.state)
     return model, optimizer
@@ -155,7 +158,7 @@ def print_tables(record: dict[str, Any]) -> None:
     print(
         f"{record['model']} {record['architecture']}: {format_count(record['num_parameters'])} parameters, "
         f"{sizes['num_layers']} layers of width {sizes['width']}, vocabulary {sizes['vocab_size']}, "
-        f"{bench['batch_rows']} × {bench['row_tokens']} tokens, {optimizer['kind']} {optimizer['variant']}, "
+        f"{bench['batch_rows']} × {sizes['context_tokens']} tokens, {optimizer['kind']} {optimizer['variant']}, "
         f"{record['dtype']}{_adapter(record)}"
     )
     versions = " ".join(f"{name} {record['versions'].get(name, '?')}" for name in ("mlxchat", "mlx"))

@@ -145,7 +145,7 @@ KINDS = {
     "generate": ("generate", "measure_generation", "prompt processing and decoding, with ID or random weights"),
 }
 _BENCH_SETTINGS = """
-  bench.KEY=VALUE      vocab_size, batch_rows, row_tokens, steps, warmup_steps
+  bench.KEY=VALUE      batch_rows, steps; model.context_tokens, tokenizer.vocab_size
                        generate: rows, prompt_tokens (lists), new_tokens, bits
   model=d8             nanochat's own sizes, since experiment=bench is the default here
   architecture=NAME    with the optimizer of the same snapshot, unless optimizer= says otherwise

@@ -281,8 +281,8 @@ def _settings(section: Any, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]
 
 
 @cache
-def meanings_of(kind: type[object]) -> dict[str, str]:
-    """Return field → its docstring in the source of a dataclass and its bases."""
+def meanings_of(kind: type[Any]) -> dict[str, str]:
+    """Return field → its meaning in `setting(…)`, or its docstring in the source of a dataclass and its bases."""
     found: dict[str, str] = {}
     for each in reversed(kind.__mro__[:-1]):
         body = ast.parse(inspect.getsource(each)).body[0]
@@ -290,7 +290,7 @@ def meanings_of(kind: type[object]) -> dict[str, str]:
         for item, text in itertools.pairwise(body.body):
             if isinstance(item, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
                 found[ast.unparse(item.target)] = " ".join(str(text.value.value).split())
-    return found
+    return {**found, **{item.name: said for item in fields(kind) if (said := item.metadata.get("meaning"))}}
 
 
 _COLOURS = {"done": "fill:#cde8d5", "waiting": "fill:#fdecc8", "maybe": "fill:#e3e7f7"}

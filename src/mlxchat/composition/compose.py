@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -9,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from mlxchat.composition.overrides import as_hydra, implied_experiment
+from mlxchat.composition.overrides import as_hydra, find_mistakes, implied_experiment, refuse_hydras
 from mlxchat.composition.problems import find_problems
 from mlxchat.composition.sections import schema_of
 from mlxchat.config.schema import MODELS, Config
@@ -21,23 +22,6 @@ if TYPE_CHECKING:  # Hydra takes longer to import than everything else together,
     from omegaconf import DictConfig
 
 CONF_MODULE = "mlxchat.conf"
-_CONFIG_OPTIONS = {
-    "--config-dir": "--config-dir", "-cd": "--config-dir",
-    "--config-path": "--config-path", "-cp": "--config-path",
-    "--config-name": "--config-name", "-cn": "--config-name",
-}  # fmt: skip
-# What to give instead of these settings, most of them Hydra's.
-_REFUSED = {
-    "machine.num_processes": "ranks are started by mlx.launch -n N mlxchat …",
-    "hydra.run.": "a run's folder is OUTPUTS/runs/<time>-<name>: set outputs=PATH and name=NAME",
-    "hydra.output_subdir": "a run writes its config.yaml to OUTPUTS/runs/<time>-<name>",
-    "hydra.job.chdir": "a run stays in its working directory; outputs=PATH sets where artifacts go",
-    "hydra/launcher": "executor=slurm, ray or submitit_local runs jobs elsewhere",
-    "hydra.launcher": "executor=slurm, ray or submitit_local runs jobs elsewhere",
-    "hydra/sweeper": "sweep=tpe and sweep=halving search",
-    "hydra.sweeper": "a sweep's values are given as KEY=A,B",
-    "hydra.sweep.": "a sweep's folder is OUTPUTS/multirun/<time>-<name>-sweep: set outputs=PATH and name=NAME",
-}
 
 
 @dataclass(frozen=True)
@@ -71,36 +55,32 @@ def split_options(arguments: list[str]) -> tuple[list[str], list[str], Path | No
     Raises:
         ConfigError: another option is left, or a folder or file is missing.
     """
-    rest, folders, name, place = [], [], "config", None
-    queue = list(arguments)
-    while queue:
-        argument = queue.pop(0)
-        option, _, value = argument.partition("=")
-        if option in _CONFIG_OPTIONS:
-            value = value or (queue.pop(0) if queue else "")
-            kind = _CONFIG_OPTIONS[option]
-            if kind == "--config-name":
-                name = value.removesuffix(".yaml")
-                continue
-            if not Path(value).is_dir():
-                raise ConfigError(f'{kind}: there is no folder "{value}"')
-            if kind == "--config-dir":
-                folders.append(str(Path(value).resolve()))
-            else:
-                place = Path(value).resolve()
-        elif argument.startswith("-"):
-            raise ConfigError(f"unknown option {argument}. See: mlxchat --help")
-        else:
-            rest.append(argument)
-    if name == "config" and place is None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config-dir", "-cd", action="append", default=[])
+    parser.add_argument("--config-path", "-cp")
+    parser.add_argument("--config-name", "-cn", default="config")
+    try:
+        given, rest = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigError(str(error)) from None
+    for word in rest:
+        if word.startswith("-"):
+            raise ConfigError(f"unknown option {word}. See: mlxchat --help")
+    own = [given.config_path] if given.config_path is not None else given.config_dir
+    for folder in (*given.config_dir, *own):
+        if not Path(folder).is_dir():
+            raise ConfigError(f'--config-dir, --config-path: there is no folder "{folder}"')
+    folders = [str(Path(folder).resolve()) for folder in given.config_dir]
+    name = given.config_name.removesuffix(".yaml")
+    if name == "config" and given.config_path is None:
         return rest, folders, None
-    places = [place] if place is not None else [*map(Path, folders), conf_folder()]
-    primary = next((folder / f"{name}.yaml" for folder in places if (folder / f"{name}.yaml").is_file()), None)
-    if primary is None:
-        searched = ", ".join(map(str, places))
-        hint = "" if name != "config" else ". --config-name NAME reads NAME.yaml; --config-dir DIR only adds options"
-        raise ConfigError(f"there is no {name}.yaml in {searched}{hint}")
-    return rest, folders, None if primary == conf_folder() / "config.yaml" else primary
+    places = [Path(folder).resolve() / f"{name}.yaml" for folder in (*own, conf_folder())]
+    primary = next((place for place in places if place.is_file()), None)
+    if primary is None or (name == "config" and not places[0].is_file()):
+        raise ConfigError(
+            f"there is no {places[0]}. --config-name NAME reads NAME.yaml; --config-dir DIR only adds options"
+        )
+    return rest, folders, primary
 
 
 def split_config_dirs(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -147,47 +127,44 @@ def compose_config(overrides: list[str], config_dirs: list[str] | None = None, p
         options += ["--config-path", str(primary.parent), "--config-name", primary.stem]
     implied = implied_experiment(overrides) if primary is None else []
     schema = schema_of(places_of_stages(overrides, folders, primary))
-    composed = _compose_or_explain(overrides, folders, primary, schema)
+    composed = _compose(overrides, folders, primary, schema)
     choices = {str(group): str(option) for group, option in composed.hydra.runtime.choices.items()}
     choices = {group: option for group, option in choices.items() if "hydra" not in group}
     params = {str(key): str(value) for key, value in (composed.hydra.sweeper.get("params") or {}).items()}
     return Composed(to_typed(composed), overrides, choices, implied, options, params)
 
 
-def _compose_or_explain(
-    overrides: list[str], folders: list[str], primary: Path | None, schema: type[Config]
-) -> DictConfig:
+def _compose(overrides: list[str], folders: list[str], primary: Path | None, schema: type[Config]) -> DictConfig:
     """Return the configuration that Hydra composes.
 
     Raises:
-        ConfigError: names every unknown key and option, or Hydra's first mistake.
+        ConfigError: names every unknown key, or Hydra's first mistake.
     """
+    from hydra import compose, initialize_config_dir, initialize_config_module
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    from mlxchat.composition.mistakes import explain, find_mistakes
+    from mlxchat.composition.mistakes import explain
 
-    groups, search = _groups(folders), search_path(folders, primary)
-    added = [override for override in overrides if override.startswith("+")]
-    if mistakes := list(find_mistakes(added, groups, schema)):
+    groups = _groups(folders)
+    if mistakes := list(find_mistakes(overrides, groups, schema)):
         raise ConfigError("\n".join(mistakes))
-
-    def present() -> dict[str, Any]:
-        chosen = [each for each in overrides if each.lstrip("+").partition("=")[0] in groups]
-        keys = flatten(cast("dict[str, Any]", OmegaConf.to_container(_compose([*chosen, *search], primary, schema))))
-        return {**keys, **{key.rpartition(".")[0]: None for key in keys}}
-
+    words = [*as_hydra(overrides, schema, imply=primary is None), *search_path(folders, primary)]
+    register_schema(schema)
     try:
-        composed = _compose([*overrides, *search], primary, schema)
+        if primary is not None:
+            with initialize_config_dir(str(primary.parent), version_base="1.3"):
+                composed = compose(primary.stem, words, return_hydra_config=True)
+        else:
+            with initialize_config_module(CONF_MODULE, version_base="1.3"):
+                composed = compose("config", words, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
-        places = [*([primary.parent] if primary is not None else []), conf_folder(), *map(Path, folders)]
-        lines = list(find_mistakes(overrides, groups, schema, str(error)))
-        raise ConfigError("\n".join(lines or [explain(error, places, groups, schema, present)])) from error
+        places = [*([primary.parent] if primary is not None else []), *map(Path, folders)]
+        raise ConfigError(explain(error, places, groups, schema)) from error
     except AssertionError as error:  # OmegaConf's, for a key below null
-        keys = [key for each in overrides if (key := each.lstrip("+").partition("=")[0]).startswith("eval.core.")]
-        raise ConfigError(f"{' and '.join(keys)}: eval.core is null; core=nanochat sets it") from error
+        raise ConfigError("eval.core is null, so it has no settings: core=nanochat sets it") from error
     if OmegaConf.get_type(composed) is not schema:
         raise ConfigError(
             f"{composed.hydra.job.config_name}.yaml does not have mlxchat's schema: its defaults list must start with "
@@ -202,49 +179,27 @@ def search_path(config_dirs: list[str], primary: Path | None = None) -> list[str
     return [f"hydra.searchpath=[{','.join(places)}]"] if places else []
 
 
-def refuse_hydras(overrides: list[str]) -> None:
-    """Refuse settings of Hydra that have no effect here.
-
-    Raises:
-        ConfigError: names each, with the reason.
-    """
-    problems = []
-    for override in overrides:
-        key = override.lstrip("+~").partition("=")[0]
-        reason = next((text for prefix, text in _REFUSED.items() if key.startswith(prefix)), None)
-        if key.startswith(("hydra.", "hydra/")) and key != "hydra.searchpath":
-            reason = reason or "has no effect on a run"
-        if reason is not None:
-            problems.append(f"{override}: {reason}")
-    if problems:
-        raise ConfigError("\n".join(problems))
-
-
 def places_of_stages(overrides: list[str], config_dirs: list[str], primary: Path | None = None) -> list[str]:
     """Return the possible values of `stages` before composing, since the schema depends on it.
 
     That is its value on the command line, or the values in all of the user's YAML files; unused sections do no harm.
     """
+    import yaml
+
     given = [each.partition("=")[2] for each in overrides if each.lstrip("+").startswith("stages=")]
     if given:
         return [place for part in given[-1].strip("[]").split(",") if (place := part.strip(" '\""))]
-    folders = [Path(folder) for folder in config_dirs] + ([primary.parent] if primary is not None else [])
-    texts = (
-        path.read_text(encoding="utf-8", errors="replace") for folder in folders for path in folder.rglob("*.yaml")
-    )
-    found = [place for text in texts if "stages:" in text for place in _stages_in(text)]
+    found: list[str] = []
+    for folder in [*map(Path, config_dirs), *([primary.parent] if primary is not None else [])]:
+        for path in folder.rglob("*.yaml"):
+            text = path.read_text(encoding="utf-8", errors="replace")
+            try:
+                record = yaml.safe_load(text) if "stages:" in text else None
+            except yaml.YAMLError:
+                continue  # Hydra reports it later
+            places = record.get("stages") if isinstance(record, dict) else None
+            found += [each for each in places if isinstance(each, str)] if isinstance(places, list) else []
     return list(dict.fromkeys(found))
-
-
-def _stages_in(text: str) -> list[str]:
-    import yaml
-
-    try:
-        record = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return []  # Hydra reports it later
-    places = record.get("stages") if isinstance(record, dict) else None
-    return [each for each in places if isinstance(each, str)] if isinstance(places, list) else []
 
 
 def to_typed(composed: DictConfig) -> Config:
@@ -263,27 +218,22 @@ def to_typed(composed: DictConfig) -> Config:
     plain = cast("dict[str, Any]", OmegaConf.to_container(composed))
     removed = [each.name for each in fields(Config) if each.name not in plain]
     if removed:  # by ~KEY; to_object would fill in "???"
-        hints = {key: f"; '~pipeline.{key}' leaves the step out" for key in composed.get("pipeline") or ()}
-        raise ConfigError("\n".join(f"{key} cannot be removed, only changed{hints.get(key, '')}" for key in removed))
+        raise ConfigError(f"{', '.join(removed)} cannot be removed, only changed; '~pipeline.STEP' leaves a step out")
     try:
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         missing = sorted(key for key, value in flatten(plain).items() if value == MISSING)
-        lines = [f"{key} has no value: give {key}=…" for key in missing] or [first_line(error)]
-        raise ConfigError("\n".join(lines)) from None
+        raise ConfigError(
+            "\n".join(f"{key} has no value: give {key}=…" for key in missing) or first_line(error)
+        ) from None
     except (ValueError, TypeError) as error:  # raised by a user's __post_init__
         raise ConfigError(str(error)) from None
     assert isinstance(config, Config)
-    _check(config)
-    return config
-
-
-def _check(config: Config) -> None:
-    problems = find_problems(config)
-    if problems:
+    if problems := find_problems(config):
         raise ConfigError("\n".join(problems))
-    if config.tokenizer.source != "train":  # not cached: the file may have changed since
+    if config.tokenizer.source != "train":
         config.tokenizer.vocab_size = vocab_size_of(config.tokenizer.source)
+    return config
 
 
 @cache
@@ -299,8 +249,7 @@ def group_options(group: str) -> list[str]:
     """Return the options of a config group that ships with mlxchat."""
     if group == "model":
         return list(MODELS)
-    names = [entry.stem for entry in conf_folder().joinpath(group).glob("[!_]*.yaml")]
-    return sorted(names)
+    return sorted(entry.stem for entry in conf_folder().joinpath(group).glob("[!_]*.yaml"))
 
 
 def describe_options(options: list[str]) -> str:
@@ -312,19 +261,6 @@ def group_names() -> list[str]:
     """Return the config groups that ship with mlxchat."""
     folders = {entry.name for entry in conf_folder().iterdir() if entry.is_dir() and entry.name[0] not in "._"}
     return sorted({*folders, "model"})
-
-
-def _compose(overrides: list[str], primary: Path | None, schema: type[Config]) -> DictConfig:
-    """Return the configuration that Hydra composes from overrides in our syntax."""
-    from hydra import compose, initialize_config_dir, initialize_config_module
-
-    words = as_hydra(overrides, schema, imply=primary is None)
-    register_schema(schema)
-    if primary is not None:
-        with initialize_config_dir(str(primary.parent), version_base="1.3"):
-            return compose(primary.stem, words, return_hydra_config=True)
-    with initialize_config_module(CONF_MODULE, version_base="1.3"):
-        return compose("config", words, return_hydra_config=True)
 
 
 def _groups(config_dirs: list[str]) -> dict[str, list[str]]:

@@ -1,20 +1,29 @@
-"""Translates overrides as people type them to Hydra's syntax."""
+"""Overrides as people type them: their translation to Hydra's syntax, and mistakes in their keys."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
-from mlxchat.config.schema import Config
+from mlxchat.config.schema import MODELS, Config
+from mlxchat.errors import ConfigError, suggest
 
-# Groups of the defaults list, where `+` would add a second entry.
-_LISTED_GROUPS = (
-    "pipeline", "model", "architecture", "optimizer", "corpus", "adapter", "rl", "preference", "suite", "core",
-    "machine", "executor", "tracker", "sweep", "experiment",
-)  # fmt: skip
+Groups = Mapping[str, Sequence[str]]
+"""Config group → options."""
 # Several values (the jobs of a sweep); a comma inside quotation marks does not separate values.
 _SWEEPS = re.compile(r"\w+\(|[^'\"]*,")
+# What to give instead of Hydra's settings that have no effect here.
+_REFUSED = {
+    "machine.num_processes": "ranks are started by mlx.launch -n N mlxchat …",
+    "hydra.run.": "a run's folder is OUTPUTS/runs/<time>-<name>: set outputs=PATH and name=NAME",
+    "hydra/launcher": "executor=slurm, ray or submitit_local runs jobs elsewhere",
+    "hydra/sweeper": "sweep=tpe and sweep=halving search",
+    "hydra.sweeper": "a sweep's values are given as KEY=A,B",
+    "hydra.sweep.": "a sweep's folder is OUTPUTS/multirun/<time>-<name>-sweep: set outputs=PATH and name=NAME",
+    "hydra": "has no effect on a run",
+}
 
 
 def as_hydra(overrides: list[str], schema: type[Config] = Config, *, imply: bool = True) -> list[str]:
@@ -22,11 +31,9 @@ def as_hydra(overrides: list[str], schema: type[Config] = Config, *, imply: bool
 
     - `stage=sft` becomes `targets=[sft]`; `stage=all` the whole pipeline. `stage=preference` implies the pipeline that
       has such a step, unless a pipeline or an experiment is chosen.
-    - `+experiment=smoke` becomes `experiment=smoke`.
     - One value for a list (`force=sft`) becomes a list of one.
-    - A new key of a mapping that starts empty (`rl.rewards={…}`), and of a step's settings
-      (`pipeline.sft.with.num_epochs=2`, `pipeline.sft.executor=slurm`), needs no `+`.
-    - `+sft.mixture.mine={…}` becomes `+sft.mixture={mine: {…}}`: OmegaConf can merge a new task but not set it.
+    - Entries of mappings (`rl.rewards`, `pipeline.sft.with`) get Hydra's `++`.
+    - `sft.mixture.mine={…}` becomes `++sft.mixture={mine: {…}}`: OmegaConf can merge a new task but not set it.
     """
     implied = implied_experiment(overrides) if imply else []
     chosen = {override.partition("=")[0] for override in overrides}
@@ -53,47 +60,80 @@ def _as_hydra(override: str, schema: type[Config]) -> str:
     name = key.lstrip("+")
     if not sign or name.startswith("~"):
         return override
-    if name == "stage":
-        key, name, value = "targets", "targets", "null" if value == "all" else value
-    if name in _LISTED_GROUPS and not value.startswith("{"):
+    if name == "experiment":  # Hydra's usual `+experiment=` would add a second one
         return f"{name}={value}"
-    if _is_list(name, schema) and value and value not in ("null", "[]") and not re.match(r"[\[{$]", value):
-        return f"{key}={value}" if _SWEEPS.match(value) else f"{key}=[{value}]"
-    of_step = re.fullmatch(r"pipeline\.\w+\.(with|executor)(\.\w+)*", name)
-    mapping = name if value.startswith("{") else name.rpartition(".")[0]
-    if key == name and (of_step or _starts_empty(mapping, schema)):
-        key = f"++{name}"
-    elif key == name and (name == "rl.rewards" or name.startswith("rl.rewards.")) and value.startswith("{"):
-        key = f"+{name}"
-    tasks = r"^(\+{1,2}(?:[\w.]+\.)?(?:mixture|validation|suite|base_tasks|rewards))\.(\w+)=(\{.*\})$"
-    return re.sub(tasks, r"\1={\2: \3}", f"{key}={value}")
+    if name == "stage":
+        name = key = "targets"
+        value = "null" if value == "all" else value
+    if _is_list(type_of(name, schema)) and not re.match(r"null$|[\[{$]", value) and not _SWEEPS.match(value):
+        value = f"[{value}]"
+    section, _, last = name.rpartition(".")
+    mapping = type_of(name if value.startswith("{") else section, schema)
+    of_section = type_of(section, schema)
+    if get_origin(of_section) is dict and is_dataclass(get_args(of_section)[1]) and value.startswith("{"):
+        return f"++{section}={{{last}: {value}}}"
+    return f"++{name}={value}" if section and (mapping is Any or get_origin(mapping) is dict) else f"{key}={value}"
 
 
-def _is_list(key: str, schema: type[Config]) -> bool:
-    """Return True if the schema declares a list, or a list or null, at a dotted key."""
-    declared = type_of(key, schema)
-    kinds = [kind for kind in (get_args(declared) or (declared,)) if kind is not type(None)]
-    return get_origin(declared) is list or (len(kinds) == 1 and get_origin(kinds[0]) is list)
+def find_mistakes(overrides: Iterable[str], groups: Groups, schema: type) -> Iterator[str]:
+    """Yield a line for each override whose key is in neither the schema nor a group, with the nearest name.
+
+    A word without dots may be a group of an installed package; Hydra says whether it exists.
+    """
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        if key in groups and value.isdigit():  # Hydra's error does not name the group
+            yield no_option(key, value, groups)
+        elif "." not in key or key.startswith("hydra.") or key.partition("@")[0] in groups:
+            continue
+        elif type_of(key, schema) is None:
+            action = "remove" if override.startswith("~") else "set"
+            yield f'there is no "{key}" to {action}.{suggest(key, known_keys(schema))}'
 
 
-def _starts_empty(key: str, schema: type[Config]) -> bool:
-    """Return True if the schema declares a mapping to plain values at a dotted key, such as sweep.space."""
-    declared = type_of(key, schema)
-    if get_origin(declared) is not dict or key.startswith("pipeline"):
-        return False
-    return not any(is_dataclass(kind) or get_origin(kind) is dict for kind in get_args(declared)[1:])
+def no_option(group: str, name: str, groups: Groups) -> str:
+    """Return what is wrong with GROUP=NAME."""
+    known = [*groups.get(group, ())]
+    shown = f"{known[0]} … {known[-1]}" if known == MODELS else ", ".join(known)
+    return f'{group} has no option "{name}": {shown}.{suggest(name, known)}'
+
+
+def refuse_hydras(overrides: list[str]) -> None:
+    """Raise ConfigError if there are settings of Hydra that have no effect here; it names each, with the reason."""
+    problems = []
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        reason = next((text for prefix, text in _REFUSED.items() if key.startswith(prefix)), None)
+        if reason is not None and key != "hydra.searchpath":
+            problems.append(f"{override}: {reason}")
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 def type_of(key: str, schema: Any) -> Any:
     """Return the type that the schema declares at a dotted key; None if there is no such key."""
     for part in key.split("."):
-        kinds = [kind for kind in (schema, *get_args(schema)) if is_dataclass(kind)]
         if schema is Any:
             return Any
         if get_origin(schema) is dict:
             schema = get_args(schema)[1]
-        elif kinds:
-            schema = get_type_hints(kinds[0]).get(part)
-        else:
+            continue
+        section = next((kind for kind in (schema, *get_args(schema)) if is_dataclass(kind)), None)
+        if section is None:
             return None
+        schema = get_type_hints(section).get(part)
     return schema
+
+
+def known_keys(schema: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of the schema; entries of mappings have none."""
+    for name, hint in get_type_hints(schema).items():
+        yield f"{prefix}{name}"
+        for kind in (hint, *get_args(hint)) if get_origin(hint) is not dict else ():
+            if is_dataclass(kind):
+                yield from known_keys(kind, f"{prefix}{name}.")
+
+
+def _is_list(declared: Any) -> bool:
+    """Return True if a declared type is a list, or a list or null."""
+    return any(get_origin(kind) is list for kind in (declared, *get_args(declared)))

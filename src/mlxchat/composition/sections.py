@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import field, fields, is_dataclass, make_dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,30 @@ def schema_of(places: Sequence[str]) -> type[Config]:
 @cache
 def _schema_of(places: tuple[str, ...], here: Path) -> type[Config]:
     del here  # a key of the cache, since places may be relative paths
-    stages = [stage for stage in Stages(places).own.values() if stage.settings is not None]
-    if not stages:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    taken = {item.name for item in fields(Config)}
+    sections: list[tuple[str, type, Any]] = []
+    for stage in Stages(places).own.values():
+        kind = stage.settings
+        if kind is None:
+            continue
+        if stage.name in taken:
+            raise ConfigError(f'{stage.path}: mlxchat already has a section "{stage.name}". Rename the file')
+        try:
+            OmegaConf.structured(kind)
+        except (OmegaConfBaseException, ValueError) as error:
+            raise ConfigError(f"{stage.path}: {kind} is no dataclass for YAML: {str(error).splitlines()[0]}") from None
+        # OmegaConf takes the class as a section whose values are still missing.
+        sections.append((stage.name, kind, field(default_factory=partial(_same, kind))))
+    if not sections:
         return Config
-    known = {item.name for item in fields(Config)}
-    if taken := [stage for stage in stages if stage.name in known]:
-        raise ConfigError(f'{taken[0].path}: mlxchat already has a section "{taken[0].name}". Rename the file')
-    sections = [(stage.name, _settings_class(stage), _section(stage.settings)) for stage in stages]
     return make_dataclass("Config", sections, bases=(Config,), kw_only=True, namespace={"__doc__": Config.__doc__})
+
+
+def _same(kind: Any) -> Any:
+    return kind
 
 
 def config_of(config: Config, step: str, stage: Stage) -> Config:
@@ -46,9 +62,8 @@ def config_of(config: Config, step: str, stage: Stage) -> Config:
         return config
     section = getattr(config, stage.name, None) if stage.name in stage.config else None
     if not is_dataclass(section) or not isinstance(given, Mapping):
-        expected = f"settings of {stage.name} as a mapping" if is_dataclass(section) else "nothing"
-        raise ConfigError(f"{where} is {given}, expected {expected}: `with` overrides settings of the stage's section")
-    return replace(config, **{stage.name: _with(section, given, stage.name, where)})
+        raise ConfigError(f"{where} is {given}, expected settings of {stage.name} as a mapping")
+    return replace(config, **{stage.name: _with(section, given, where)})
 
 
 def executor_of(config: Config, step: str) -> ExecutorConfig:
@@ -60,27 +75,21 @@ def executor_of(config: Config, step: str) -> ExecutorConfig:
     given, where = config.pipeline[step].get("executor"), f"pipeline.{step}.executor"
     if given is None:
         return config.executor
-    own = {"kind": given} if isinstance(given, str) else given
-    if not isinstance(own, Mapping):
-        raise ConfigError(f"{where} is {given}, expected one of {', '.join(EXECUTORS)}, or {{kind: slurm, …}}")
+    own = given if isinstance(given, Mapping) else {"kind": given}
     kind = own.get("kind", config.executor.kind)
     if kind not in EXECUTORS:
         known = ", ".join(EXECUTORS)
         raise ConfigError(f'{where}: "{kind}" is not an executor, expected one of {known}.{suggest(kind, EXECUTORS)}')
     base = config.executor if kind == config.executor.kind else ExecutorConfig(kind=kind, requeues=REQUEUES[kind])
-    found: ExecutorConfig = _with(base, own, "executor", where)
+    found: ExecutorConfig = _with(base, own, where)
     return found
 
 
-def _with(section: Any, given: Mapping[str, Any], name: str, where: str) -> Any:
-    """Return a section (a dataclass) with some settings replaced; its name and the key of `given` are for messages.
-
-    Raises:
-        ConfigError: a setting is unknown or has the wrong type.
-    """
+def _with(section: Any, given: Mapping[str, Any], where: str) -> Any:
+    """Return a section (a dataclass) with some settings replaced; raises ConfigError at `where`."""
     known = [item.name for item in fields(section)]
     if unknown := [key for key in given if key not in known]:
-        raise ConfigError("\n".join(f'there is no "{name}.{key}" for {where}.{suggest(key, known)}' for key in unknown))
+        raise ConfigError("\n".join(f'there is no "{where}.{key}".{suggest(key, known)}' for key in unknown))
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -88,27 +97,3 @@ def _with(section: Any, given: Mapping[str, Any], name: str, where: str) -> Any:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), dict(given)))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{where}.{error.full_key}: {str(error).splitlines()[0]}") from None
-
-
-def _section(kind: type | None) -> Any:
-    # OmegaConf takes the class as a section whose values are still missing.
-    return field(default_factory=lambda: kind)
-
-
-def _settings_class(stage: Stage) -> type:
-    """Return the dataclass of a stage's settings.
-
-    Raises:
-        ConfigError: it is no dataclass, or has fields that YAML cannot fill.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    kind = stage.settings
-    if not (isinstance(kind, type) and is_dataclass(kind)):
-        raise ConfigError(f"{stage.path}: settings={kind!r} is not a dataclass")
-    try:
-        OmegaConf.structured(kind)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{stage.path}: {kind.__name__}: {str(error).splitlines()[0]}") from None
-    return kind

@@ -344,7 +344,12 @@ def files_of(path: Path) -> list[Path]:
 
 
 def write_shards(
-    folder: Path, documents: list[str], *, validation_documents: int, shard_documents: int, row_group_documents: int
+    folder: Path,
+    documents: list[str],
+    *,
+    validation_documents: int,
+    shard_documents: int,
+    row_group_documents: int = 256,
 ) -> None:
     """Write documents as shards; the first `validation_documents` are held out."""
     if len(documents) <= validation_documents:

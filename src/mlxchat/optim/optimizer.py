@@ -36,6 +36,13 @@ _GROUPS = {
     "smear_lambda": "smear",
     "backout_lambda": "smear",
 }
+# Constants of nanochat.
+_TABLES = ("embedding", "head", "value_embeddings")  # groups whose rates scale with (width / 768)^-0.5
+_REFERENCE_WIDTH = 768
+_LR_SHARES = {"value_embeddings": 0.5, "residual_scalars": 0.01}  # share of its rate that a group takes
+EPSILON = 1e-10  # of AdamW
+VARIANCE_DECAY = 0.9  # NorMuon's beta2
+ORTHOGONALISATIONS = 5  # iterations of Newton-Schulz; Polar Express has coefficients for five
 _TOGETHER = 1 << 22  # numbers of small parameters that are updated together: 16 MB of each moment
 _ROW = 1024
 
@@ -56,9 +63,9 @@ class AdamWRule(NamedTuple):
     weight_decay: float
 
 
-def adapter_rule(config: AdapterConfig, width: int, optimizer: OptimizerConfig) -> AdamWRule:
+def adapter_rule(config: AdapterConfig, width: int) -> AdamWRule:
     """Return AdamW's rule for adapters on a model of this width, without weight decay."""
-    return AdamWRule(config.learning_rate * (optimizer.reference_width / width) ** 0.78, (0.9, 0.999), 0.0)
+    return AdamWRule(config.learning_rate * (_REFERENCE_WIDTH / width) ** 0.78, (0.9, 0.999), 0.0)
 
 
 class Optimizer:
@@ -84,9 +91,9 @@ class Optimizer:
         Args:
             model: every trained parameter must be a matrix of a block or belong to a group of AdamW.
             config: rates and momenta.
-            width: of the model; rates of tables scale with (width / reference_width)^-0.5.
+            width: of the model; rates of tables scale with (width / 768)^-0.5.
             lr_frac: factor of all rates (nanochat's init_lr_frac).
-            batch_lr_scale: factor for the batch size, of Muon's rate and of groups with scale_with_batch.
+            batch_lr_scale: factor for the batch size, of all rates but the smear's.
             weight_decay: Muon's; None: the configuration's.
             adapter: rule of all trained parameters if these are adapters.
         """
@@ -107,10 +114,10 @@ class Optimizer:
                 self.stacks.setdefault("x".join(map(str, shape)), []).append(name)
                 continue
             numbers = config.adamw_groups[group]
-            lr = numbers.lr * numbers.lr_frac * lr_frac
-            if numbers.scale_with_width:
-                lr *= (width / config.reference_width) ** -0.5
-            if numbers.scale_with_batch:
+            lr = numbers.lr * _LR_SHARES.get(group, 1.0) * lr_frac
+            if group in _TABLES:
+                lr *= (width / _REFERENCE_WIDTH) ** -0.5
+            if group != "smear":
                 lr *= batch_lr_scale
             self.adamw_rules[name] = AdamWRule(lr, (numbers.beta1, numbers.beta2), numbers.weight_decay)
         self.state: Flat = {"count": mx.array(0.0)}
@@ -172,7 +179,7 @@ class Optimizer:
                 first, second = f"first.{name}", f"second.{name}"
                 given = parameters[name], gradient, state[first], state[second], self.adamw_rules[name]
                 new[name], moments[first], moments[second] = adamw_update(
-                    *given, count=count, lr_factor=rates[0], epsilon=self.config.adam_epsilon, ok=ok
+                    *given, count=count, lr_factor=rates[0], epsilon=EPSILON, ok=ok
                 )
         return new, moments
 
@@ -184,14 +191,16 @@ class Optimizer:
         lr = self.muon_lr * aspect_factor(gradients) * lr_factor
         shrink, lr = (lr * self.weight_decay * weight_decay_factor)[None], lr[None]
         weights = {name: parameters[name] for name in self.stacks[stack]}
-        momenta, options = state[f"momentum.{stack}"], (self.config.newton_schulz_iterations, default_dtype())
+        momenta, options = state[f"momentum.{stack}"], (ORTHOGONALISATIONS, default_dtype())
         if self.config.variant == "oct2025":
             steps, momenta = muon_update(gradients, momenta, momentum, *options)
             found = zip(weights.items(), _unstack(steps), strict=True)
             new = {name: weight * (1 - shrink) - lr * step for (name, weight), step in found}
             return new, {f"momentum.{stack}": momenta}
-        variances, beta2 = state[f"variance.{stack}"], self.config.muon_beta2
-        steps, scales, momenta, variances = normuon_update(gradients, momenta, variances, momentum, beta2, *options)
+        variances = state[f"variance.{stack}"]
+        steps, scales, momenta, variances = normuon_update(
+            gradients, momenta, variances, momentum, VARIANCE_DECAY, *options
+        )
         new = {
             # Cautious weight decay: only where it agrees with the update's sign.
             name: weight - lr * scale * step - shrink * weight * (step * weight >= 0)
@@ -272,12 +281,7 @@ def sum_squares(arrays: Flat) -> mx.array:
 
 def rates_at(iteration: int, num_iterations: int, schedule: ScheduleConfig, optimizer: OptimizerConfig) -> Rates:
     """Return the rates of one iteration, 0 … num_iterations − 1."""
-    momentum = schedule.momentum or MomentumConfig(
-        start=optimizer.momentum_start,
-        end=optimizer.momentum_end,
-        warmup_iterations=optimizer.momentum_warmup_iterations,
-        final=optimizer.momentum_final,
-    )
+    momentum = schedule.momentum or optimizer.momentum
     return Rates(
         lr_multiplier(iteration, num_iterations, schedule),
         muon_momentum(iteration, num_iterations, momentum, schedule.warmdown_frac),

@@ -14,6 +14,11 @@ from dataclasses import dataclass, replace
 from mlxchat.config.schema import Config, ConversationConfig, PreferenceConfig, PretrainConfig, RLConfig
 from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
 
+# nanochat tuned its rates at d12 with this batch. The exponent is that of Power Lines (arXiv 2505.13738).
+_REFERENCE_DEPTH = 12
+_REFERENCE_BATCH_TOKENS = 524288
+_BATCH_EXPONENT = 0.383
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hyperparameters:
@@ -27,28 +32,27 @@ class Hyperparameters:
 
 
 def derive_hyperparameters(config: Config, sizes: GPTSizes) -> Hyperparameters:
-    """Return batch, iterations, and numbers that scale from a model of `optimizer.scaling.reference_depth`, if given.
+    """Return batch, iterations, and, with `optimizer.scaling`, numbers that scale from nanochat's d12.
 
     A batch of null becomes the best one by scaling.
     """
     pretrain, optimizer = config.pretrain, config.optimizer
     parameters = count_horizon_parameters(sizes, pretrain.horizon_parameters)
     batch_tokens, lr_scale, weight_decay = pretrain.batch.tokens, 1.0, optimizer.weight_decay
-    scaling = optimizer.scaling
-    if scaling is not None:
-        reference_model = replace(config.model, depth=scaling.reference_depth)
+    if optimizer.scaling:
+        reference_model = replace(config.model, depth=_REFERENCE_DEPTH)
         reference = sizes_of(reference_model, config.architecture, sizes.vocab_size)
         per_parameter = pretrain.tokens_per_parameter or 1.0
         tokens = int(per_parameter * parameters) if pretrain.tokens_per_parameter else parameters
         ratio = tokens / (per_parameter * count_horizon_parameters(reference, pretrain.horizon_parameters))
         if batch_tokens is None:
-            best = scaling.reference_batch_tokens * ratio**scaling.batch_exponent
+            best = _REFERENCE_BATCH_TOKENS * ratio**_BATCH_EXPONENT
             batch_tokens = whole_rows(int(2 ** round(math.log2(best))), pretrain.batch.row_tokens)
-        lr_scale = math.sqrt(batch_tokens / scaling.reference_batch_tokens)
+        lr_scale = math.sqrt(batch_tokens / _REFERENCE_BATCH_TOKENS)
         # Keeps B / (rate × decay × D) as it is at the reference (arXiv 2405.13698), bounded; nanochat's is not.
         weight_decay *= lr_scale / ratio
-        if scaling.max_weight_decay is not None:
-            weight_decay = min(weight_decay, max(optimizer.weight_decay, scaling.max_weight_decay))
+        if optimizer.max_weight_decay is not None:
+            weight_decay = min(weight_decay, max(optimizer.weight_decay, optimizer.max_weight_decay))
     assert batch_tokens is not None, "validation has checked that there is a batch or a rule for it"
     return Hyperparameters(
         horizon_parameters=parameters,

@@ -272,8 +272,7 @@ class _Slurm:
         parameters = {
             "timeout_min": settings.timeout_min, "cpus_per_task": settings.cpus_per_task, "name": f"mlxchat-{name}",
             "gpus_per_node": settings.gpus_per_node, "mem_gb": settings.mem_gb, "stderr_to_stdout": True,
-            "slurm_partition": settings.partition, "slurm_account": settings.account, "slurm_qos": settings.qos,
-            "slurm_constraint": settings.constraint, "slurm_setup": settings.setup or None,
+            "slurm_partition": settings.partition, "slurm_setup": settings.setup or None,
             "slurm_signal_delay_s": settings.signal_delay_s, "slurm_array_parallelism": settings.array_parallelism,
             "slurm_additional_parameters": {"requeue": True, **settings.options},
         }  # fmt: skip

@@ -13,8 +13,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 
-from mlxchat.composition.compose import Composed, compose_config, group_options, refuse_hydras, split_config_dirs
-from mlxchat.composition.overrides import implied_experiment
+from mlxchat.composition.compose import Composed, compose_config, group_options, split_config_dirs
+from mlxchat.composition.overrides import implied_experiment, refuse_hydras
 from mlxchat.config.schema import Config
 from mlxchat.config.secrets import redact
 from mlxchat.config.wording import format_number

@@ -65,7 +65,7 @@ def finetune(ctx: Context, config: ConversationConfig) -> None:
             config.packing,
             ShuffledConversations(conversations, seed, mixture.name, once=once),
             row_tokens=row_tokens,
-            buffer_size=config.packing_buffer_conversations,
+            buffer_size=100,  # nanochat's
             batch_rows=rows_per_iteration,
             padding=tokenizer.assistant_end if config.packing == "alone" else tokenizer.bos,
             train_on=config.train_on,
@@ -127,14 +127,14 @@ def make_optimizer(
     """
     given, sizes = ctx.config.optimizer, resolve_adapter(f"{ctx.stage}.adapter", config.adapter, model.sizes)
     groups = {
-        name: group if name == "matrices" else replace(group, lr_frac=group.lr_frac * table_lr_frac)
+        name: group if name == "matrices" else replace(group, lr=group.lr * table_lr_frac)
         for name, group in given.adamw_groups.items()
     }
     rates = replace(given, adamw_groups=groups, grad_clip=given.grad_clip if clip_gradients else None)
     rule = None
     if sizes is not None:
         attach_adapters(model, sizes, seed=ctx.seed("adapters"), dtype=prepare_machine(ctx.config.machine))
-        rule = adapter_rule(config.adapter, model.sizes.width, given)
+        rule = adapter_rule(config.adapter, model.sizes.width)
         trained = sum(value.size for value in trained_parameters(model).values())
         ctx.derive({"num_trained_parameters": trained, "adapter_learning_rate": rule.lr})
     return Optimizer(model, rates, width=model.sizes.width, lr_frac=config.schedule.init_lr_frac, adapter=rule)

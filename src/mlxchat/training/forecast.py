@@ -24,7 +24,7 @@ SUITE_ANSWER_TOKENS = 512  # of the suite during training, at most
 # What weights, moments and the position in the data depend on.
 _SAME_PRETRAINING = ("model", "architecture", "optimizer.kind", "optimizer.variant", "pretrain.packing")
 _SAME_CONVERSATIONS = (
-    "mixture", "mixture_order", "packing", "packing_buffer_conversations", "batch.row_tokens", "adapter",
+    "mixture", "mixture_order", "packing", "batch.row_tokens", "adapter",
 )  # fmt: skip
 LOOP_METRICS = (
     Metric(
