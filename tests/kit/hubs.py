@@ -27,11 +27,8 @@ class Faults:
     truncate: str = ""
     corrupt: str = ""
     times: int = 1
-    latency_seconds: float = 0.0
     block_seconds: float = 0.0
     """Pause after each 16 kB of a file."""
-    redirect: bool = False
-    """Send files through a redirect to another host name."""
     denied: str = ""
     """Paths that are answered with 403."""
     broken: str = ""
@@ -161,7 +158,6 @@ class _Handler(QuietHandler):
         self.entry = Request(self.command, path, self.headers.get("Range"), token, self.headers.get("Host", ""))
         self.hub.log.append(self.entry)
         faults = self.hub.faults
-        time.sleep(faults.latency_seconds)
         with self.hub.lock:
             fails = faults.fail_first > 0
             faults.fail_first -= fails
@@ -209,9 +205,6 @@ class _Handler(QuietHandler):
             facts |= {"X-Linked-Etag": facts["ETag"], "X-Linked-Size": str(len(content))}
         if fnmatch.fnmatchcase(name, faults.denied):
             self.say({"error": "gated"}, 403, X_Error_Message="you are not in the authorized list")
-        elif faults.redirect and self.entry.host.startswith("127."):
-            place = f"http://localhost:{self.hub.server.server_address[1]}{self.path}"
-            self.begin(302, {"Location": place, **facts, "Content-Length": "0"})
         else:
             self.say_file(name, content, facts)
 

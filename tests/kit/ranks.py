@@ -2,19 +2,13 @@
 
 `run_ranks` calls a function of a test file on every rank, `lead_ranks` only on rank 0, which the others follow.
 Arguments and results are JSON data. Functions of the test file may be passed to `Team.call`.
-
-Ranks take 2.6 seconds to start, so they are reused by later tests of the same size, and end with this process. Changes
-of modules and MLX's caches persist between tests; `fresh` ranks are used for one call only.
 """
 
-import atexit
 import importlib.util
 import inspect
 import json
 import os
 import random
-import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -25,113 +19,45 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-_TESTS = Path(__file__).parents[1]
+TESTS = Path(__file__).parents[1]
+SECONDS = 600
 
 
-def run_ranks(
-    function: Callable[..., Any], size: int, *given: Any, seconds: float = 600, fresh: bool = False
-) -> list[Any]:
-    """Return what `function(group, *given)` returns on each of `size` ranks.
-
-    Args:
-        function: a module-level function.
-        size: number of ranks.
-        given: JSON data.
-        seconds: time limit, after which all are killed and the test fails.
-        fresh: use new ranks that end afterwards.
-    """
-    return _call(function, size, given, seconds, follow=False, fresh=fresh)
+def run_ranks(function: Callable[..., Any], size: int, *given: Any) -> list[Any]:
+    """Return what the module-level `function(group, *given)` returns on each of `size` ranks."""
+    return _call(function, size, given, follow=False)
 
 
-def lead_ranks(function: Callable[..., Any], size: int, *given: Any, seconds: float = 600, fresh: bool = False) -> Any:
+def lead_ranks(function: Callable[..., Any], size: int, *given: Any) -> Any:
     """Return what `function(team, *given)` returns on rank 0, whose team has `size` ranks; the others follow."""
-    return _call(function, size, given, seconds, follow=True, fresh=fresh)[0]
+    return _call(function, size, given, follow=True)[0]
 
 
-class _Ring:
-    """Ranks that wait for calls."""
-
-    def __init__(self, size: int) -> None:
-        self.folder, self.calls = Path(tempfile.mkdtemp()), 0
-        hosts = self.folder / "hosts.json"
-        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(size)]))
-        self.ranks: list[subprocess.Popen[bytes]] = []
+def _call(function: Callable[..., Any], size: int, given: tuple[Any, ...], *, follow: bool) -> list[Any]:
+    """Run the ranks; fail with their output if one fails or all take longer than SECONDS."""
+    order = {"file": inspect.getsourcefile(function), "function": function.__qualname__, "given": given}
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder, ranks = Path(name), []
+        hosts = folder / "hosts.json"
+        first = first_of_free_ports(size)
+        hosts.write_text(json.dumps([[f"127.0.0.1:{first + rank}"] for rank in range(size)]))
         for rank in range(size):
-            with (self.folder / f"{rank}.err").open("wb") as errors:
-                path = os.pathsep.join([str(_TESTS), *sys.path])
-                variables = {"PYTHONPATH": path, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
-                self.ranks.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "kit.ranks"], env=os.environ | variables,
-                        stdin=subprocess.PIPE, stdout=errors, stderr=errors, start_new_session=True,
-                    )
-                )  # fmt: skip
-
-    def call(self, order: dict[str, Any], seconds: float, *, is_last: bool) -> list[Any]:
-        """Return the ranks' results; fail with what they said when one has ended without, or it takes too long."""
-        self.calls += 1
-        results = [self.folder / f"{self.calls}-{rank}.json" for rank in range(len(self.ranks))]
-        for rank, result in zip(self.ranks, results, strict=True):
-            with suppress(BrokenPipeError):
-                rank.stdin.write(json.dumps({**order, "result": str(result)}).encode() + b"\n")
-                rank.stdin.flush()
-                if is_last:
-                    rank.stdin.close()  # at which a rank ends once it has returned
-        until = time.monotonic() + seconds
-        while not all(result.exists() for result in results):
-            lost = [rank.poll() for rank, result in zip(self.ranks, results, strict=True) if not result.exists()]
-            if any(lost) or time.monotonic() > until:
-                codes = [rank.poll() for rank in self.ranks]
-                said = "\n".join(f"--- {path.stem}\n{path.read_text()}" for path in sorted(self.folder.glob("*.err")))
-                raise AssertionError(f"ranks ended with {codes} (None: it was still at work)\n{said}")
+            path = os.pathsep.join([str(TESTS), *sys.path])
+            variables = {"PYTHONPATH": path, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
+            said = stack.enter_context((folder / f"{rank}.txt").open("wb"))
+            arguments = [json.dumps({**order, "follow": follow}), str(folder / f"{rank}.json")]
+            process = subprocess.Popen(
+                [sys.executable, "-m", "kit.ranks", *arguments], env=os.environ | variables, stdout=said, stderr=said
+            )
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            ranks.append(process)
+        until = time.monotonic() + SECONDS
+        while None in (codes := [rank.poll() for rank in ranks]) and not any(codes) and time.monotonic() < until:
             time.sleep(0.02)
-        return [json.loads(result.read_text()) for result in results]
-
-    def end(self) -> None:
-        for rank in self.ranks:
-            with suppress(ProcessLookupError):
-                os.killpg(rank.pid, signal.SIGKILL)
-            rank.wait()
-            with suppress(BrokenPipeError):  # an order that it did not read
-                rank.stdin.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-_rings: dict[int, _Ring] = {}
-
-
-@atexit.register
-def _end_all() -> None:
-    while _rings:
-        _rings.popitem()[1].end()
-
-
-def _call(
-    function: Callable[..., Any], size: int, given: tuple[Any, ...], seconds: float, *, follow: bool, fresh: bool
-) -> list[Any]:
-    source = inspect.getsourcefile(function)
-    assert source is not None
-    ring = _Ring(size) if fresh else _rings.pop(size, None) or _Ring(size)
-    order = {"file": source, "function": function.__qualname__, "given": given, "follow": follow}
-    try:
-        found = ring.call(order, seconds, is_last=fresh)
-    except BaseException:
-        ring.end()
-        raise
-    if fresh:
-        ring.end()
-    else:
-        _rings[size] = ring
-    return found
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports of this machine that nobody uses now."""
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+        texts = [f"--- rank {rank}\n{(folder / f'{rank}.txt').read_text()}" for rank in range(size)]
+        assert codes == [0] * size, "\n".join(texts)
+        return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
 
 
 def first_of_free_ports(count: int) -> int:
@@ -144,7 +70,7 @@ def first_of_free_ports(count: int) -> int:
             return first
 
 
-def _be_a_rank() -> None:
+def _be_a_rank(order: dict[str, Any], result: Path) -> None:
     import mlxchat  # isort: split
 
     import mlx.core as mx
@@ -155,32 +81,27 @@ def _be_a_rank() -> None:
 
     assert mlxchat
     mx.set_default_device(mx.cpu)
+    runtime.set_blas_threads(1)
     group = Group(mx.distributed.init(backend="ring", strict=True), "ring")
-    while text := sys.stdin.readline():
-        order = json.loads(text)
-        runtime.set_blas_threads(1)
-        team, found = Team(group), None
-        function = getattr(_module_of(Path(order["file"])), order["function"])
-        if order["follow"] and not group.leads:
-            team.follow()
-        else:
-            found = function(team if order["follow"] else group, *order["given"])
-            if order["follow"]:
-                group.share_json(None)
-        result = Path(order["result"])
-        result.with_suffix(".new").write_text(json.dumps(found))
-        result.with_suffix(".new").rename(result)
+    team, found = Team(group), None
+    function = getattr(_module_of(Path(order["file"])), order["function"])
+    if order["follow"] and not group.leads:
+        team.follow()
+    else:
+        found = function(team if order["follow"] else group, *order["given"])
+        if order["follow"]:
+            group.share_json(None)
+    result.write_text(json.dumps(found))
 
 
 def _module_of(file: Path) -> Any:
     """Return a test's file as a module of mlxchat: a team calls no others."""
     name = f"mlxchat.of_{file.stem}"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, file)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
+    spec = importlib.util.spec_from_file_location(name, file)
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
 
 
 if __name__ == "__main__":
-    _be_a_rank()
+    _be_a_rank(json.loads(sys.argv[1]), Path(sys.argv[2]))

@@ -68,14 +68,9 @@ class Reply:
 
     text: str | None = "yes"
     status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
     raw: bytes | None = None
-    finish: str = "stop"
     seconds: float = 0.0
-    drop: bool = False
-    """Cut the connection in the middle of the answer."""
     usage: dict[str, int] | None = field(default_factory=lambda: {"prompt_tokens": 10, "completion_tokens": 5})
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 class Teacher(Served):
@@ -85,16 +80,14 @@ class Teacher(Served):
         self.script: Callable[[str, int], Reply] = lambda question, tries: Reply(f"answer to {question}")
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
-        self.times: list[float] = []
         self.paths: set[str] = set()
-        self.models = ["only"]
         self.at_once, self.most_at_once = 0, 0
         self._lock = threading.Lock()
         teacher = self
 
         class Endpoint(QuietHandler):
             def do_GET(self) -> None:
-                value = {"data": [{"id": name} for name in teacher.models]}
+                value = {"data": [{"id": "only"}]}
                 self.send(Reply(raw=json.dumps(value).encode()))
 
             def do_POST(self) -> None:
@@ -104,7 +97,6 @@ class Teacher(Served):
                     teacher.bodies.append(body)
                     teacher.paths.add(self.path)
                     teacher.headers.append(dict(self.headers))
-                    teacher.times.append(time.monotonic())
                     tries = sum(each["messages"][-1]["content"] == question for each in teacher.bodies)
                     teacher.at_once += 1
                     teacher.most_at_once = max(teacher.most_at_once, teacher.at_once)
@@ -117,20 +109,14 @@ class Teacher(Served):
                 self.send(reply)
 
             def send(self, reply: Reply) -> None:
-                value = {
-                    "model": "teacher-2026", "choices": [{"message": {"role": "assistant", "content": reply.text},
-                    "finish_reason": reply.finish}], "usage": reply.usage,
-                    **reply.extra,
-                }  # fmt: skip
+                choice = {"message": {"role": "assistant", "content": reply.text}, "finish_reason": "stop"}
+                value = {"model": "teacher-2026", "choices": [choice], "usage": reply.usage}
                 data = json.dumps(value).encode() if reply.raw is None else reply.raw
                 self.send_response(reply.status)
-                for name, header in {"Content-Type": "application/json", **reply.headers}.items():
-                    self.send_header(name, header)
+                self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
-                self.wfile.write(data[: len(data) // 2] if reply.drop else data)
-                if reply.drop:
-                    self.close_connection = True
+                self.wfile.write(data)
 
         self.server = Loopback(Endpoint)
 
