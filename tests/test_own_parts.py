@@ -93,23 +93,11 @@ WITH_SETTINGS = f"{IMPORT}stage = Stage(version=1, produces='x', outputs=[], set
     ("name", "text", "message"),
     [
         ("sft", STAGE, "two stages are called sft"),
-        (
-            "machine",
-            f"{DATACLASS}class Settings:\n    x: int = 1\n{WITH_SETTINGS}",
-            'mlxchat already has a section "machine"',
-        ),
+        ("machine", f"{DATACLASS}class Settings:\n    x: int = 1\n{WITH_SETTINGS}", 'already has a section "machine"'),
         ("odd", "VERSION = 1\nINPUTS = {}\nPRODUCES = 'x'\n", r"as up to version 0\.2\. Write stage = Stage\("),
-        ("odd", f"{IMPORT}stage = Stage(version=1, outputs=[])\n", "importing it failed .*'produces'"),
         ("odd", "stage = 1\n", r"odd.py declares no stage; expected stage = Stage\("),
-        ("odd", f"class Settings: pass\n{WITH_SETTINGS}", "Settings'> is no dataclass for YAML"),
         ("odd", f"{DATACLASS}class Settings:\n    x: set = None\n{WITH_SETTINGS}", "no dataclass for YAML: .*x"),
         ("odd", f"{DATACLASS}class Settings:\n    x: int\n{WITH_SETTINGS}", "odd.x has no value: give odd.x="),
-        (
-            "odd",
-            f"{DATACLASS}class Settings:\n    x: int = 1\n    def __post_init__(self):\n"
-            f"        if self.x < 2: raise ValueError('x is too small')\n{WITH_SETTINGS}",
-            "x is too small",
-        ),
         ("odd", "stage = (\n", "odd.py, line 1: '\\(' was never closed"),
     ],
 )

@@ -67,9 +67,8 @@ def split_options(arguments: list[str]) -> tuple[list[str], list[str], Path | No
         if word.startswith("-"):
             raise ConfigError(f"unknown option {word}. See: mlxchat --help")
     own = [given.config_path] if given.config_path is not None else given.config_dir
-    for folder in (*given.config_dir, *own):
-        if not Path(folder).is_dir():
-            raise ConfigError(f'--config-dir, --config-path: there is no folder "{folder}"')
+    if missing := [folder for folder in (*given.config_dir, *own) if not Path(folder).is_dir()]:
+        raise ConfigError(f'--config-dir, --config-path: there is no folder "{missing[0]}"')
     folders = [str(Path(folder).resolve()) for folder in given.config_dir]
     name = given.config_name.removesuffix(".yaml")
     if name == "config" and given.config_path is None:
@@ -84,11 +83,7 @@ def split_options(arguments: list[str]) -> tuple[list[str], list[str], Path | No
 
 
 def split_config_dirs(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Return the arguments without `--config-dir DIR`, and the folders it named.
-
-    Raises:
-        ConfigError: another option is left, or a folder is missing.
-    """
+    """Return `split_options` of a verb that composes our config.yaml only."""
     overrides, folders, primary = split_options(arguments)
     if primary is not None:
         raise ConfigError(
@@ -135,11 +130,7 @@ def compose_config(overrides: list[str], config_dirs: list[str] | None = None, p
 
 
 def _compose(overrides: list[str], folders: list[str], primary: Path | None, schema: type[Config]) -> DictConfig:
-    """Return the configuration that Hydra composes.
-
-    Raises:
-        ConfigError: names every unknown key, or Hydra's first mistake.
-    """
+    """Return the configuration that Hydra composes; ConfigError names every unknown key, or Hydra's first mistake."""
     from hydra import compose, initialize_config_dir, initialize_config_module
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
@@ -203,11 +194,7 @@ def places_of_stages(overrides: list[str], config_dirs: list[str], primary: Path
 
 
 def to_typed(composed: DictConfig) -> Config:
-    """Return a composed configuration as checked dataclasses; removes Hydra's section from it.
-
-    Raises:
-        ConfigError: names every missing or impossible value.
-    """
+    """Return a composed configuration as dataclasses; ConfigError names every missing or impossible value."""
     from omegaconf import MISSING, OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
 

@@ -32,8 +32,8 @@ def as_hydra(overrides: list[str], schema: type[Config] = Config, *, imply: bool
     - `stage=sft` becomes `targets=[sft]`; `stage=all` the whole pipeline. `stage=preference` implies the pipeline that
       has such a step, unless a pipeline or an experiment is chosen.
     - One value for a list (`force=sft`) becomes a list of one.
-    - Entries of mappings (`rl.rewards`, `pipeline.sft.with`) get Hydra's `++`.
-    - `sft.mixture.mine={…}` becomes `++sft.mixture={mine: {…}}`: OmegaConf can merge a new task but not set it.
+    - Entries of mappings that start empty (`rl.rewards`, `pipeline.sft.with`) get Hydra's `++`.
+    - `+sft.mixture.mine={…}` becomes `++sft.mixture={mine: {…}}`: OmegaConf can merge a new task but not set it.
     """
     implied = implied_experiment(overrides) if imply else []
     chosen = {override.partition("=")[0] for override in overrides}
@@ -68,11 +68,15 @@ def _as_hydra(override: str, schema: type[Config]) -> str:
     if _is_list(type_of(name, schema)) and not re.match(r"null$|[\[{$]", value) and not _SWEEPS.match(value):
         value = f"[{value}]"
     section, _, last = name.rpartition(".")
-    mapping = type_of(name if value.startswith("{") else section, schema)
     of_section = type_of(section, schema)
-    if get_origin(of_section) is dict and is_dataclass(get_args(of_section)[1]) and value.startswith("{"):
+    of_tasks = get_origin(of_section) is dict and is_dataclass(get_args(of_section)[1]) and value.startswith("{")
+    if of_tasks and (key != name or section == "rl.rewards"):
         return f"++{section}={{{last}: {value}}}"
-    return f"++{name}={value}" if section and (mapping is Any or get_origin(mapping) is dict) else f"{key}={value}"
+    if section.partition(".")[0] == "pipeline":
+        takes_new = re.match(r"pipeline\.\w+\.(with|executor)\b", name) is not None
+    else:
+        takes_new = get_origin(type_of(name if value.startswith("{") else section, schema)) is dict
+    return f"++{name}={value}" if section and takes_new else f"{key}={value}"
 
 
 def find_mistakes(overrides: Iterable[str], groups: Groups, schema: type) -> Iterator[str]:

@@ -14,11 +14,7 @@ from mlxchat.runner.stage import Stage, Stages
 
 
 def schema_of(places: Sequence[str]) -> type[Config]:
-    """Return `Config` with the sections of the user's stages in these places.
-
-    Raises:
-        ConfigError: a place has no stage, or a stage's settings are not a dataclass that YAML can fill.
-    """
+    """Return `Config` with the sections of the user's stages in these places."""
     return _schema_of(tuple(places), Path.cwd())
 
 
@@ -52,11 +48,7 @@ def _same(kind: Any) -> Any:
 
 
 def config_of(config: Config, step: str, stage: Stage) -> Config:
-    """Return the configuration of one step: the step's `with` overrides settings of its stage's section.
-
-    Raises:
-        ConfigError: a setting is unknown or has the wrong type, or the stage has no section.
-    """
+    """Return the configuration of one step: the step's `with` overrides settings of its stage's section."""
     given, where = config.pipeline[step].get("with"), f"pipeline.{step}.with"
     if not given:
         return config
@@ -67,11 +59,7 @@ def config_of(config: Config, step: str, stage: Stage) -> Config:
 
 
 def executor_of(config: Config, step: str) -> ExecutorConfig:
-    """Return where a step runs: its `executor` overrides the run's, or is another one with its defaults.
-
-    Raises:
-        ConfigError: there is no such executor, or a setting is unknown or has the wrong type.
-    """
+    """Return where a step runs: its `executor` overrides the run's, or is another one with its defaults."""
     given, where = config.pipeline[step].get("executor"), f"pipeline.{step}.executor"
     if given is None:
         return config.executor

@@ -26,11 +26,7 @@ def is_own(name: str) -> bool:
 
 
 def load_part(name: str) -> Callable[..., Any]:
-    """Import and return the class or function that `module:name` names.
-
-    Raises:
-        ConfigError: it cannot be imported, does not exist, or cannot be called.
-    """
+    """Import and return the class or function that `module:name` names; ConfigError if there is none."""
     module, attribute = _split(name)
     part_file(name)
     try:
@@ -45,11 +41,7 @@ def load_part(name: str) -> Callable[..., Any]:
 
 
 def part_file(name: str) -> Path:
-    """Return the file of the module in `module:name` without importing it.
-
-    Raises:
-        ConfigError: there is no such module, or the name is malformed.
-    """
+    """Return the file of the module in `module:name` without importing it; ConfigError if there is none."""
     module = _split(name)[0]
     file = module_files(module).get(module)
     if file is None:

@@ -1,7 +1,6 @@
 """External data that a setting refers to, and how it is pinned: a step's key holds its contents or version.
 
-A field's metadata has one of these: `field(default="poem.txt", metadata={"pin": File()})`. Its value may be null, a
-name, or a list or mapping of names.
+A field's metadata has one of these: `field(default="poem.txt", metadata={"pin": File()})`.
 """
 
 from __future__ import annotations
@@ -25,17 +24,7 @@ class Pin(Protocol):
     """One kind of external data."""
 
     def pins(self, place: str, value: Any, section: Any, hash_of: HashOf) -> dict[str, str]:
-        """Return name → content hash or version.
-
-        Args:
-            place: dotted key of the field.
-            value: its value.
-            section: the dataclass that has the field.
-            hash_of: hash function of files.
-
-        Raises:
-            ConfigError, OSError, PackageNotFoundError: there is no such thing.
-        """
+        """Return name → content hash or version of what the field of a section at the dotted key `place` names."""
 
 
 @dataclass(frozen=True)

