@@ -162,7 +162,7 @@ def test_step_executor_overrides_the_runs_or_uses_conf():
     ("override", "message"),
     [
         ("pipeline.pretrain.executor=slrum", 'pipeline.pretrain.executor: "slrum" is not an executor.*"slurm"'),
-        ("pipeline.pretrain.executor={gpus: 8}", 'there is no "executor.gpus" for pipeline.pretrain.executor'),
+        ("pipeline.pretrain.executor={gpus: 8}", 'there is no "pipeline.pretrain.executor.gpus"'),
         (
             "pipeline.pretrain.executor={kind: slurm, cpus_per_task: 0}",
             "executor.cpus_per_task is 0, expected at least 1",
