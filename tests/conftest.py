@@ -218,19 +218,6 @@ def upload_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loop
         yield server
 
 
-@pytest.fixture(scope="session")
-def rows_sum_alike() -> bool:
-    """Whether a row of a matrix product has the same bits whatever the other rows are.
-
-    OpenBLAS's kernels for AVX-512 have this property. Those for AVX2 alone (Haswell, Zen) add up rows beyond a
-    multiple of four in another order.
-    """
-    import mlx.core as mx
-
-    rows, matrix = (mx.random.normal(shape, key=mx.random.key(0)) for shape in ((8, 64), (64, 256)))
-    return all(mx.array_equal(rows[:count] @ matrix, (rows @ matrix)[:count]).item() for count in (1, 2, 3))
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Chromium without a window; without it or playwright the test is left out."""
