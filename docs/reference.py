@@ -19,7 +19,6 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from unittest.mock import patch
 
 from mlxchat.commands.arguments import parser_of
-from mlxchat.commands.plan import meanings_of
 from mlxchat.composition.compose import compose_config, conf_folder, group_names
 from mlxchat.composition.problems import find_problems
 from mlxchat.config import schema
@@ -65,6 +64,18 @@ def settings(kind: type = schema.Config, prefix: str = "", *, counts: bool = Tru
             yield Setting(key, _name_of(hint), meanings.get(item.name, ""), identity)
         if isinstance(section, type):
             yield from settings(section, f"{key}.*." if is_mapping else f"{key}.", counts=own)
+
+
+def meanings_of(kind: type[Any]) -> dict[str, str]:
+    """Return field → its meaning in `setting(…)`, or its docstring in the source of a dataclass and its bases."""
+    found: dict[str, str] = {}
+    for each in reversed(kind.__mro__[:-1]):
+        body = ast.parse(inspect.getsource(each)).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for item, text in itertools.pairwise(body.body):
+            if isinstance(item, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+                found[ast.unparse(item.target)] = " ".join(str(text.value.value).split())
+    return {**found, **{item.name: said for item in fields(kind) if (said := item.metadata.get("meaning"))}}
 
 
 def _name_of(hint: Any) -> str:
@@ -234,7 +245,7 @@ def commands_page() -> str:
 def stages_page() -> str:
     """Return the page of all stages, from their declarations."""
     out = ["# Stages\n", "A stage is a file of [stages/](../../stages); a step of the pipeline is one use of it."]
-    out += ["`mlxchat explain STAGE` prints the same with the values of your configuration."]
+    out += ["`mlxchat --cfg job -p STAGE` prints the values of your configuration."]
     for name, stage in Stages().items():
         out += [f"\n## {name}\n", *_about_stage(stage)]
     return "\n".join(out) + "\n"

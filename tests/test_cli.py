@@ -46,7 +46,7 @@ def test_every_verb_has_help_and_refuses_unused_arguments(say):
         text = say(*verb.split(), "--help")
         assert f"mlxchat {verb}" in text or verb == "run"
         assert len(text.splitlines()) >= 3
-        if verb.startswith(("run", "plan", "explain", "eval", "bench", "completion", "data")):
+        if verb.startswith(("run", "plan", "eval", "bench", "completion", "data")):
             continue
         words = needed.get(verb, ["a"] * parser_of(verb).least)
         assert '"model=d4" is not used here' in say(verb, *words, "model=d4", code=2)
@@ -82,24 +82,6 @@ def test_missing_outputs_folder_is_reported_and_not_created(words, code, told, s
     expected = f"{told} yet: `mlxchat` makes some; outputs=PATH reads another folder\n"
     assert say(*words, "outputs=none", code=code) == expected
     assert not (tmp_path / "none").exists()
-
-
-@pytest.mark.parametrize(
-    ("settings", "steps"),
-    [
-        (
-            ["~pipeline.midtrain", "~pipeline.eval_mid", "pipeline.sft.checkpoint=pretrain"],
-            [step for step in STEPS if step not in ("midtrain", "eval_mid")],
-        ),
-        (["+pipeline.again={stage: sft, checkpoint: rl}"], [*STEPS, "again"]),
-        (["stage=pretrain"], ["corpus", "tokenizer", "pretrain"]),
-    ],
-)
-def test_removed_added_and_target_steps_are_planned(settings, steps, say, tmp_path):
-    text = say("plan", *settings, f"outputs={tmp_path}/none")
-    assert set(states(text)) | {"again"} == {*steps, "again"}
-    assert ("\nagain " in text) == ("again" in steps)
-    assert text.endswith(f"{len(steps)} steps: 0 done, {len(steps)} to run\n")
 
 
 def test_unwritable_outputs_folder_is_refused(say, tmp_path):
@@ -149,15 +131,6 @@ def test_graph_has_every_step_and_marks_done_ones(finished, tiny, say):
         ("midtrain", "eval_mid"), ("sft", "eval_sft"), ("rl", "eval_rl"),
     }  # fmt: skip
     assert set(re.findall(r"(\w+)\[\w+\]:::done", text)) == set(STEPS) - {"rl", "eval_rl"}
-
-
-def test_chat_answers_one_question(finished, say):
-    words = ["chat", "-p", "Who are you?", "--max-tokens=5", f"outputs={finished.outputs}"]
-    text = say(*words)
-    assert re.search(r"^model: rl of run smoke \(rl-d2-\S+, [\d: -]+\)$", text, re.MULTILINE)
-    assert say(*words, "--model", "rl") == text, "greedy answers of the same, latest model"
-    text = say("chat", "-p", "hi", "--model", "corpus", f"outputs={finished.outputs}", code=2)
-    assert re.match(r"error: corpus-\S+ is not a model: its kind is corpus", text)
 
 
 def test_second_run_does_nothing(outputs, tiny, say):

@@ -69,13 +69,3 @@ def test_offline_run_without_fetch_names_the_command(hub, texts, say, monkeypatc
 def test_dry_run_fetches_nothing(hub, texts, say):
     assert f"{NAME} at {texts.commit[:12]}: 7 files" in say("data", "fetch", "--dry-run", *SETTINGS)
     assert hub.requests("parquet") == []
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("data", "fech"), 'expected mlxchat data fetch|show, got "fech". Did you mean "fetch"?'),
-    ],
-)
-def test_mistakes_give_one_message(hub, texts, say, words, message):
-    assert message in say(*words, code=2)

@@ -67,8 +67,7 @@ def test_gsm8k_has_both_verdicts_and_any_of_n(hub, tmp_path, say, monkeypatch):
     settings = ["eval.max_new_tokens=2", f"outputs={outputs}"]
     text = say("eval", "talks", "--task", "gsm8k", "--samples", "2", *settings)
     header, row = [line for line in text.splitlines() if line.startswith(("task ", "gsm8k "))]
-    columns = ["task", "right", "±", "any", "nanochat", "nanochat", "any", "chance", "questions", "samples"]
-    assert header.split() == columns
+    assert " ".join(header.split()) == "task right ± any nanochat nanochat any chance questions samples"
     # Right in ours: 1 1 0 0 and 1 0 1 0. In nanochat's, to whom "7." is no 7: 1 0 0 0 and 1 0 0 0.
     right, _, any_of_two, theirs, any_of_theirs = row.split()[1:6]
     assert (right, any_of_two, theirs, any_of_theirs) == ("50.0%", "75.0%", "25.0%", "25.0%")

@@ -55,13 +55,6 @@ def files_below(folder: Path) -> set[Path]:
     return {path for path in below if not set(CACHES) & set(path.parts)}
 
 
-def data_files(package: str) -> set[Path]:
-    """Return the files that setuptools takes along with a package as data."""
-    folder = ROOT / PACKAGE_DIR[package]
-    patterns = PACKAGE_DATA.get(package, [])
-    return {path.relative_to(folder) for pattern in patterns for path in folder.glob(pattern)}
-
-
 def copy_sources(target: Path) -> Path:
     """Copy what a build reads, so that building leaves nothing in the checkout."""
     target.mkdir()
@@ -84,13 +77,6 @@ def build_wheel(folder: Path) -> Path:
     run([sys.executable, "-m", "build", "--no-isolation", "--outdir", wheels, sources], folder)
     (wheel,) = wheels.glob("*.whl")
     return wheel
-
-
-@pytest.mark.parametrize("package", sorted(PACKAGE_DIR))
-def test_every_file_travels_as_code_or_data(package):
-    files = files_below(ROOT / PACKAGE_DIR[package])
-    left_behind = {path for path in files if path.suffix != ".py"} - data_files(package)
-    assert left_behind == set()
 
 
 def test_locks_are_complete_with_hashes_and_no_index():

@@ -84,13 +84,6 @@ def test_show_json_is_the_manifest(two, say):
     assert json.loads(say("show", "second", "--json")).items() <= record.items()
 
 
-def test_ls_filters_by_stage_or_step(two, say):
-    assert len(say("ls").splitlines()) == 4
-    assert {line.split()[3] for line in say("ls", "make").splitlines()} == {"first"}
-    assert [summary["step"] for summary in json.loads(say("ls", "second", "--json"))] == ["second", "second"]
-    assert 'Did you mean "second"?' in say("ls", "secnd", code=2)
-
-
 def test_verify_keeps_intact_artifacts_with_missing_inputs(two, say):
     shutil.rmtree(resolve(two.store, "first"))
     text = say("verify", code=1)

@@ -101,7 +101,7 @@ def test_verbs_accept_adapters(tmp_path, monkeypatch, command):
     (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-1] + b"x")
     code, printed = command("export", "sft", "--to", "mlx", "out")
     assert code == 2
-    assert "differs from its manifest" in printed
+    assert "is damaged: model.safetensors has other contents than its manifest says" in printed
     assert not Path("out").exists()
 
 

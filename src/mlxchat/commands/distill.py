@@ -139,11 +139,7 @@ def _field(text: str) -> tuple[str, Any]:
 
 
 def _check_out(out: Path) -> None:
-    """Check that the file may be written: it is new, or an unchanged file of an earlier command.
-
-    Raises:
-        ConfigError: it may not.
-    """
+    """Check that the file may be written: it is new, or an unchanged file of an earlier command."""
     from mlxchat.distill.collect import provenance_place
     from mlxchat.hub.cache import read_json
     from mlxchat.store.fingerprint import hash_file
@@ -155,11 +151,7 @@ def _check_out(out: Path) -> None:
 
 
 def _questions(text: str, out: Path, limit: int | None) -> tuple[list[Question], dict[str, Any]]:
-    """Return the questions of a file, a task or a line of a mixture, and a description of their source.
-
-    Raises:
-        ConfigError: there is no such file or task.
-    """
+    """Return the questions of a file, a task or a line of a mixture, and a description of their source."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError

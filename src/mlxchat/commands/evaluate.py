@@ -87,11 +87,7 @@ def _evaluate(options: Namespace) -> int:
 
 
 def _ours(options: Namespace, store: Store, name: str | None) -> list[str]:
-    """Return the settings to evaluate a model of the store.
-
-    Raises:
-        ConfigError: the tasks need a chat model and it is a base model, or vice versa.
-    """
+    """Return the settings to evaluate a model of the store."""
     found = find_model(store, name)
     check_model(found.place)
     print(f"model: {describe_model(store, found)}", file=sys.stderr)
@@ -121,11 +117,7 @@ def _third_party(options: Namespace, reference: str) -> list[str]:
 
 
 def _check_base(options: Namespace, name: str) -> None:
-    """Check that tasks are multiple choice.
-
-    Raises:
-        ConfigError: they are not.
-    """
+    """Check that tasks are multiple choice."""
     asked = [task for task in options.task if task not in _BASE_TASKS]
     if options.suite or any(task_class(task).kind != "categorical" for task in asked):
         raise ConfigError(

@@ -179,11 +179,7 @@ def _ls(options: Namespace) -> int:
 
 
 def _folders_of_run(store: Store, name: str, known: set[str]) -> set[str]:
-    """Return the folders of a run's artifacts.
-
-    Raises:
-        ConfigError: there is no such run.
-    """
+    """Return the folders of a run's artifacts."""
     with suppress(StoreError):
         if isinstance(meant := meaning(store, name), Run):
             return {place.name for place in links(store, meant.name).values()}
@@ -191,11 +187,7 @@ def _folders_of_run(store: Store, name: str, known: set[str]) -> set[str]:
 
 
 def _best_first(summaries: list[Summary], metric: str) -> list[Summary]:
-    """Return the artifacts with a metric, best first as their stage declares; names may be STEP.METRIC.
-
-    Raises:
-        ConfigError: no artifact has it.
-    """
+    """Return the artifacts with a metric, best first as their stage declares; names may be STEP.METRIC."""
     from mlxchat.runner.stage import best_of  # slow to import
 
     step, _, name = metric.rpartition(".")

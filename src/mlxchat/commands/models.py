@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from mlxchat.commands.arguments import Parser, amount, count, number, positive, quoted
 from mlxchat.config.table import aligned
 from mlxchat.config.wording import format_bytes
-from mlxchat.errors import ConfigError, Interrupted, MlxchatError, StoreError, suggest, visible
+from mlxchat.errors import ConfigError, Interrupted, MlxchatError, suggest, visible
 from mlxchat.store.locks import is_held
 from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import IMPORTS, describe_model, find_model, links
@@ -60,7 +60,6 @@ def _export(options: Namespace) -> int:
     from mlxchat.hub.places import check_repository, push_folder
     from mlxchat.interop import exporting
     from mlxchat.store.files import check_free, whole_folder
-    from mlxchat.store.manifest import find_damage
 
     store, target, force = Store(options.outputs), options.to, options.force
     place = find_model(store, options.names[0]).place
@@ -70,9 +69,7 @@ def _export(options: Namespace) -> int:
         check_free(path, force=force)
     checkpoint = exporting.open_checkpoint(place)
     exporting.check_export(checkpoint, target, bits=options.bits, dtype=options.dtype)
-    for each in (place, *checkpoint.bases):
-        if damage := list(find_damage(each, read_manifest(each))):
-            raise StoreError(f"{each.name} differs from its manifest: {damage[0]}. See: mlxchat verify")
+    check_model(place)
     if target != "mlx":  # whose folders carry the model's own code
         exporting.check_computation(checkpoint)
     with ExitStack() as opened:
@@ -93,16 +90,11 @@ def _export(options: Namespace) -> int:
 
 
 def _check_export(options: Namespace) -> None:
-    """Check the options of an export.
-
-    Raises:
-        ConfigError: one is wrong or missing.
-    """
+    """Check the options of an export."""
     name, *rest = options.names
     known = ", ".join(FORMATS)
     if options.to is None:
-        copy = f"To copy artifacts: mlxchat push {name} {next(iter(rest), 'PLACE')}"
-        raise ConfigError(f"export writes a model for another tool: --to {known}. {copy}")
+        raise ConfigError(f"expected --to {known}. To copy artifacts: mlxchat push {name} PLACE")
     if options.to not in FORMATS:
         raise ConfigError(f"--to {options.to} is not supported, expected {known}.{suggest(options.to, FORMATS)}")
     if not rest and not options.hub:
@@ -156,17 +148,11 @@ def _write(store: Store, place: Path, checkpoint: Checkpoint, out: Path, options
 def _adapter_notes(checkpoint: Checkpoint, form: str) -> list[str]:
     """Return notes on using adapters with their base in the format `form`."""
     base, *below = checkpoint.bases
-    notes = [
-        f"Adapters for {base.name}, whose weights are not among these files: mlxchat export {base.name} --to {form} "
-        "BASE."
-    ]
-    if below:
-        notes.append(f"{base.name} also has adapters; that export merges them into its weights.")
+    export = f"mlxchat export {base.name} --to {form} BASE"
+    merged = " (it merges the adapters of that model)" if below else ""
+    notes = [f"Adapters for {base.name}, whose weights are not among these files: {export}{merged}."]
     if bits := (checkpoint.facts.get("adapter") or {}).get("bits"):
-        notes.append(
-            f"They were trained on matrices of {bits} bits. On the base as it is they say something slightly else; "
-            "--to mlx without -adapter is exactly the model that was trained."
-        )
+        notes.append(f"They were trained on matrices of {bits} bits; --to mlx is exactly the model that was trained.")
     return notes
 
 
@@ -260,11 +246,7 @@ def _place(what: str) -> tuple[str, str]:
 
 
 def _import(store: Store, name: str, overrides: list[str]) -> Path:
-    """Run the import unless it is done; return its artifact.
-
-    Raises:
-        ConfigError: the name stands for another model.
-    """
+    """Run the import unless it is done; return its artifact."""
     from mlxchat.composition.compose import compose_config
     from mlxchat.pipeline import plan_of, run_pipeline
 
@@ -353,11 +335,7 @@ def _own(store: Store, name: str | None) -> Path:
 
 
 def _third_party(options: Namespace, reference: str) -> tuple[str, Path]:
-    """Return the name and the folder of a third-party model, which mlx-lm runs.
-
-    Raises:
-        ConfigError: an option requires a model of ours.
-    """
+    """Return the name and the folder of a third-party model, which mlx-lm runs."""
     if options.bits:
         raise ConfigError(f"--bits requires a model of mlxchat; mlx-lm runs {reference}")
     from mlxchat.interop.source import outside_folder

@@ -1,23 +1,17 @@
-"""Verbs that show what would run: plan, explain."""
+"""mlxchat plan: what would run, and why."""
 
 from __future__ import annotations
 
-import ast
-import importlib
-import inspect
-import itertools
 import textwrap
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields, is_dataclass
-from functools import cache
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxchat.commands.arguments import Parser
-from mlxchat.commands.output import draw_tree, print_json, show_value
-from mlxchat.config.table import aligned
-from mlxchat.errors import ConfigError, suggest, visible
+from mlxchat.commands.output import draw_tree, print_json
+from mlxchat.errors import visible
 
 if TYPE_CHECKING:
     from mlxchat.composition.compose import Composed
@@ -200,97 +194,6 @@ def describe_plan(
         },
         "steps": steps,
     }
-
-
-_WIDTH = 40  # of a value; --json has the whole value
-
-
-def explain(parser: Parser) -> None:
-    """Declare `mlxchat explain`."""
-    parser.take_names("STAGE", about="STAGE: a stage, or a step of the pipeline (with the step's settings)")
-    parser.take_settings()
-    parser.add_json()
-    parser.set_defaults(main=_explain)
-
-
-def _explain(options: Namespace) -> int:
-    """Print a stage's or step's purpose, inputs, outputs and settings."""
-    found = describe_stage(options.names[0], options.settings)
-    if options.json:
-        print_json(found)
-        return 0
-    print(f"{found['stage']}: {found['does']}")
-    rows = [["file", f"{found['file']}, version {found['version']}"], ["reads", ", ".join(found["reads"]) or "nothing"]]
-    rows += [["writes", f"{found['produces']}: {', '.join(found['writes'])}"]]
-    rows += [["numbers", ", ".join(f"{name} ({what})" for name, what in found["metrics"].items())]]
-    print(aligned(rows, indent="  "))
-    settings = [
-        [key, textwrap.shorten(show_value(each["value"]), _WIDTH, placeholder=" …"), each["means"]]
-        for key, each in found["settings"].items()
-    ]
-    print(f"settings\n{aligned(settings, indent='  ')}")
-    print(f"also reads: {', '.join(found['sections'])}. Values: mlxchat --cfg job")
-    return 0
-
-
-def describe_stage(name: str, overrides: list[str]) -> dict[str, Any]:
-    """Return a stage's declarations and the settings of its section: key → value and meaning.
-
-    `name` is a stage, or a step of the configuration's pipeline (with the step's settings).
-
-    Raises:
-        ConfigError: there is no such stage or step.
-    """
-    from mlxchat.composition.compose import compose_config, split_options
-    from mlxchat.composition.sections import config_of
-    from mlxchat.runner.stage import Stages
-
-    config = compose_config(*split_options(overrides)).config
-    stages, is_step = Stages(config.stages), name in config.pipeline
-    key = str(config.pipeline[name].get("stage")) if is_step else name
-    if key not in stages:
-        known = [*config.pipeline, *(each for each in stages if each not in config.pipeline)]
-        raise ConfigError(f'"{name}" is neither a stage nor a step: {", ".join(known)}.{suggest(name, known)}')
-    stage = stages[key]
-    section = getattr(config_of(config, name, stage) if is_step else config, key, None)
-    text = inspect.getdoc(importlib.import_module(stage.module)) or ""
-    reads = [f"{role} ({kind})" for role, kind in stage.inputs.items()]
-    reads += [f"{role} ({kind}, optional)" for role, kind in stage.optional_inputs.items()]
-    return {
-        "stage": key, "does": " ".join(text.partition("\n\n")[0].split()), "file": str(stage.path),
-        "version": stage.version, "reads": reads, "produces": stage.produces,
-        "writes": [names.replace("|", " or ") for names in stage.outputs],
-        "metrics": {each.name: str(each) for each in stage.metrics},
-        "settings": dict(_settings(section, key)) if is_dataclass(section) else {},
-        "sections": [other for other in stage.config if other != key],
-    }  # fmt: skip
-
-
-def _settings(section: Any, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield dotted key → value and meaning of a section and its subsections."""
-    from mlxchat.store.fingerprint import plain_of
-
-    meanings = meanings_of(section.__class__)
-    for item in fields(section):
-        value = getattr(section, item.name)
-        if is_dataclass(value):
-            yield from _settings(value, f"{prefix}.{item.name}")
-        else:
-            means = meanings.get(item.name, "").partition(". ")[0]
-            yield f"{prefix}.{item.name}", {"value": plain_of(value), "means": means}
-
-
-@cache
-def meanings_of(kind: type[Any]) -> dict[str, str]:
-    """Return field → its meaning in `setting(…)`, or its docstring in the source of a dataclass and its bases."""
-    found: dict[str, str] = {}
-    for each in reversed(kind.__mro__[:-1]):
-        body = ast.parse(inspect.getsource(each)).body[0]
-        assert isinstance(body, ast.ClassDef)
-        for item, text in itertools.pairwise(body.body):
-            if isinstance(item, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                found[ast.unparse(item.target)] = " ".join(str(text.value.value).split())
-    return {**found, **{item.name: said for item in fields(kind) if (said := item.metadata.get("meaning"))}}
 
 
 _COLOURS = {"done": "fill:#cde8d5", "waiting": "fill:#fdecc8", "maybe": "fill:#e3e7f7"}

@@ -148,11 +148,7 @@ def _report(options: Namespace) -> int:
 
 
 def _report_of(store: Store, name: str) -> RunReport:
-    """Return the report of a run, or of an artifact with all that it was made from.
-
-    Raises:
-        StoreError: nothing, or more than one thing, has this name.
-    """
+    """Return the report of a run, or of an artifact with all that it was made from."""
     from mlxchat.report.collect import collect, collect_steps, entries_of_artifacts, latest_run
 
     if name == LATEST and not latest(store):

@@ -85,11 +85,7 @@ def _no_verb(word: str, others: list[str]) -> ConfigError:
 
 
 def _run_with_hydra(options: Namespace) -> None:
-    """Let Hydra print the configuration or information about it; mistakes in settings are refused as in a run.
-
-    Raises:
-        ConfigError: the configuration is invalid.
-    """
+    """Let Hydra print the configuration or information about it; mistakes in settings are refused as in a run."""
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException

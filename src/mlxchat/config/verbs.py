@@ -8,7 +8,6 @@ from collections.abc import Sequence
 VERBS = {
     "run": ("run:run", "run the pipeline, or what `stage=` selects; this is what plain `mlxchat` does"),
     "plan": ("plan:plan", "show what would run, and why (--graph draws the pipeline)"),
-    "explain": ("plan:explain", "show a stage's or step's purpose, inputs, outputs and settings: explain sft"),
     "status": ("inspect:status", "show steps that are running, failed, unfinished and done"),
     "ls": ("inspect:ls", "list the artifacts: all, or of a stage, a step or a run"),
     "show": ("inspect:show", "show everything about an artifact, its examples or samples"),

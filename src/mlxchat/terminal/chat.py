@@ -33,7 +33,14 @@ COMMANDS = {
     "/help": ("", "show this help"),
     "/quit": ("", "leave"),
 }
-_SHORT = {"/reset": "/clear", "/temp": "/temperature", "/exit": "/quit"}
+# Command → the field of `Chat` that it sets, its type, smallest and largest value.
+_NUMBERS: dict[str, tuple[str, type[float], float, float]] = {
+    "/temperature": ("temperature", float, 0, 10),
+    "/topk": ("top_k", int, 0, 1 << 20),
+    "/topp": ("top_p", float, 1e-6, 1),
+    "/tokens": ("max_tokens", int, 1, 1 << 20),
+    "/seed": ("seed", int, 0, 1 << 62),
+}
 
 
 @dataclass
@@ -119,7 +126,7 @@ class Chat:
                     self.ask(text)
                 except (ConfigError, DataError, StoreError) as error:
                     print(error, file=sys.stderr)
-            elif _SHORT.get(text, text) == "/quit":
+            elif text == "/quit":
                 return
             elif text == "/edit" and (asked := self.last_question()) is not None:
                 changed = reader(asked)
@@ -132,16 +139,25 @@ class Chat:
     def obey(self, command: str) -> str:
         """Run a slash command; return its message."""
         name, _, value = command.partition(" ")
-        name, value = _SHORT.get(name, name), value.strip()
         if name not in COMMANDS:
             return f"there is no {name}.{suggest(name, COMMANDS)} /help lists the commands"
-        act: Callable[[str], str] = getattr(self, f"_do_{name[1:]}")
         try:
-            return act(value)
+            if name in _NUMBERS:
+                return self._set(name, value)
+            act: Callable[[str], str] = getattr(self, f"_do_{name[1:]}")
+            return act(value.strip())
         except ValueError:
             return f'"{command}": expected {name} {COMMANDS[name][0]}; {COMMANDS[name][1]}'
         except (ConfigError, DataError) as error:
             return str(error)
+
+    def _set(self, name: str, value: str) -> str:
+        field_name, kind, least, most = _NUMBERS[name]
+        number = kind(value)
+        if not least <= number <= most:
+            raise ValueError
+        setattr(self, field_name, None if name == "/topk" and not number else number)
+        return f"{name[1:]} {number:g}"
 
     def ask(self, text: str) -> None:
         """Print the answer to a question, or the continuation of a text, and add both to the conversation.
@@ -169,8 +185,8 @@ class Chat:
         if self._scheduler is None:
             self._scheduler = self.engine.scheduler(max_rows=1)
         scheduler = self._scheduler
-        self.seed += 1
         sampling = Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
+        self.seed += 1
         request = Request(
             prompt=prompt, max_new_tokens=self.max_tokens, sampling=sampling, reuse=True,
             skip_blank=isinstance(self.engine, ThirdPartyEngine) and not self.continues,
@@ -205,11 +221,7 @@ class Chat:
         return [self.engine.tokenizer.bos, *ids[-most:]]
 
     def _fitting(self, question: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return the latest turns and a question, with room for an answer; print to stderr what is dropped.
-
-        Raises:
-            ConfigError: the system prompt leaves no room for a question.
-        """
+        """Return the latest turns and a question, with room for an answer; print to stderr what is dropped."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         turns, room = self.messages, self._room()
         while turns and len(self.engine.render([*system, *turns, question])) > room:
@@ -249,27 +261,6 @@ class Chat:
             return f"{self.name} continues text and knows no system prompt"
         self.system = text or None
         return f"system prompt: {text}" if text else "no system prompt"
-
-    def _do_temperature(self, value: str) -> str:
-        self.temperature = _within(float(value), 0, 10)
-        return f"temperature {self.temperature:g}"
-
-    def _do_topk(self, value: str) -> str:
-        self.top_k = int(_within(int(value), 0, 1 << 20)) or None
-        return f"top-k {self.top_k or 'off'}"
-
-    def _do_topp(self, value: str) -> str:
-        share = _within(float(value), 1e-6, 1)
-        self.top_p = None if share == 1 else share
-        return f"top-p {share:g}"
-
-    def _do_tokens(self, value: str) -> str:
-        self.max_tokens = int(_within(int(value), 1, 1 << 20))
-        return f"at most {self.max_tokens} tokens per answer"
-
-    def _do_seed(self, value: str) -> str:
-        self.seed = int(_within(int(value), 0, 1 << 62)) - 1
-        return f"seed {value}"
 
     def _do_help(self, _: str) -> str:
         lines = [f"  {f'{name} {argument}':<18} {does}" for name, (argument, does) in COMMANDS.items()]
@@ -316,9 +307,3 @@ class Shown:
             self.kind, self._call = kind, ""
         self._call += text
         yield text, kind != "text"
-
-
-def _within(value: float, least: float, most: float) -> float:
-    if not least <= value <= most:
-        raise ValueError
-    return value
