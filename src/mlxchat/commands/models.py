@@ -94,7 +94,7 @@ def _check_export(options: Namespace) -> None:
     name, *rest = options.names
     known = ", ".join(FORMATS)
     if options.to is None:
-        raise ConfigError(f"expected --to {known}. To copy artifacts: mlxchat push {name} PLACE")
+        raise ConfigError(f"expected --to {known}. To copy artifacts: mlxchat push {name} {next(iter(rest), 'PLACE')}")
     if options.to not in FORMATS:
         raise ConfigError(f"--to {options.to} is not supported, expected {known}.{suggest(options.to, FORMATS)}")
     if not rest and not options.hub:
