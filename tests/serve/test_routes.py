@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import TypeAdapter
+
+from mlxchat.serve import answers
 
 CHAT = "/v1/chat/completions"
 QUESTION = {"messages": [{"role": "user", "content": "the cat"}], "temperature": 0.0, "max_tokens": 8}
@@ -125,3 +128,28 @@ def test_files_and_text_are_processed_outside_the_event_loop(start, monkeypatch)
     names = {"read_catalog", "read_manifest", "render", "encode", "load", "message", "text_logprobs"}
     assert threads.keys() == names
     assert [name for name, used in threads.items() if loop in used] == []
+
+
+def test_description_says_what_is_answered(server):
+    """Bug: bodies and answers were described as {}, so a generated client learnt nothing."""
+    described = server.client.get("/openapi.json").json()["paths"]
+
+    def check(response: Any, path: str) -> None:
+        method, _, path = path.partition(" ")
+        status = str(response.status_code) if response.is_success else "4XX"
+        schema = described[path][method]["responses"][status]["content"]["application/json"]["schema"]
+        answer: Any = TypeAdapter(getattr(answers, schema["$ref"].rpartition("/")[2]))
+        assert answer.validate_python(response.json(), strict=True) == response.json(), "no other fields"
+
+    check(server.chat(logprobs=True, top_logprobs=2, truncation="auto"), f"post {CHAT}")
+    text = {"prompt": "a", "max_tokens": 2, "logprobs": 1}
+    check(server.client.post("/v1/completions", json=text), "post /v1/completions")
+    models = server.client.get("/v1/models")
+    check(models, "get /v1/models")
+    check(server.client.get(f"/v1/models/{models.json()['data'][0]['id']}"), "get /v1/models/{name}")
+    for body in ({}, {"messages": []}, {**QUESTION, "temprature": 1}, {**QUESTION, "n": 0}):
+        refused = server.client.post(CHAT, json=body)
+        assert refused.status_code == 400
+        check(refused, f"post {CHAT}")
+    wrong = server.client.delete("/v1/models")
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "GET")

@@ -28,6 +28,16 @@ from starlette.types import Receive, Scope, Send
 
 from mlxchat import __version__
 from mlxchat.engine.batch import Request as EngineRequest
+from mlxchat.serve.answers import (
+    STREAM,
+    ChatCompletion,
+    ChatLogprobs,
+    Completion,
+    ModelEntry,
+    ModelList,
+    TextLogprobs,
+    answers,
+)
 from mlxchat.serve.choices import Choice, choices_of, usage_of
 from mlxchat.serve.models import Model, Models
 from mlxchat.serve.requests import (
@@ -132,15 +142,15 @@ def openai_routes(service: Service) -> APIRouter:
     routes = APIRouter(prefix="/v1")
 
     # Functions that are not async run in a thread, so reading files does not block the event loop.
-    @routes.get("/models", response_model=None)
+    @routes.get("/models", response_model=None, responses=answers(ModelList))
     def list_models() -> Response:
         return JsonAnswer({"object": "list", "data": service.models.entries()})
 
-    @routes.get("/models/{name:path}")
-    def show_model(name: str) -> Json:
-        return service.models.entry(name)
+    @routes.get("/models/{name:path}", response_model=None, responses=answers(ModelEntry))
+    def show_model(name: str) -> Response:
+        return JsonAnswer(service.models.entry(name))
 
-    @routes.post("/chat/completions", response_model=None)
+    @routes.post("/chat/completions", response_model=None, responses=answers(ChatCompletion, STREAM))
     async def chat(body: ChatRequest, request: Request) -> Response:
         model, prompt, requests = await run_in_threadpool(prepare_chat, service, body)
         answer = service.worker.submit(model, requests)
@@ -155,7 +165,7 @@ def openai_routes(service: Service) -> APIRouter:
 
         return await run_in_threadpool(_whole_answer, answer, choices, head, body.n, describe, own)
 
-    @routes.post("/completions", response_model=None)
+    @routes.post("/completions", response_model=None, responses=answers(Completion, STREAM))
     async def complete(body: TextRequest, request: Request) -> Response:
         model, requests = await run_in_threadpool(_prepare_text, service, body)
         answer = service.worker.submit(model, requests)
@@ -225,7 +235,7 @@ async def _chat_chunks(answer: Answer, head: Json, body: ChatRequest, own: Json)
     choices = choices_of(answer)
     usage = _usage_field(body)
 
-    def chunk(index: int, delta: Json, reason: str | None = None, logprobs: Json | None = None) -> Json:
+    def chunk(index: int, delta: Json, reason: str | None = None, logprobs: ChatLogprobs | None = None) -> Json:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return {**head, "choices": [choice], **usage}
 
@@ -252,7 +262,7 @@ async def _text_chunks(answer: Answer, head: Json, body: TextRequest) -> AsyncIt
     choices = choices_of(answer)
     usage = _usage_field(body)
 
-    def chunk(index: int, text: str, reason: str | None = None, logprobs: Json | None = None) -> Json:
+    def chunk(index: int, text: str, reason: str | None = None, logprobs: TextLogprobs | None = None) -> Json:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
         return {**head, "choices": [choice], **usage}
 

@@ -5,12 +5,21 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from mlxchat.engine.batch import Event
 from mlxchat.engine.generate import content_of
 from mlxchat.engine.third_party import AnyTokenizer
 from mlxchat.engine.tools import Kind
+from mlxchat.serve.answers import (
+    AnswerMessage,
+    ChatLogprob,
+    ChatLogprobs,
+    Part,
+    TextLogprobs,
+    Usage,
+    Valued,
+)
 from mlxchat.serve.worker import Answer
 
 Json = dict[str, Any]
@@ -61,20 +70,22 @@ class Choice:
         """The whole text, including tool calls and their results."""
         return "".join(text for _, text in self.texts)
 
-    def message(self) -> Json:
+    def message(self) -> AnswerMessage:
         """Return the assistant's message; with `parts` if it used a tool."""
         parts = content_of(self.texts)
-        own = {"parts": parts} if any(part["type"] != "text" for part in parts) else {}
-        return {"role": "assistant", "content": self.text, "refusal": None, **own}
+        message: AnswerMessage = {"role": "assistant", "content": self.text, "refusal": None}
+        if any(part["type"] != "text" for part in parts):
+            message["parts"] = cast(list[Part], parts)
+        return message
 
-    def chat_logprobs(self, found: list[Scored]) -> Json | None:
+    def chat_logprobs(self, found: list[Scored]) -> ChatLogprobs | None:
         """Return the log-probabilities of the text tokens among `events` or `newest`."""
         entries = [
             self._chat_entry(each) for each, kind, _ in found if kind == "text" and not self._is_special(each.token)
         ]
         return {"content": entries, "refusal": None} if entries else None
 
-    def text_logprobs(self, found: list[Scored]) -> Json | None:
+    def text_logprobs(self, found: list[Scored]) -> TextLogprobs | None:
         """Return log-probabilities in the form of text completions, including tool calls and the end token.
 
         `text_offset` is each token's offset in the choice's whole text, in characters, also in a stream's chunks.
@@ -101,11 +112,11 @@ class Choice:
     def _is_special(self, token: int | None) -> bool:
         return token in self.tokenizer.special_ids.values()
 
-    def _chat_entry(self, event: Event) -> Json:
+    def _chat_entry(self, event: Event) -> ChatLogprob:
         top = [self._valued(id_, value) for id_, value in event.top_logprobs or ()]
         return {**self._valued(event.token, event.logprob), "top_logprobs": top}
 
-    def _valued(self, token: int | None, logprob: float | None) -> Json:
+    def _valued(self, token: int | None, logprob: float | None) -> Valued:
         data = b"" if token is None else self.tokenizer.decode_bytes([token])
         return {"token": self._token(token), "logprob": logprob, "bytes": list(data)}
 
@@ -129,7 +140,7 @@ def choices_of(answer: Answer) -> list[Choice]:
     return [Choice(answer.model.tokenizer) for _ in answer.requests]
 
 
-def usage_of(answer: Answer, choices: list[Choice], each: int) -> Json:
+def usage_of(answer: Answer, choices: list[Choice], each: int) -> Usage:
     """Return OpenAI's usage: a prompt counts once for its `each` choices; tokens forced by tools do not count."""
     prompt = sum(len(request.prompt) for request in answer.requests[::each])
     completion = sum(choice.num_sampled for choice in choices)

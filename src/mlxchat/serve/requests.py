@@ -59,7 +59,8 @@ class StreamOptions(BaseModel):
 class Generation(BaseModel):
     """Fields that all bodies share; None: the server's default. `refuse_unknown` checks all other fields."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    # Unknown fields are refused by `refuse_unknown`, except those of OpenAI's API that change no answer.
+    model_config = ConfigDict(extra="allow", strict=True, json_schema_extra={"additionalProperties": False})
 
     @model_validator(mode="before")
     @classmethod

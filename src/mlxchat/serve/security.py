@@ -10,7 +10,7 @@ import hmac
 import ipaddress
 import math
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,9 +82,9 @@ class Fault(Exception):
         kind = "server_error" if self.status >= 500 else _KINDS.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
+    def response(self, given: Mapping[str, str] | None = None) -> JSONResponse:
         """Return the HTTP response, with Retry-After if a retry may succeed and WWW-Authenticate with status 401."""
-        headers = {}
+        headers = dict(given or {})
         if self.retry_after is not None:
             headers["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
         if self.status == 401:
@@ -108,7 +108,7 @@ def add_fault_handlers(app: FastAPI) -> None:
         message = str(error.detail)
         if error.status_code == 404:
             message = f"there is nothing at {request.method} {request.url.path}"
-        return Fault(message, status=error.status_code).response()
+        return Fault(message, status=error.status_code).response(error.headers)
 
     async def unforeseen(_: Request, error: Exception) -> JSONResponse:
         return Fault(f"the server failed: {type(error).__name__}", status=500).response()
