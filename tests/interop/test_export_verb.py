@@ -155,13 +155,16 @@ def test_transformers_computes_our_logits_and_prompts(export, made, tmp_path):
     [
         (["jul", "--to", "hf", "OUT"], "value embeddings, residual scalars, the smear, the backout.*--to mlx"),
         (
-            ["oct", "--to", "gguf", "OUT"],
-            "--to gguf is not supported, expected hf, nanochat, mlx, mlx-adapter, peft\\.$",
+            ["oct", "--to", "onnx", "OUT"],
+            "--to onnx is not supported, expected hf, nanochat, mlx, gguf, mlx-adapter, peft\\.$",
         ),
         (["oct", "OUT"], r"To copy artifacts: mlxchat push oct \S+/out"),
         (["odd", "--to", "nanochat", "OUT"], r"rope_theta 5000\.0 instead of 10000\.0.*--to mlx or --to hf"),
         (["oct", "--to", "hf", "OUT", "--bits", "4"], "--bits requires --to mlx"),
-        (["oct", "--to", "nanochat", "OUT", "--dtype", "bfloat16"], "--dtype requires --to hf or --to mlx"),
+        (
+            ["oct", "--to", "nanochat", "OUT", "--dtype", "bfloat16"],
+            "--to nanochat has fixed types",
+        ),
         (["oct", "--to", "hf", "OUT", "--public"], "--public requires --hub"),
         (["oct", "--to", "hf", "OUT", "--hub", "nowhere"], "is no repository"),
     ],

@@ -32,6 +32,7 @@ _READERS = {
     "hf": "transformers' NanoChatForCausalLM",
     "nanochat": "nanochat's own files",
     "mlx": "mlx-lm",
+    "gguf": "llama.cpp, LM Studio and Ollama",
     "mlx-adapter": "mlx-lm, adapters without their base",
     "peft": "PEFT, adapters without their base",
 }
@@ -45,7 +46,8 @@ def export(parser: Parser) -> None:
     parser.description = "Write a model to PATH in another tool's format, with a model card."
     parser.add_argument("--to", metavar="FORMAT", help=", ".join(FORMATS))
     parser.add_argument("--bits", type=int, choices=(8, 4), help="quantise to this many bits (--to mlx)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="type of the other weights (--to hf, mlx)")
+    types = ("float32", "bfloat16", "f32", "f16", "bf16", "q8_0")
+    parser.add_argument("--dtype", choices=types, help="float32, bfloat16: of other weights (hf, mlx); others: gguf")
     parser.add_argument("--hub", metavar="REPO", help="upload it to this repository of the Hub; PATH is then optional")
     parser.add_argument("--public", action="store_true", help="with --hub: make the repository public")
     parser.add_argument("--license", metavar="ID", help="licence of the weights for the card: mit, apache-2.0, …")
@@ -123,6 +125,11 @@ def _write(store: Store, place: Path, checkpoint: Checkpoint, out: Path, options
         snapshot = exporting.write_nanochat(checkpoint, out)
         how = _nanochat_words(checkpoint, snapshot)
         notes.append(f"For nanochat's code of {how['snapshot']}.")
+    elif target == "gguf":
+        from mlxchat.interop.gguf import describe_differences, write_gguf
+
+        how = {"file": write_gguf(checkpoint, out, dtype=dtype or "f32")}
+        notes += describe_differences(checkpoint.tokenizer)
     elif target == "mlx":
         exporting.write_mlx(checkpoint, out, bits=bits, dtype=dtype)
         if own_code:

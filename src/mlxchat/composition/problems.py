@@ -134,7 +134,7 @@ def _corpus(config: Config) -> Iterator[str]:
     for path in corpus.paths:
         if Path(path).suffix not in SUFFIXES and not Path(path).is_dir():
             yield f"corpus.paths: {path} must be a folder or end in {', '.join(SUFFIXES)}"
-    yield from problems_of_vocabulary(config.tokenizer.source, config.tokenizer.vocab_size)
+    yield from problems_of_vocabulary(config.tokenizer.source, config.tokenizer.vocab_size, config.tokenizer.pattern)
 
 
 def _pretrain(config: Config) -> Iterator[str]:

@@ -30,8 +30,9 @@ def setting(default: Any, meaning: str = "", **metadata: Any) -> Any:
         default: the value, or a function or class without arguments that makes it.
         meaning: one line.
         metadata: accepted values are `at_least`, `at_most`, `above`, `below`, `one_of` (composition/problems.py);
-            `identity=False` keeps a setting that changes no result out of artifacts' ids; `pin` says how external data
-            that it names enters the key (config/pins.py); `artifact` names the role of an artifact that it names.
+            `identity=False` keeps a setting that changes no result out of artifacts' ids, `since_default` one that has
+            this value; `pin` says how external data that it names enters the key (config/pins.py); `artifact` names the
+            role of an artifact that it names.
     """
     metadata["meaning"] = meaning
     if callable(default):
@@ -170,6 +171,8 @@ class TokenizerConfig:
     file, a tokenizer.json of Hugging Face (byte-level BPE), nanochat's tokenizer.pkl, or a tokenizer's folder. The
     9 special tokens are appended to it."""
     vocab_size: int = setting(65536, "Number of tokens, including the 9 special ones, of a trained vocabulary.")
+    pattern: str = setting("nanochat", one_of=("nanochat", "gpt4"), since_default="nanochat")
+    """How text is split before merging: nanochat (digits in pairs), or gpt4 (in threes), as llama.cpp splits it."""
     max_chars: int = setting(2000000000, "Characters of text to train on.", at_least=1)
     document_chars: int = setting(10000, "Characters of each document to train on, at most.", at_least=1)
 

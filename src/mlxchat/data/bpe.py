@@ -23,7 +23,7 @@ from mlxchat.config.schema import TokenizerConfig
 from mlxchat.config.wording import format_count
 from mlxchat.data.sources import LISTING, Corpus
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.data.vocabulary import SPECIAL_TOKENS, SPLIT_PATTERN
+from mlxchat.data.vocabulary import PATTERNS, SPECIAL_TOKENS, SPLIT_PATTERN
 from mlxchat.errors import DataError, StepFailed
 from mlxchat.hub.cache import read_json
 from mlxchat.runner.context import Context
@@ -32,9 +32,9 @@ from mlxchat.runner.process import SIGNALS
 _LOOK_SECONDS = 0.1
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, pattern: str = SPLIT_PATTERN) -> Tokenizer:
     """Train on texts, most frequent pair first, until the vocabulary (special tokens included) is full."""
-    return _tokenizer_of(_learn(texts, vocab_size - len(SPECIAL_TOKENS)), vocab_size)
+    return _tokenizer_of(_learn(texts, vocab_size - len(SPECIAL_TOKENS), pattern), vocab_size, pattern)
 
 
 def train_on_corpus(ctx: Context, corpus: Path, config: TokenizerConfig) -> Tokenizer:
@@ -68,23 +68,23 @@ def train_on_corpus(ctx: Context, corpus: Path, config: TokenizerConfig) -> Toke
         raise found
     ctx.metrics["trained_chars"] = chars.value
     ctx.metrics["chars_per_second"] = chars.value / max(1e-9, time.monotonic() - began)
-    return _tokenizer_of(found, config.vocab_size)
+    return _tokenizer_of(found, config.vocab_size, PATTERNS[config.pattern])
 
 
-def _tokenizer_of(ranks: dict[bytes, int], vocab_size: int) -> Tokenizer:
+def _tokenizer_of(ranks: dict[bytes, int], vocab_size: int, pattern: str) -> Tokenizer:
     found = len(ranks) + len(SPECIAL_TOKENS)
     if found < vocab_size:
         raise DataError(
             f"tokenizer.vocab_size is {vocab_size}, but the corpus yields only {found} tokens. Lower it, or give more "
             "text."
         )
-    return Tokenizer(ranks)
+    return Tokenizer(ranks, pattern)
 
 
-def _learn(texts: Iterable[str], num_tokens: int) -> dict[bytes, int]:
+def _learn(texts: Iterable[str], num_tokens: int, pattern: str) -> dict[bytes, int]:
     """Return token → id of at most `num_tokens` tokens, the 256 bytes included."""
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(iter(texts), num_tokens, pattern=SPLIT_PATTERN)
+    trainer.train_from_iterator(iter(texts), num_tokens, pattern=pattern)
     return {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
 
 
@@ -104,7 +104,7 @@ def _train(corpus: Path, config: TokenizerConfig, ahead_chars: float | None, cha
                 return
 
     try:
-        results.put(_learn(texts(), config.vocab_size - len(SPECIAL_TOKENS)))
+        results.put(_learn(texts(), config.vocab_size - len(SPECIAL_TOKENS), PATTERNS[config.pattern]))
     except Exception as error:
         results.put(error)
 

@@ -38,7 +38,7 @@ FILES = (RANKS_FILE, HF_FILE, CONFIG_FILE, "token_bytes.safetensors")
 _PART_CHARS = 50_000
 Ids = np.ndarray[Any, np.dtype[np.uint32]]
 
-_CHAT_TEMPLATE = """{{- '<|bos|>' -}}
+CHAT_TEMPLATE = """{{- '<|bos|>' -}}
 {%- set ns = namespace(system='') -%}
 {%- for message in messages -%}
 {%- if message['role'] == 'system' -%}{%- set ns.system = message['content'] + '\\n\\n' -%}
@@ -127,7 +127,7 @@ class Tokenizer:
             "pad_token": "<|assistant_end|>",
             "additional_special_tokens": list(SPECIAL_TOKENS),
             "clean_up_tokenization_spaces": False,
-            "chat_template": _CHAT_TEMPLATE,
+            "chat_template": CHAT_TEMPLATE,
         }
         if self.pattern != SPLIT_PATTERN:
             config[PATTERN_KEY] = self.pattern
@@ -139,8 +139,8 @@ class Tokenizer:
         """Read a tokenizer from a tokenizer or checkpoint artifact; raises DataError if it is damaged."""
         return cls(read_ranks(folder / RANKS_FILE), read_pattern(folder))
 
-    def _to_hf(self) -> dict[str, Any]:
-        """Return the same tokenizer as a Hugging Face tokenizer.json: byte-level BPE with merges."""
+    def spelled(self) -> tuple[dict[str, int], list[list[str]]]:
+        """Return token → id and the merges, in letters for bytes as GPT-2's files have them."""
         letters = byte_letters()
 
         def spell(token: bytes) -> str:
@@ -148,6 +148,12 @@ class Tokenizer:
 
         tokens = self._ordered()
         merges = [split_token(token, self.ranks) for token in tokens if len(token) > 1]
+        vocabulary = {spell(token): self.ranks[token] for token in tokens}
+        return vocabulary, [[spell(left), spell(right)] for left, right in merges]
+
+    def _to_hf(self) -> dict[str, Any]:
+        """Return the same tokenizer as a Hugging Face tokenizer.json: byte-level BPE with merges."""
+        vocabulary, merges = self.spelled()
         special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         split = {"type": "Split", "pattern": {"Regex": hf_pattern_of(self.pattern)}}
         return {
@@ -174,8 +180,8 @@ class Tokenizer:
                 "fuse_unk": False,
                 "byte_fallback": False,
                 "ignore_merges": False,
-                "vocab": {spell(token): self.ranks[token] for token in tokens},
-                "merges": [[spell(left), spell(right)] for left, right in merges],
+                "vocab": vocabulary,
+                "merges": merges,
             },
         }
 

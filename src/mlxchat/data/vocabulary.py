@@ -44,6 +44,8 @@ GPT4_PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"""
     r"""|\s+(?!\S)|\s"""
 )
+PATTERNS = {"nanochat": SPLIT_PATTERN, "gpt4": GPT4_PATTERN}
+"""Values of tokenizer.pattern."""
 RANKS_FILE = "ranks.tiktoken"
 CONFIG_FILE = "tokenizer_config.json"
 HF_FILE = "tokenizer.json"
@@ -123,12 +125,14 @@ def pins_of(config: TokenizerConfig, hash_of: Callable[[Path], str]) -> dict[str
     return {f"file tokenizer.source.{n} ({file.suffix})": hash_of(file) for n, file in enumerate(files)}
 
 
-def problems_of_vocabulary(source: str, vocab_size: int) -> list[str]:
-    """Return a message for each problem of tokenizer.source and tokenizer.vocab_size."""
+def problems_of_vocabulary(source: str, vocab_size: int, pattern: str) -> list[str]:
+    """Return a message for each problem of tokenizer.source, vocab_size and pattern."""
     least = 256 + len(SPECIAL_TOKENS)
     if source == "train":
         text = f"expected at least {least}: 256 bytes and {len(SPECIAL_TOKENS)} special tokens"
         return [f"tokenizer.vocab_size is {vocab_size}, {text}"] if vocab_size < least else []
+    if pattern != "nanochat":
+        return [f"tokenizer.pattern={pattern} is for tokenizer.source=train: {source} has its own pattern"]
     try:
         vocab_size_of(source)
     except DataError as error:

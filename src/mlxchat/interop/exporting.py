@@ -1,4 +1,4 @@
-"""Exports checkpoints for transformers, nanochat, mlx-lm and PEFT.
+"""Exports checkpoints for transformers, nanochat, mlx-lm and PEFT; `gguf` for llama.cpp.
 
 Tensors are renamed (`names`) and rounded only on request. A tensor that was imported as bfloat16, or nanochat's
 embedding if bfloat16 represents it exactly, is written as bfloat16, so a round trip is bit-exact.
@@ -20,6 +20,7 @@ import numpy as np
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.vocabulary import CONFIG_FILE, HF_FILE
 from mlxchat.errors import ConfigError
+from mlxchat.interop.gguf import TYPES, check_gguf
 from mlxchat.interop.names import (
     COMPILED_PREFIX,
     HF_ARCHITECTURE,
@@ -116,8 +117,10 @@ def check_export(checkpoint: Checkpoint, target: str, *, bits: int | None, dtype
         raise ConfigError("adapters are written in float32; --bits and --dtype require --to mlx")
     if bits is not None and target != "mlx":
         raise ConfigError(f"--bits requires --to mlx, not {target}")
-    if dtype is not None and target == "nanochat":
-        raise ConfigError("--dtype requires --to hf or --to mlx; nanochat's files have fixed types")
+    types = {"gguf": TYPES, "hf": ("float32", "bfloat16"), "mlx": ("float32", "bfloat16")}.get(target, ())
+    if dtype is not None and dtype not in types:
+        expected = f"expected {', '.join(types)} with --to {target}" if types else f"--to {target} has fixed types"
+        raise ConfigError(f"--dtype is {dtype}; {expected}")
     if bits is not None and checkpoint.sizes.width % _GROUP_NUMBERS[-1]:
         raise ConfigError(f"--bits needs a width that is a multiple of 32, got {checkpoint.sizes.width}")
     if target in ("hf", "peft"):
@@ -126,6 +129,8 @@ def check_export(checkpoint: Checkpoint, target: str, *, bits: int | None, dtype
         check_peft(read_adapters(checkpoint.folder, checkpoint.sizes)[0], checkpoint.folder.name)
     if target == "nanochat":
         nanochat_snapshot(checkpoint.sizes)
+    if target == "gguf":
+        check_gguf(checkpoint.sizes)
 
 
 def check_computation(checkpoint: Checkpoint) -> None:

@@ -70,6 +70,14 @@ _HOW: dict[str, str] = {
     # mlx-lm
     mlx_lm.generate --model FOLDER{trust} --prompt "Why is the sky blue?"
     mlx_lm.server --model FOLDER{trust}""",
+    "gguf": """\
+    # llama.cpp
+    llama-server -m FOLDER/{file} --jinja
+    llama-cli -m FOLDER/{file} --jinja -p "Why is the sky blue?"
+
+    # Ollama
+    ollama create NAME -f FOLDER/Modelfile
+    ollama run NAME""",
     "mlx-adapter": """\
     # mlx-lm; BASE is a folder with the weights below them
     mlx_lm.generate --model BASE{trust} --adapter-path FOLDER --prompt "Why is the sky blue?"
@@ -117,7 +125,7 @@ def render_card(
         _fenced(_instructions(target, chats, how, repository)),
         _TOKENS_OF_CHAT if chats else _TOKENS_OF_TEXT,
     ]  # fmt: skip
-    is_without_calculator = chats and target in ("hf", "mlx", "mlx-adapter")
+    is_without_calculator = chats and target in ("hf", "mlx", "mlx-adapter", "gguf")
     if is_without_calculator:
         parts.append(
             "The model writes calls such as `<|python_start|>12+7<|python_end|>` and continues from their result. "
@@ -149,8 +157,7 @@ def _front_matter(
     """Return the YAML front matter; values are JSON, so that no text can break out of it."""
     from huggingface_hub import ModelCardData
 
-    libraries = {"hf": "transformers", "mlx": "mlx", "mlx-adapter": "mlx", "nanochat": "nanochat", "peft": "peft"}
-    library = libraries[target]
+    library = {"hf": "transformers", "mlx-adapter": "mlx"}.get(target, target)
     externals = [
         (step, item) for step in report.steps for item in map(mapping, sequence(step.manifest.get("externals")))
     ]
