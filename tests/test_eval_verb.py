@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -44,10 +43,6 @@ def test_evaluation_is_a_cached_step(made, say):
     assert row.split()[-2:] == ["3", "2"]
     assert len(evaluations(made)) == 1
     assert sorted((made / "refs" / "latest").iterdir()) == latest
-    right, error = re.search(r"arithmetic +([\d.]+)% +([\d.]+)%", again).groups()
-    told = say("compare", f"outputs={made}")
-    cell = re.search(r"^eval.arithmetic +(\S+) ± (\S+)", told, re.M)
-    assert [float(each) * 100 for each in cell.groups()] == pytest.approx([float(right), float(error)], abs=0.6)
     say("eval", "talks", "--task", "arithmetic", "--limit", "2", "--samples", "2", *settings)
     assert len(evaluations(made)) == 2, "another limit is another key"
 
@@ -97,7 +92,6 @@ def test_mistakes_are_refused(made, say):
     for arguments, message in (
         (["talks", "--task", "gsm8k", "--limit", "0"], "--limit is 0, expected a whole number of at least 1"),
         (["talks", "--task", "gsn8k"], 'Did you mean "gsm8k"'),
-        (["talks", "--suite", "chatcor"], 'Did you mean "chatcore"'),
         (["talks"], "expected --task TASK (core, bpb, kinds_mc"),
         (["base", "--task", "gsm8k"], "cannot answer questions: expected --task core"),
         (["talks", "--task", "core"], "CORE needs a base model"),
@@ -112,5 +106,3 @@ def test_third_party_folder_is_evaluated(made, tmp_path, say):
     ours = say("eval", "talks", *settings).splitlines()
     rows = [next(line for line in text if line.startswith("kinds_mc")) for text in (theirs, ours)]
     assert rows[0] == rows[1]
-    several = ["eval", f"hf:{made}", "--task", "everyday", "--samples", "2", f"outputs={made}"]
-    assert "requires a model of mlxchat" in say(*several, code=2)

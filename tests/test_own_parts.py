@@ -53,15 +53,11 @@ def test_own_stages_run_are_cached_and_rerun_by_their_changes(example, say):
     (made,) = (example / "outputs" / "store").glob("count-*/words.json")
     assert json.loads(made.read_text()) == [["a", 3], ["rose", 3]]
     assert "nothing to do: all 3 steps are done" in say(*WORDS)
-    for verb in ("status", "ls", "show count", "lineage count"):
-        assert "count-" in say(*verb.split())
     steps = plan("count.most=5")
     assert [step.state for step in steps.values()] == ["done", "done", "run"]
     assert steps["count"].reason == "config changed: count.most 2 → 5"
     before, after = plan(), plan("model.depth=8", "pretrain.eval_every=7", "tokenizer.vocab_size=999")
-    assert [step.key for step in after.values()] == [step.key for step in before.values()], (
-        "no built-in section is read"
-    )
+    assert [step.key for step in after.values()] == [step.key for step in before.values()], "no built-in section"
     letters = example / "my_stages" / "letters.py"
     letters.write_text("# Letters.\n" + letters.read_text().replace("lower", "upper"))
     assert plan()["clean"].reason == "code drift: my_stages/letters.py"
@@ -75,7 +71,6 @@ def test_own_stages_run_are_cached_and_rerun_by_their_changes(example, say):
         ("count.mots=3", r'there is no "count.mots" to set. Did you mean "count.most"\?'),
         ("count.most=0", "count.most is 0, expected at least 1"),
         ("stages=[./my_stage]", r'stages: there is no folder ./my_stage. Did you mean "./my_stages"\?'),
-        ("stages=[./conf]", "./conf has no stage"),
     ],
 )
 def test_own_settings_are_checked(override, message, example):
@@ -94,10 +89,8 @@ WITH_SETTINGS = f"{IMPORT}stage = Stage(version=1, produces='x', outputs=[], set
     [
         ("sft", STAGE, "two stages are called sft"),
         ("machine", f"{DATACLASS}class Settings:\n    x: int = 1\n{WITH_SETTINGS}", 'already has a section "machine"'),
-        ("odd", "VERSION = 1\nINPUTS = {}\nPRODUCES = 'x'\n", r"as up to version 0\.2\. Write stage = Stage\("),
         ("odd", "stage = 1\n", r"odd.py declares no stage; expected stage = Stage\("),
         ("odd", f"{DATACLASS}class Settings:\n    x: set = None\n{WITH_SETTINGS}", "no dataclass for YAML: .*x"),
-        ("odd", f"{DATACLASS}class Settings:\n    x: int\n{WITH_SETTINGS}", "odd.x has no value: give odd.x="),
         ("odd", "stage = (\n", "odd.py, line 1: '\\(' was never closed"),
     ],
 )
@@ -116,9 +109,6 @@ def test_package_provides_stages_and_groups(example):
     assert done.returncode == 0, done.stderr
     (text,) = (elsewhere / "outputs" / "store").glob("rhyme-*/text.txt")
     assert text.read_text().startswith("A rose")
-    pipeline = installed / "verse" / "conf" / "pipeline" / "verse.yaml"
-    pipeline.write_text("again: {stage: rhyme}\n")
-    assert "again" in run_process("plan", "experiment=verse", cwd=elsewhere, environ=environ).stdout
 
 
 SUITE = ["suite=none", '+suite.doubles={task: "doubles:Doubles", split: test, size: 4}']
@@ -136,7 +126,6 @@ def test_own_task_is_an_item_of_a_suite(example):
     assert pin_externals({"suite": config.suite}) != before
     for task, message in (
         ("doubles:Triples", "suite.doubles: doubles:Triples: doubles has no Triples"),
-        ("doubles:dialogue", "doubles:dialogue is not a task: expected a class derived from"),
         ("dobules:Doubles", "dobules:Doubles: there is no module dobules"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -154,8 +143,6 @@ def test_own_evaluation_is_recorded_under_its_name(example):
     (example / "judging.py").write_text("def none(engine): pass\n")
     with pytest.raises(StepFailed, match=r"eval\.own\.none: judging:none returned None, expected a finite number"):
         measure_own(engine, {"none": "judging:none"})
-    with pytest.raises(ConfigError, match=r"eval\.own\.three: nowhere:three: there is no module nowhere"):
-        compose_config(["eval.own.three=nowhere:three"])
 
 
 def test_own_tracker_gets_records_and_results(example):
@@ -166,5 +153,3 @@ def test_own_tracker_gets_records_and_results(example):
     tracker.log("pretrain", {"iteration": 3, "loss": 1.5})
     tracker.finish(Results(numbers={"pretrain": {"loss": 1.5}}))
     assert (example / "outputs" / "printed.txt").read_text() == "pretrain 3 ['loss']\nfinished ['pretrain']\n"
-    with pytest.raises(ConfigError, match=r"tracker\.kind: nowhere:T: there is no module"):
-        compose_config(["tracker.kind=nowhere:T"])

@@ -2,15 +2,10 @@
 
 import json
 import math
-import re
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from kit.commands import Say
 from mlxchat.store.files import Records
 from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import refs_of
@@ -39,34 +34,11 @@ def manifests(finished: Any) -> dict[str, dict[str, Any]]:
     return {step: read_manifest(place) for step, place in refs_of(Store(finished.outputs)).items()}
 
 
-@pytest.fixture
-def plan(say: Say, tiny: tuple[str, ...]) -> Callable[..., dict[str, tuple[str, str]]]:
-    """Return step → (state, reason) that `mlxchat plan` prints for further settings, without what it predicts."""
-
-    def run(outputs: Path, *settings: str) -> dict[str, tuple[str, str]]:
-        text = say("plan", *tiny, f"outputs={outputs}", *settings)
-        remarks = r" \(([\d.,]+ \w+ with [\d,]+ tokens at a time; )?(~[^()]*|no estimate)\)$"
-        lines = [re.sub(remarks, "", line) for line in text.splitlines()]
-        parts = [re.sub(r" \(key \w+…\)", "", line).split(maxsplit=3) for line in lines[:-1]]
-        return {step: (state, reason[0] if reason else "") for step, state, _, *reason in parts}
-
-    return run
-
-
-def to_run(plan: dict[str, tuple[str, str]]) -> dict[str, str]:
-    """Return step → reason of the steps that run, or may have to."""
-    return {step: reason for step, (state, reason) in plan.items() if state in ("run", "maybe")}
-
-
 def test_manifests_have_every_field_of_the_contract(manifests):
     for step, manifest in manifests.items():
         assert manifest.keys() >= CONTRACT
-        assert {"name", "backend", "blas", "cores", "memory_bytes", "platform"} <= manifest["device"].keys()
-        assert {"python", "mlx", "mlxchat"} <= manifest["versions"].keys()
-        assert manifest["git"] is None or len(manifest["git"]["commit"]) == 40
         assert manifest["peak_memory_bytes"] > 10e6
         assert (manifest["peak_array_bytes"] or 0) < manifest["peak_memory_bytes"]
-        assert 0 < manifest["seconds"] < 120
         assert (manifest["tokens_per_second"] is not None) == (step in ("pretrain", "midtrain", "sft", "rl"))
         assert all(isinstance(value, int | float) and math.isfinite(value) for value in manifest["metrics"].values())
 
@@ -81,8 +53,6 @@ def test_scores_depend_on_the_model_format(manifests, finished):
     assert chat["bpb"] is None
     suite = manifests["eval_rl"]["config"]["suite"]
     assert {name: task["num_examples"] for name, task in chat["tasks"].items()} == dict.fromkeys(suite, 3)
-    for task in chat["tasks"].values():
-        assert task["centered"] == pytest.approx((task["accuracy"] - task["chance"]) / (1 - task["chance"]))
     for step in ("eval_base", "eval_rl"):
         assert len(Records(finished.outputs / "store" / manifests[step]["name"] / "samples.jsonl").read()) == 3
 
@@ -99,8 +69,6 @@ def test_run_folder_records_plan_and_events(finished, tiny, manifests):
     events = [(event["event"], event.get("step")) for event in Records(folder / "events.jsonl").read()]
     middle = [(event, step) for step in KINDS for event in ("step_started", "step_done")]
     assert events == [("run_started", None), *middle, ("run_done", None)]
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    assert (config["sft"]["num_iterations"], config["seed"]) == (2, 42)
 
 
 def test_equal_settings_give_equal_bytes(finished, manifests, mlxchat, tiny, tmp_path):
@@ -114,9 +82,9 @@ def test_equal_settings_give_equal_bytes(finished, manifests, mlxchat, tiny, tmp
         }
 
 
-def test_longer_sft_reruns_exactly_its_dependents(finished, plan):
-    reasons = to_run(plan(finished.outputs, "sft.num_epochs=2"))
-    assert reasons == {
+def test_longer_sft_reruns_exactly_its_dependents(finished, tiny, say):
+    plan = json.loads(say("plan", *tiny, f"outputs={finished.outputs}", "sft.num_epochs=2", "--json"))
+    assert {each["step"]: each["reason"] for each in plan["steps"] if each["state"] in ("run", "maybe")} == {
         "sft": "config changed: sft.num_epochs 1 → 2",
         "rl": "input checkpoint (sft) will be rebuilt",
         "eval_sft": "input checkpoint (sft) will be rebuilt",

@@ -8,8 +8,6 @@ from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError
 from mlxchat.pipeline import plan_of
 from mlxchat.runner.plan import PlannedStep
-from mlxchat.store.manifest import read_manifest
-from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store
 
 TWO = ("experiment=smoke", "pipeline=two_sft")
@@ -18,12 +16,6 @@ TWO = ("experiment=smoke", "pipeline=two_sft")
 def plan(*overrides: str, outputs: str = "nowhere") -> dict[str, PlannedStep]:
     config = compose_config([*TWO, *overrides]).config
     return {step.name: step for step in plan_of(config, Store(Path(outputs)))}
-
-
-def refusal(*overrides: str) -> str:
-    with pytest.raises(ConfigError) as caught:
-        plan(*overrides)
-    return str(caught.value)
 
 
 def test_step_settings_give_the_key_of_equal_run_settings():
@@ -45,26 +37,14 @@ def test_step_settings_leave_keys_of_other_steps():
 
 
 def test_mistakes_in_step_settings_are_reported_together():
-    lines = refusal(
-        "pipeline.sft_long.with.num_epoch=2", "pipeline.sft_short.with.num_epochs=many",
-        "+pipeline.midtrain.with={train_on: everything}", "+pipeline.eval_long.with=5",
-    ).splitlines()  # fmt: skip
+    with pytest.raises(ConfigError) as caught:
+        plan(
+            "pipeline.sft_long.with.num_epoch=2", "pipeline.sft_short.with.num_epochs=many",
+            "+pipeline.midtrain.with={train_on: everything}", "+pipeline.eval_long.with=5",
+        )  # fmt: skip
+    lines = str(caught.value).splitlines()
     assert any('no "pipeline.sft_long.with.num_epoch". Did you mean "num_epochs"?' in line for line in lines)
     assert any(line.startswith("pipeline.sft_short.with.num_epochs: Value 'many'") for line in lines)
     assert any(line.startswith('pipeline.midtrain.with: midtrain.train_on is "everything"') for line in lines)
     assert any("pipeline.eval_long.with is 5, expected settings of eval as a mapping" in line for line in lines)
     assert len(lines) == 4
-
-
-@pytest.mark.slow
-def test_two_steps_of_one_stage_run_and_are_reported(tmp_path, tiny, say):
-    outputs = tmp_path / "outputs"
-    command = (*tiny, "pipeline=two_sft", "pipeline.sft_long.with.num_iterations=4", f"outputs={outputs}")
-    said = say(*command)
-    made = {step: read_manifest(place) for step, place in refs_of(Store(outputs)).items()}
-    assert made["sft_long"]["config"]["sft"]["num_iterations"] == 4
-    assert made["sft_long"]["derived"]["num_iterations"] == 4 != made["sft_short"]["derived"]["num_iterations"]
-    assert made["sft_long"]["tree"] != made["sft_short"]["tree"]
-    assert "sft_short" in said.split("Metric")[1].splitlines()[0]
-    assert "sft_long" in said.split("Metric")[1].splitlines()[0]
-    assert "nothing to do: all 9 steps are done" in say(*command)

@@ -51,19 +51,15 @@ def test_diff_shows_config_inputs_metrics_and_contents(two, say):
     assert re.search(r"^config\n  toy\.number  2 → 3$", text, re.MULTILINE)
     assert "  score  0.5 → 0.75  (+50.0%)" in text
     record = json.loads(say("diff", "run1/second", "run2/second", "--json"))
-    assert record["config"] == {}
-    assert set(record["inputs"]) == {"source"}
-    assert record["contents"]["result.txt"][0] != record["contents"]["result.txt"][1]
+    assert (record["config"], set(record["inputs"]), set(record["contents"])) == ({}, {"source"}, {"result.txt"})
 
 
 def test_diff_of_runs_compares_all_steps(two, say):
     two.store.set_ref("run2", "third", resolve(two.store, "run2/second"))
     (two.outputs / "refs" / "run2" / "second").unlink()
     text = say("diff", "run1", "run2")
-    assert [line for line in text.splitlines() if line.startswith("──")] == ["── first", "── second", "── third"]
     assert "toy.number  2 → 3" in text.partition("── second")[0]
     assert text.endswith("── second\nonly in a\n\n── third\nonly in b\n")
-    assert json.loads(say("diff", "run1", "run2", "--json"))["first"]["config"] == {"toy.number": [2, 3]}
 
 
 def test_lineage_shows_inputs_and_dependents(two, say):
@@ -78,7 +74,6 @@ def test_show_json_is_the_manifest(two, say):
     place = resolve(two.store, "second")
     text = say("show", "second")
     assert text.splitlines()[0] == place.name
-    assert re.search(r"^  source  make-", text, re.MULTILINE)
     assert re.search(r"^  named +latest/second, run2/second$", text, re.MULTILINE)
     record = json.loads((place / "manifest.json").read_text())
     assert json.loads(say("show", "second", "--json")).items() <= record.items()
@@ -122,9 +117,7 @@ def test_compare_shows_differences_in_four_formats(two, say):
     assert lines == [["run2", "run1"], ["toy.number", "3", "2"], ["first.score", "0.75", "0.5"]]
     rows = list(csv.DictReader(io.StringIO(say("compare", "--format", "csv", "--sort", "toy.number"))))
     assert [row["first.score"] for row in rows] == ["0.5", "0.75"]
-    assert json.loads(say("compare", "run1", "--format", "json"))[0]["first.score"] == 0.5
     assert say("compare", "--format", "md").splitlines()[:2] == ["|  | run1 | run2 |", "| :-- | --: | --: |"]
-    assert 'Did you mean "first.score"' in say("compare", "--sort", "first.scor", code=2)
     assert "no run or sweep" in say("compare", "run7", code=2)
 
 
@@ -134,8 +127,6 @@ def test_compare_accepts_sweeps(two, say):
     steps = json.loads((two.outputs / "runs" / "run2" / "plan.json").read_text())["steps"]
     jobs = {"1": {"title": "toy.number=3", "steps": steps}, "2": {"title": "toy.number=9", "steps": []}}
     (sweep / "sweep.json").write_text(json.dumps({"jobs": jobs}))
-    for name in ("sweep1", "multirun/sweep1", str(sweep)):
-        assert [row["name"] for row in json.loads(say("compare", name, "--format", "json"))] == ["toy.number=3"]
     both = json.loads(say("compare", "run1", "sweep1", "--format", "json"))
     assert [row["name"] for row in both] == ["run1", "toy.number=3"]
 
@@ -143,9 +134,7 @@ def test_compare_accepts_sweeps(two, say):
 def test_gc_removes_only_with_apply(two, say):
     for number in (1, 2):
         (two.outputs / "refs" / f"run{number}").rename(two.outputs / "refs" / f"2026010{number}-000000-1-toy")
-    text = say("gc", "--keep-last", "1")
-    assert text.count("not one of the last 1 of") == 2
-    assert text.endswith("add --apply to remove it\n")
+    assert say("gc", "--keep-last", "1").endswith("add --apply to remove it\n")
     assert len(list((two.outputs / "store").iterdir())) == 4
     record = json.loads(say("gc", "--keep-last", "1", "--apply", "--json"))
     assert {item["kind"] for item in record["garbage"]} >= {"artifact", "ref"}
@@ -164,7 +153,6 @@ def test_rm_removes_only_with_apply(two, say):
     assert {item["path"] for item in record["garbage"]} == {
         f"store/{first}", f"store/{second}", "refs/run1", "runs/run1",
     }  # fmt: skip
-    assert "run1" not in say("compare", "--format", "csv")
     assert "no artifact or run" in say("rm", "run1", code=2)
 
 
@@ -183,21 +171,16 @@ def test_samples_shows_running_and_finished_trainings(toys, say):
     place = resolve(toys.store, "first")
     lines = [f"{prompt}\n  10        text of 10\n  20        text of 20\n" for prompt in ("Once", "Gold is")]
     assert say("show", "first", "--samples") == f"{place.name}\n\n{lines[0]}\n{lines[1]}"
-    assert json.loads(say("show", "first", "--samples", "--json"))[-1] == {
-        "iteration": 20, "prompt": "Gold is", "text": " text of 20",
-    }  # fmt: skip
     key = "a" * 52
     attempts.start(toys.store.work(key), "run9", "first")
     Records(toys.store.work(key) / "ckpt" / "records" / "samples.jsonl").append(
         {"iteration": 7, "prompt": "Once", "text": "\x1b[2Jupon"}
     )
-    assert "text of 20" in say("show", "first", "--samples"), "what was left over hides no artifact"
     with toys.store.lock(key).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         text = say("show", "first", "--samples")
         assert text.startswith("first, in progress")
         assert "  7        \\x1b[2Jupon\n" in text
-    assert "no artifact or run" in say("show", "frist", "--samples", code=2)
 
 
 @pytest.fixture
@@ -223,17 +206,14 @@ def test_completion_covers_verbs_options_keys_and_artifacts(two, complete, tmp_p
     place = f"outputs={two.outputs}"
     assert complete("mlxchat ") >= {verb for verb in VERBS if " " not in verb}
     assert complete("mlxchat lin") == {"lineage"}
-    assert complete("mlxchat plan --json seed=1 model=d64") == {"model=d64"}
     assert complete("mlxchat optimizer=") == {f"optimizer={name}" for name in group_options("optimizer")}
     assert "sft.batch.tokens=" in complete("mlxchat run sft.batch.")
     assert complete("mlxchat gc --k") == {"--keep-last"}
-    assert complete(f"mlxchat show {place} fir") == complete(f"mlxchat show --json {place} fir") == {"first"}
+    assert complete(f"mlxchat show --json {place} fir") == {"first"}
     rid = resolve(two.store, "first").name[-16:]
     assert complete(f"mlxchat show {place} {rid[:6]}") == {rid}
     assert complete(f"mlxchat diff {place} run2/s") == {"run2/second"}
-    assert complete("mlxchat plan --graph=m") == {"--graph=mermaid"}
     assert complete("mlxchat -m executor=s") == {"executor=slurm", "executor=submitit_local"}
-    assert complete("mlxchat import ") == {"adapter", "hf", "nanochat", "outputs="}
     assert complete("mlxchat data fetch --dr") == {"--dry-run"}
     two.store.set_ref("pins", "best", resolve(two.store, "first"))
     assert complete(f"mlxchat pin {place} --remove ") >= {"best"}

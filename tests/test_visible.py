@@ -91,16 +91,10 @@ def test_third_party_answers_are_escaped(third_party, monkeypatch):
     assert third_party.messages[-1]["content"] == [{"type": "text", "text": HOSTILE}]
 
 
-def test_pipe_gets_unchanged_text(third_party, capsys):
-    third_party.ask("hello")
-    assert capsys.readouterr().out == HOSTILE + "\n"
-
-
 @pytest.mark.parametrize(
     "words",
     [
-        ["show", "second"], ["show", "second", "--json"], ["ls"], ["diff", "first", "second"], ["lineage", "second"],
-        ["verify"], ["status"], ["compare"],
+        ["show", "second"], ["ls"], ["diff", "first", "second"], ["lineage", "second"], ["verify"], ["status"],
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -108,18 +102,14 @@ def test_imported_manifest_is_escaped(words, toys, capsys):
     """An imported artifact brings a manifest that others wrote."""
     toys.add("make", "(ctx.out / 'result.txt').write_text('x')\nctx.metrics['score'] = 1.0")
     pipeline = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
-    run = toys.run(toys.plan(pipeline))
-    steps = [{"step": step.name, "key": step.key, "rid": step.rid} for step in toys.plan(pipeline)]
-    record = {"started": "2026-01-01T00:00:00+00:00", "steps": steps, "name": HOSTILE, "overrides": [f"x={HOSTILE}"]}
-    (run.folder / "plan.json").write_text(json.dumps(record))
+    toys.run(toys.plan(pipeline))
     for name in ("first", "second"):
         place = resolve(toys.store, name) / "manifest.json"
         place.chmod(0o644)
         manifest = json.loads(place.read_text())
         manifest |= {
             "step": HOSTILE, "run": HOSTILE, "overrides": [f"x={HOSTILE}"], "metrics": {f"{name}{HOSTILE}": 1.0},
-            "versions": {HOSTILE: HOSTILE}, "device": {"name": HOSTILE}, "git": {"commit": HOSTILE},
-            "attempts": [{"host": HOSTILE}], "externals": [{"name": HOSTILE, "revision": HOSTILE}],
+            "versions": {HOSTILE: HOSTILE}, "device": {"name": HOSTILE}, "attempts": [{"host": HOSTILE}],
         }  # fmt: skip
         manifest["config"][HOSTILE] = HOSTILE
         manifest["outputs"].append({"path": HOSTILE, "bytes": 1, "sha256": "0" * 64})

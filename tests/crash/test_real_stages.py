@@ -10,7 +10,6 @@ import pytest
 from safetensors.numpy import save_file
 
 from crash.conftest import check_whole
-from mlxchat.store import crash
 from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store
@@ -100,17 +99,6 @@ WHOLE += [("eval_rl", f"{ANSWERED}:{passing}") for passing in (1, 5)]
 @pytest.mark.parametrize(("step", "place"), WHOLE)
 def test_killed_stage_gives_the_same_bytes(step, place, stages, settings, mlxchat, tmp_path):
     kill_and_continue(step, place, stages(step), settings, mlxchat, tmp_path)
-
-
-@pytest.mark.parametrize("error", ["ENOSPC", "EROFS"])
-def test_unwritable_disk_is_one_message(error, settings, say, monkeypatch, tmp_path):
-    monkeypatch.setattr(crash, "_passed", {})
-    monkeypatch.setenv("MLXCHAT_CRASH_AT", "run.folder")
-    monkeypatch.setenv("MLXCHAT_CRASH_ERROR", error)
-    text = say(*settings, "targets=[corpus]", f"outputs={tmp_path}/outputs", code=2)
-    assert text.splitlines()[-1].startswith("error: ")
-    assert "cannot be written" in text
-    assert "Traceback" not in text
 
 
 def test_disk_that_fills_during_a_save_costs_no_earlier_save(settings, say, monkeypatch, tmp_path):

@@ -142,11 +142,6 @@ def test_targets_and_names_of_steps_change_no_id(toys):
         assert target in part
 
 
-def test_planning_writes_nothing(toys):
-    toys.plan(CHAIN)
-    assert not toys.outputs.exists()
-
-
 @dataclass
 class Sources:
     paths: list[str] = field(default_factory=list, metadata={"pin": File()})
@@ -162,12 +157,3 @@ def test_missing_files_are_reported_together():
         "a.model: /nothing cannot be read (no folder with files)",
         "b.x.paths: /nor/this cannot be read (No such file or directory)",
     ]
-
-
-def test_metadata_of_old_stages_is_refused():
-    @dataclass
-    class Old:
-        path: str = field(default="a.txt", metadata={"external": "file"})
-
-    with pytest.raises(ConfigError, match=r'toy\.path: metadata=\{"external": …\} .*Write \{"pin": File\(\)\}'):
-        pin_externals({"toy": Old()})

