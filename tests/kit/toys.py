@@ -82,15 +82,18 @@ class Toys:
 
     def run(self, plan: list[PlannedStep], store: Store | None = None, **options: Any) -> Run:
         """Execute a plan as one invocation does; options are those of Run."""
-        store = store or self.store
-        store.prepare()
+        store, run = store or self.store, self.make_run(**options)
+        execute(plan, store, run)
+        return run
+
+    def make_run(self, **options: Any) -> Run:
+        """Return a new run."""
+        self.store.prepare()
         self.invocations += 1
         folder = self.outputs / "runs" / f"run{self.invocations}"
         folder.mkdir(exist_ok=True)
         options = {"say": self.said.append, **options}
-        run = Run(
+        return Run(
             folder=folder, seed=1, data_seed=1, overrides=["toy.number=1"],
             environment=Environment(lambda: {"name": "toy"}), **options,
         )  # fmt: skip
-        execute(plan, store, run)
-        return run

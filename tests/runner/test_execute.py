@@ -13,6 +13,7 @@ import pytest
 
 from kit.toys import CHAIN, ONE, started
 from mlxchat.errors import Interrupted, StepFailed
+from mlxchat.runner.leader import Execution, lead
 from mlxchat.store.files import Record, Records
 from mlxchat.store.naming import refs_of, resolve
 
@@ -266,3 +267,27 @@ def test_work_on_other_input_bytes_is_not_resumed(toys):
         toys.run(toys.plan(CHAIN, force=["one"]))
     toys.run(toys.plan(CHAIN))
     assert result(toys, "two") == "new then new"
+
+
+def leading(toys: Any, count: int, **options: Any) -> list[Execution]:
+    """Return executions of the same plan, with a run each."""
+    return [Execution(toys.plan(CHAIN), toys.store, lambda: toys.make_run(**options)) for _ in range(count)]
+
+
+def test_runs_with_one_leader_share_steps_and_all_end(toys):
+    toys.add("make", COUNTED)
+    both = leading(toys, 2)
+    lead(both, toys.store)
+    assert (count(toys), [each.has_ended for each in both]) == (1, [True, True])
+    assert [event for event, _ in events(both[1].run)] == ["run_started", "step_cached", "step_cached", "run_done"]
+
+
+@pytest.mark.parametrize("fail_fast", [False, True])
+def test_failure_of_a_shared_step_is_that_of_all_its_runs(fail_fast, toys):
+    toys.add("make", COUNTED + "raise OSError('no')")
+    both = leading(toys, 2, fail_fast=fail_fast)
+    lead(both, toys.store)
+    assert count(toys) == 1
+    errors = [str(each.error).splitlines()[0] for each in both if each.error]
+    assert errors == ["step one failed: OSError: no"] * (1 if fail_fast else 2)
+    assert [each.has_begun for each in both] == [True, not fail_fast]

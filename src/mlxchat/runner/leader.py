@@ -222,16 +222,20 @@ class _Leader:
                     break
                 for away in list(self.away):
                     self._look(away)
-                for execution in self.executions:
-                    if execution.is_over and not execution.has_ended:
-                        execution.end(execution.error)
+                self._end_those_over()
         finally:
             for away in self.away:
                 away.job.cancel()
         self._conclude()
 
+    def _end_those_over(self) -> None:
+        for execution in self.executions:
+            if execution.is_over and not execution.has_ended:
+                execution.end(execution.error)
+
     def _conclude(self) -> None:
-        """Raise Interrupted if steps are left because of a signal; end the runs that have failed."""
+        """Raise Interrupted if steps are left because of a signal; end the runs that fail_fast stopped."""
+        self._end_those_over()
         unfinished = [each for each in self.executions if not each.is_over]
         failed = any(execution.failures for execution in self.executions)
         if self.interrupted is not None:
@@ -245,7 +249,7 @@ class _Leader:
             raise Interrupted("stopped between two steps. The same command continues from there.", number)
         for execution in unfinished:
             if execution.has_begun:
-                execution.end(execution.error)
+                execution.end(execution.error or StepFailed("it was stopped, since another job failed"))
 
     def _is_stopping(self) -> bool:
         """Return whether no further step may start."""

@@ -224,11 +224,13 @@ class _JobRun(PipelineRun):
 
     def end(self, error: BaseException | None) -> None:
         super().end(error)
-        if error is not None:
+        if error is None:
+            _print(f"{self.name} done{_describe(self.plan, self.store, self.metric)}")
+        elif isinstance(error, Interrupted):
+            _print(f"{self.name} was stopped")
+        else:
             print(redact(f"error: {error}"), file=sys.stderr, flush=True)
             _print(f"{self.name} failed: {str(error).partition(chr(10))[0]}")
-        else:
-            _print(f"{self.name} done{_describe(self.plan, self.store, self.metric)}")
 
 
 def _run_jobs(jobs: Sequence[Job], store: Store) -> None:
