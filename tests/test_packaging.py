@@ -124,3 +124,19 @@ def test_examples_of_own_parts_run_from_the_wheel_in_an_empty_folder(installed, 
     run([installed, "experiment=verse"], tmp_path / "elsewhere")
     assert len(list(tmp_path.glob("**/outputs/store/rhyme-*/text.txt"))) == 1
     assert "finished" in (tmp_path / "outputs" / "printed.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("program", "command"),
+    [("uvx", ("uvx", "--from", "{wheel}", "mlxchat")), ("pipx", ("pipx", "run", "--spec", "{wheel}", "mlxchat"))],
+)
+def test_wheel_runs_without_an_installation(program, command, tmp_path):
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed")
+    wheel = str(build_wheel(tmp_path))
+    (tmp_path / "empty").mkdir()
+    start = [word.format(wheel=wheel) for word in command]
+    run([*start, "experiment=smoke"], tmp_path / "empty")
+    assert (tmp_path / "empty" / "outputs" / "refs" / "latest" / "rl").exists()
+    run([*start, "chat", "-p", "Hello!"], tmp_path / "empty")
