@@ -18,6 +18,7 @@ from mlxchat.commands.completion import complete_for_shell
 from mlxchat.composition.compose import group_options
 from mlxchat.config.verbs import VERBS
 from mlxchat.store import attempts
+from mlxchat.store.compare import differences
 from mlxchat.store.files import Records
 from mlxchat.store.naming import resolve
 
@@ -52,6 +53,21 @@ def test_diff_shows_config_inputs_metrics_and_contents(two, say):
     assert "  score  0.5 → 0.75  (+50.0%)" in text
     record = json.loads(say("diff", "run1/second", "run2/second", "--json"))
     assert (record["config"], set(record["inputs"]), set(record["contents"])) == ({}, {"source"}, {"result.txt"})
+
+
+def test_diff_names_device_versions_and_both_seeds():
+    def made_with(backend: str, mlx: str, seed: int) -> dict[str, Any]:
+        return {
+            "device": {"backend": backend},
+            "versions": {"mlx": mlx},
+            "config": {"seed": seed},
+            "seed": 1,
+            "data_seed": seed,
+        }
+
+    changes = differences(made_with("metal", "0.31.0", 1), made_with("cuda", "0.32.0", 2))
+    assert changes["environment"] == {"mlx": ("0.31.0", "0.32.0"), "device.backend": ("metal", "cuda")}
+    assert changes["config"] == {"data_seed": (1, 2)}
 
 
 def test_diff_of_runs_compares_all_steps(two, say):

@@ -1,12 +1,11 @@
 """Run the pipeline of stubs in a process of its own: stub_run.py OUTPUTS [key=value ...].
 
-Keys are those of the sections (source.lines=40), `fail_fast=true`, `force=[step]`, and a few that stand for the
-machine: gpu=true says that it has a GPU, file_bytes=400 limits the size of files.
+Keys are those of the sections (source.lines=40), `fail_fast=true`, `force=[step]`, `targets=[step]`, and gpu=true,
+which says that the machine has a GPU.
 """
 
 import gc
 import os
-import resource
 import sys
 import traceback
 from dataclasses import dataclass, field
@@ -62,7 +61,6 @@ class Convert:
 class Train:
     iterations: int = 4
     pause: float = field(default=0.0, metadata={"identity": False})
-    dtype: str = field(default="auto", metadata={"identity": False})
 
 
 @dataclass
@@ -72,7 +70,7 @@ class Score:
     failing: list[str] = field(default_factory=list, metadata={"identity": False})
 
 
-OTHER = {"force": [], "targets": None, "gpu": False, "file_bytes": None, "fail_fast": False}
+OTHER = {"force": [], "targets": None, "gpu": False, "fail_fast": False}
 
 
 @dataclass
@@ -111,8 +109,6 @@ def main(outputs: Path, arguments: list[str]) -> None:
         else:
             assert key in other, key
             other[key] = value
-    if other["file_bytes"] is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (other["file_bytes"], other["file_bytes"]))
     store = Store(outputs)
     settings.targets, settings.force = other["targets"], other["force"]
     plan = make_plan(settings, store)

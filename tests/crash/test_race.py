@@ -1,9 +1,7 @@
 """Eight processes on one outputs folder: each step is computed exactly once."""
 
-import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -90,15 +88,3 @@ def test_second_stop_exits_at_once_inside_a_library():
         process.terminate()
     assert process.wait(timeout=120) == 143
     process.stdout.close()
-
-
-def test_two_simultaneous_stops_leave_a_valid_state(stubs):
-    maker = start_training(stubs, "train.iterations=30", "train.pause=0.05", "score.seconds=0.1")
-    os.kill(maker.pid, signal.SIGINT)
-    os.kill(maker.pid, signal.SIGTERM)
-    maker.communicate(timeout=120)
-    assert maker.returncode in (130, 143)
-    stubs.check_whole()
-    code, text = stubs.run("train.iterations=30")
-    assert code == 0, text
-    stubs.check_clean()

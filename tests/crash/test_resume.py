@@ -178,18 +178,3 @@ def test_manifest_lists_every_attempt_and_where_it_resumed(step, disturbed):
         assert starts.pop(0) is None
     assert starts == sorted(starts)
     assert min(starts, default=1) > 0
-
-
-@pytest.mark.slow
-def test_stopped_sweep_starts_no_further_job(settings, start_mlxchat, tmp_path):
-    outputs = tmp_path / "outputs"
-    process = start_mlxchat("-m", *settings, "stage=pretrain", "pretrain.num_iterations=400,401", f"outputs={outputs}")
-    wait_for(process, outputs, "pretrain", 5)
-    process.send_signal(TERM)
-    text, _ = process.communicate(timeout=100)
-    assert process.returncode == 143, text
-    assert "Traceback" not in text
-    assert "pretrain stopped: saved at iteration " in text
-    plans = [json.loads(path.read_text()) for path in (outputs / "runs").glob("*/plan.json")]
-    trained = [plan for plan in plans if any(step["step"] == "pretrain" for step in plan["steps"])]
-    assert len(trained) == 1, "the run that makes what jobs share trains nothing"

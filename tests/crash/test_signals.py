@@ -34,13 +34,6 @@ def test_failed_branch_stops_only_the_steps_that_need_it(stubs):
     assert stubs.trees().keys() == {"source", "convert", "train", "train@2", "score"}
 
 
-def test_fail_fast_stops_the_other_branch(stubs):
-    code, text = stubs.run("score.failing=[score]", "fail_fast=true")
-    assert code == 1
-    assert stubs.trees().keys() == {"source", "convert", "train", "train@2"}
-    assert "other steps continue" not in text
-
-
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_step_saves_and_continues(number, expected, stubs, make_stubs):
     process = stubs.start("train.iterations=100", "train.pause=0.05")
@@ -66,8 +59,7 @@ def test_closed_terminal_stops_a_run_that_saves(stubs):
     assert interrupted["step"] == "train"
 
 
-@pytest.mark.parametrize("held", [0, 1])
-@pytest.mark.parametrize("devices", ["0", "1,0"])
+@pytest.mark.parametrize(("held", "devices"), [(1, "0"), (1, "1,0")])
 def test_step_waits_for_each_of_its_gpus_only(devices, held, stubs):
     """The locks of this machine's GPUs are in the stubs' folder."""
     settings = ("targets=[train]", "gpu=true", "train.iterations=2")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from kit.toys import CHAIN
 from mlxchat.config.pins import code_of_part
-from mlxchat.runner.keys import changed_names, code_of_stage, package_digest
+from mlxchat.runner.keys import changed_names, package_digest
 from mlxchat.store.fingerprint import hash_file
 
 FILES = {
@@ -47,8 +47,6 @@ def test_own_code_is_everything_that_a_part_imports(tmp_path, monkeypatch):
     assert set(before) == {*files, "package numpy"}
     Path("words/letters.py").write_text("ALL = 27\n")
     assert changed_names(before, code_of_part("judge:reward", hash_file)) == ["code words/letters.py"]
-    stage = code_of_stage(Path("judge.py"), "judge", tmp_path)
-    assert list(stage) == ["mlxchat", "stages/judge.py", "words/__init__.py", "words/count.py", "words/letters.py"]
 
 
 def test_changed_code_is_reported(toys):

@@ -134,11 +134,7 @@ def test_state_of_a_slurm_job_is_that_of_squeue(tmp_path, monkeypatch):
     assert attach(record) is None
 
 
-@pytest.mark.parametrize("programs", [{}, {"srun": "", "sbatch": "echo sbatch: error: slurm is down >&2; exit 1"}])
-def test_unreachable_cluster_is_one_message(programs, tmp_path, monkeypatch):
-    for name, script in programs.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
-        (tmp_path / name).chmod(0o755)
+def test_missing_slurm_is_one_message(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match=r"executor=slurm: .*slurm") as error:
         start(tmp_path / "count", [], settings=config_of("executor=slurm").executor)
@@ -149,13 +145,10 @@ def test_step_executor_overrides_the_runs_or_uses_conf():
     config = config_of("executor=slurm", "executor.partition=gpu", "pipeline.pretrain.executor={gpus_per_node: 1}")
     assert executor_of(config, "sft") is config.executor
     assert executor_of(config, "pretrain") == replace(config.executor, gpus_per_node="1")
-    assert config.executor.requeues == 1000
     config = config_of("pipeline.pretrain.executor=slurm", "pipeline.eval_base.executor={kind: ray, cpus_per_task: 4}")
     assert config.executor.kind == "local"
     assert executor_of(config, "pretrain") == config_of("executor=slurm").executor
     assert executor_of(config, "eval_base") == config_of("executor=ray", "executor.cpus_per_task=4").executor
-    config = config_of("+executor@pipeline.pretrain.executor=slurm", "pipeline.pretrain.executor.partition=gpu")
-    assert executor_of(config, "pretrain") == config_of("executor=slurm", "executor.partition=gpu").executor
 
 
 @pytest.mark.parametrize(
@@ -163,10 +156,6 @@ def test_step_executor_overrides_the_runs_or_uses_conf():
     [
         ("pipeline.pretrain.executor=slrum", 'pipeline.pretrain.executor: "slrum" is not an executor.*"slurm"'),
         ("pipeline.pretrain.executor={gpus: 8}", 'there is no "pipeline.pretrain.executor.gpus"'),
-        (
-            "pipeline.pretrain.executor={kind: slurm, cpus_per_task: 0}",
-            "executor.cpus_per_task is 0, expected at least 1",
-        ),
         ("executor.kind=slrum", 'executor.kind is "slrum", expected local, slurm'),
         ("pipeline.pretrain.executor={kind: slurm, gpus_per_node: 'a100:8'}", "a100:8, but a job is one process"),
     ],
@@ -176,16 +165,13 @@ def test_invalid_executor_is_refused(override, message):
         config_of(override)
 
 
-def test_remote_gpu_requires_a_dtype(tmp_path):
+def test_remote_step_requires_a_dtype_and_need_not_fit_here(tmp_path):
     settings = ["executor=slurm", "executor.gpus_per_node=1", "stage=pretrain"]
     config = config_of(*settings, "machine.compute_dtype=auto")
     with pytest.raises(ConfigError, match=r"pretrain runs on GPUs of another machine .*compute_dtype=bfloat16"):
         place_steps(config, plan_of(config, Store(tmp_path)))
     config = config_of(*settings, "machine.compute_dtype=bfloat16")
     assert place_steps(config, plan_of(config, Store(tmp_path))).keys() == {"corpus", "tokenizer", "pretrain"}
-
-
-def test_remote_step_need_not_fit_here(tmp_path):
     small = "machine.memory_limit_bytes=1000000"
     config = config_of("stage=pretrain", small)
     with pytest.raises(ConfigError, match="pretrain needs about"):
@@ -219,21 +205,7 @@ def test_job_gives_the_same_bytes(kind, tiny, mlxchat, tmp_path, finished):
 
 
 @pytest.mark.slow
-def test_stop_cancels_the_job_resumably(kind, tiny, mlxchat, start_mlxchat, outputs):
-    command = [*tiny, "stage=pretrain", "pretrain.num_iterations=3000", "machine.checkpoint_seconds=0"]
-    command += [f"outputs={outputs}", f"pipeline.pretrain.executor={kind}"]
-    process = start_mlxchat(*command)
-    wait_until(lambda: saved_trainings(outputs), process)
-    process.send_signal(signal.SIGINT)
-    text, _ = process.communicate(timeout=300)
-    assert process.returncode == 130, text
-    assert "pretrain was stopped. The same command continues it." in text
-    (log,) = outputs.glob("work/*/attempts.jsonl")
-    assert '"outcome": "interrupted"' in log.read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["kill", "hang up", "cancel"])
+@pytest.mark.parametrize("way", ["kill", "cancel"])
 def test_same_command_awaits_the_job_of_an_earlier_one(way, tiny, start_mlxchat, mlxchat, outputs):
     """Bug: after kill -9 of the command its job went on, and the repetition submitted a second one."""
     command = [*tiny, "stage=pretrain", "pretrain.num_iterations=300", "machine.checkpoint_seconds=0"]
@@ -241,7 +213,7 @@ def test_same_command_awaits_the_job_of_an_earlier_one(way, tiny, start_mlxchat,
     process = start_mlxchat(*command)
     wait_until(lambda: saved_trainings(outputs), process)
     with process:  # also closes its pipe, which is not read
-        process.send_signal(signal.SIGHUP if way == "hang up" else signal.SIGKILL)
+        process.send_signal(signal.SIGKILL)
     told = mlxchat("status", f"outputs={outputs}").stdout
     assert re.search(r"^  pretrain +submitit job \d+ runs on \S+ \(run ", told, re.MULTILINE), told
     if way == "cancel":

@@ -32,13 +32,10 @@ def reading(toys: Any, tmp_path: Path, body: str) -> Path:
 COPY = "import pathlib; (ctx.out / 'result.txt').write_text(pathlib.Path(path).read_text())"
 
 
-@pytest.mark.parametrize("meddle", ["pathlib.Path(path).write_text('new')", "os.unlink(path)"], ids=["changed", "gone"])
-def test_file_changed_during_its_step_fails_the_step(meddle, toys, tmp_path):
-    path = reading(toys, tmp_path, f"{COPY}\n{meddle}")
+def test_file_changed_during_its_step_fails_the_step(toys, tmp_path):
+    path = reading(toys, tmp_path, f"{COPY}\npathlib.Path(path).write_text('new')")
     plan = toys.plan(ONE)
-    with pytest.raises(
-        StepFailed, match=r"step one: .*(toy\.path \(\.txt\) changed while it ran|text\.txt cannot be read)"
-    ):
+    with pytest.raises(StepFailed, match=r"step one: .*toy\.path \(\.txt\) changed while it ran"):
         toys.run(plan)
     assert list(toys.store.manifests()) == []
     assert [attempt["outcome"] for attempt in attempts.read(toys.store.work(plan[0].key))] == ["failed"]

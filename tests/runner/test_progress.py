@@ -1,7 +1,6 @@
-"""Progress lines at any width of the terminal."""
+"""Progress lines: one line of a terminal, and the time that is left."""
 
 import io
-import re
 
 import pytest
 from rich.console import Console
@@ -9,41 +8,25 @@ from rich.console import Console
 from mlxchat.runner import progress
 from mlxchat.runner.progress import Progress
 
-TRAINING = {"loss": "4.751", "speed": "4.02k tok/s", "mfu": "50%", "memory": "571.2 MB"}
-
 
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
 
 
-def shown(width: int, monkeypatch: pytest.MonkeyPatch, title: str = "pretrain", **numbers: str) -> str:
-    """Return the line of a training that is shown at 86 of 340 iterations."""
+@pytest.mark.parametrize("width", [40, 120])
+def test_line_is_cut_after_the_eta(width, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
     now = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
-    with Progress(title, 340, "iterations", stream=Terminal()) as bar:
-        bar.update(1, **numbers)
-        now = 100.0
-        bar.update(86, **numbers)
-        out = io.StringIO()
+    out = io.StringIO()
+    with Progress("pretrain", 340, "iterations", stream=Terminal()) as bar:
+        for done, now in ((1, 0.0), (86, 100.0)):  # noqa: B007 (`now` is the clock)
+            bar.update(done, loss="4.751", speed="4.02k tok/s", memory="571.2 MB")
         Console(file=out, width=width).print(bar.bar.get_renderable())
-    lines = out.getvalue().rstrip("\n").split("\n")
-    assert len(lines) == 1, lines
-    assert len(lines[0]) <= width
-    return lines[0]
-
-
-@pytest.mark.parametrize(
-    ("width", "line"),
-    [
-        (40, r"pretrain +86/340 iterations  eta 4m59s"),
-        (80, r"pretrain +━+─+ 86/340 iterations  eta 4m59s  loss 4\.751"),
-        (120, r"loss 4\.751  4\.02k tok/s  mfu 50%  571\.2 MB"),
-    ],
-)
-def test_line_is_cut_after_the_eta(width, line, monkeypatch):
-    assert re.search(line, shown(width, monkeypatch, **TRAINING))
+    (line,) = out.getvalue().splitlines()
+    assert "86/340 iterations  eta 4m59s" in line
+    assert ("loss 4.751  4.02k tok/s  571.2 MB" in line) == (width == 120)
 
 
 def test_eta_ignores_the_first_unit(monkeypatch):
@@ -54,6 +37,5 @@ def test_eta_ignores_the_first_unit(monkeypatch):
     with Progress("pretrain", 101, "iterations", stream=out) as line:
         for done, now in ((1, 50.0), (2, 60.0), (11, 70.0)):  # noqa: B007 (`now` is the clock)
             line.update(done)
-    assert [text.rpartition("  ")[2].strip() for text in out.getvalue().splitlines()] == [
-        "1/101 iterations", "eta 16m30s", "eta 3m00s",
-    ]  # fmt: skip
+    found = [text.rpartition("  ")[2].strip() for text in out.getvalue().splitlines()]
+    assert found == ["1/101 iterations", "eta 16m30s", "eta 3m00s"]

@@ -8,7 +8,6 @@ import pytest
 
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import CoreConfig, HubConfig, TaskItem
-from mlxchat.errors import ConfigError, MlxchatError
 from mlxchat.hub import listings
 from mlxchat.pipeline import plan_of, plan_to_run
 from mlxchat.runner.keys import pin_externals
@@ -37,24 +36,15 @@ def repositories(hub: Any) -> list[Any]:
 
 @pytest.mark.parametrize("section", [hub_corpus, task], ids=["corpus", "task"])
 def test_key_has_the_commit_of_a_branch(section, hub, repositories):
-    before = pin_externals(section())
-    assert pin_externals(section()) == before
-    assert [each.path for each in hub.log if "/revision/" in each.path] == [hub.log[0].path], "one request a process"
-    listings.forget()
-    assert pin_externals(section()) == before
-    for repository in repositories:
-        repository.commit = OTHER
-    listings.forget()
-    assert pin_externals(section()) != before
-
-
-@pytest.mark.parametrize("section", [hub_corpus, task], ids=["corpus", "task"])
-def test_commit_and_branch_give_the_same_key(section, hub, repositories):
     branch, commit = section(), section(revision=repositories[0].commit)
     pins = pin_externals(commit)
     assert hub.log == []
     assert pins == pin_externals(branch)
     assert identity_of(commit) == identity_of(branch)
+    for repository in repositories:
+        repository.commit = OTHER
+    listings.forget()
+    assert pin_externals(branch) != pins
 
 
 def test_file_and_url_with_equal_bytes_share_a_key(hub, tmp_path):
@@ -88,15 +78,3 @@ def test_url_without_checksum_is_pinned_by_content(hub, tmp_path, monkeypatch):
         assert found[-1] == run_key(hub, tmp_path / "outputs", plan_of) != shown
         assert hub.requests("bundle.zip") == [], "it is fetched once"
     assert found[0] != found[1]
-
-
-def test_offline_run_names_the_missing_commit(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("MLXCHAT_CACHE", str(tmp_path / "cache"))
-    config = compose_config(["experiment=smoke", "corpus=tinystories", "targets=[corpus]"]).config
-    plan_of(config, Store(tmp_path))
-    with pytest.raises(ConfigError, match=r"roneneldan/TinyStories at main .*corpus\.hub\.revision=COMMIT"):
-        plan_to_run(config, Store(tmp_path))
-    address = compose_config([*SETTINGS, f"outputs={tmp_path}"]).config
-    with pytest.raises(MlxchatError, match=r"eval_bundle\.zip is not on this machine, and HF_HUB_OFFLINE is set"):
-        plan_to_run(address, Store(tmp_path))

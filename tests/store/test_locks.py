@@ -56,7 +56,9 @@ def test_waiter_sees_the_holder_and_gets_its_lock(tmp_path, hold_elsewhere):
 
     with locks.hold(tmp_path / "x.lock", {"step": "mine"}, kill_holder) as waited:
         assert waited
-        assert locks.read_owner(tmp_path / "x.lock")["step"] == "mine"
+        owner = locks.read_owner(tmp_path / "x.lock")
+        assert owner == {"pid": os.getpid(), "host": os.uname().nodename, "step": "mine"}
+    assert not locks.is_held(tmp_path / "x.lock")
     assert [(owner["pid"], owner["step"], owner["run"]) for owner in holders] == [(holder.pid, "pretrain", "run7")]
 
 
@@ -70,18 +72,6 @@ def test_surviving_child_does_not_keep_the_lock(tmp_path, hold_elsewhere):
         assert not locks.is_held(tmp_path / "x.lock")
     finally:
         os.kill(child, signal.SIGKILL)
-
-
-def test_free_lock_is_taken_and_released(tmp_path):
-    path = tmp_path / "locks" / "x.lock"
-    with locks.hold(path, {"step": "sft"}, lambda owner: pytest.fail("nobody holds it")) as waited:
-        assert not waited
-        assert locks.is_held(path)
-        assert locks.read_owner(path) == {"pid": os.getpid(), "host": os.uname().nodename, "step": "sft"}
-    assert not locks.is_held(path)
-    with pytest.raises(ZeroDivisionError), locks.hold(path, {}):
-        _ = 1 / 0
-    assert not locks.is_held(path)
 
 
 def test_file_system_without_locks_is_refused(tmp_path, monkeypatch):
@@ -101,19 +91,12 @@ def test_waiter_for_a_removed_lock_file_takes_the_new_one(tmp_path, hold_elsewhe
         assert locks.owns(path)
         path.unlink()
         assert not locks.owns(path)
-        path.touch()  # as another process would make it
-        assert not locks.owns(path)
 
 
 @pytest.mark.parametrize(
     ("devices", "visible", "job", "expected"),
-    [
-        (0, None, None, ["0"]),  # a Mac
-        (0, "1,0", None, ["0", "1"]),
-        (2, None, None, ["0", "1"]),
-        (2, "0", "3", ["3"]),  # CUDA numbers the devices of the job
-        (2, None, "0,1", ["0", "1"]),
-    ],
+    [(0, None, None, ["0"]), (2, None, None, ["0", "1"]), (2, "1", None, ["1"]), (2, "0", "3", ["3"])],
+    ids=["Mac", "CUDA", "one visible", "CUDA numbers the devices of the job"],
 )
 def test_each_visible_gpu_has_one_lock(devices, visible, job, expected, tmp_path, monkeypatch):
     for number in range(devices):
@@ -126,6 +109,4 @@ def test_each_visible_gpu_has_one_lock(devices, visible, job, expected, tmp_path
         else:
             monkeypatch.setenv(name, value)
     monkeypatch.setenv("MLXCHAT_LOCKS", str(tmp_path / "locks"))
-    found = locks.gpu_locks()
-    assert list(found) == expected
-    assert [path.name for path in found.values()] == [f"gpu-{device}.lock" for device in expected]
+    assert list(locks.gpu_locks()) == expected

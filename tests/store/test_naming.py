@@ -32,8 +32,7 @@ def store(tmp_path: Path) -> Store:
     ("name", "rid"),
     [
         ("sft", FIRST), ("latest/sft", FIRST), (f"{RUN}/sft", SECOND), ("toy/sft", SECOND), ("best", THIRD),
-        ("pins/best", THIRD), (f"sft-d4-{FIRST[:16]}", FIRST), ("abcde", FIRST), (SECOND, SECOND),
-        (SECOND[:20], SECOND), ("x", THIRD),
+        ("pins/best", THIRD), (f"sft-d4-{FIRST[:16]}", FIRST), ("abcde", FIRST), (SECOND, SECOND), ("x", THIRD),
     ],
 )  # fmt: skip
 def test_every_form_of_a_name_is_resolved(name, rid, store):
@@ -47,15 +46,7 @@ def test_ambiguous_prefix_lists_candidates(store):
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [
-        ("sftt", "sft"),
-        ("bestt", "best"),
-        ("latest/rll", ""),
-        ("nothing/sft", ""),
-        ("rl-d4-xyz", "rl-d4-xyzxyzxycccccccc"),
-        ("", ""),
-        ("/", ""),
-    ],
+    [("sftt", "sft"), ("bestt", "best"), ("nothing/sft", ""), ("rl-d4-xyz", "rl-d4-xyzxyzxycccccccc"), ("", "")],
 )
 def test_unknown_name_suggests_the_nearest(name, hint, store):
     with pytest.raises(StoreError) as caught:

@@ -50,8 +50,6 @@ def test_shared_artifact_has_lineage_and_digests(shared):
     assert manifest["inputs"] == LINEAGE
     assert (manifest["metrics"], manifest["tokens_per_second"]) == ({"tokens": 7}, 5.0)
     assert (manifest["outputs"], manifest["tree"]) == describe_outputs(place)
-    assert [attempt["outcome"] for attempt in manifest["attempts"]] == ["done"]
-    assert list((shared.outputs / "work").iterdir()) == []
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt()], ids=["fault", "interrupt"])

@@ -1,10 +1,8 @@
 """The outputs folder: artifacts are complete or absent, refs are relative, errors name the remedy."""
 
 import hashlib
-import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -62,81 +60,11 @@ def test_artifact_exists_if_its_manifest_does(store):
     assert (store.find(RID), store.read(RID), list(store.manifests())) == (place, made, [made])
 
 
-# Publishes again and again, killed at one file operation further each time, until it lives to the end.
-CRASHES = """
-import json, os, shutil, signal, sys
-from pathlib import Path
-from mlxchat.store.store import Store
-
-outputs, key, old = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-WATCHED = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.link", "os.symlink", "shutil.rmtree")
-armed, countdown = False, 0
-
-def kill_at_countdown(event, arguments):
-    global countdown
-    if armed and event in WATCHED:
-        countdown -= 1
-        if countdown == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-sys.addaudithook(kill_at_countdown)
-
-def make(store, text):
-    out = store.work(key) / "out"
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    for index in range(3):
-        (out / f"{index}.txt").write_text(text)
-    return out
-
-def publish(store, text, out=None):
-    manifest = {"key": key, "stage": "sft", "text": text, "published": "2026-01-02" if out else "2026-01-01"}
-    return store.publish(out or make(store, text), "d4", manifest)
-
-states = []
-for crash in range(1, 200):
-    store = Store(outputs)
-    store.prepare()
-    if old != "nothing":
-        former = publish(store, "old" if old == "rebuild" else "new")
-    if old == "damaged":
-        (former / "1.txt").write_text("changed")
-    out = make(store, "new")
-    child = os.fork()
-    if child == 0:
-        armed, countdown = True, crash
-        publish(store, "new", out)
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    if old == "rebuild":
-        assert {path.read_text() for path in former.glob("*.txt")} == {"old"}, "never touched"
-    found = Store(outputs).find_made(key)
-    texts = sorted({path.read_text() for path in found.glob("*.txt")}) if found else []
-    count = len(list(found.glob("*.txt"))) if found else 0
-    states.append([json.loads((found / "manifest.json").read_text())["text"] if found else None, texts, count])
-    again = publish(Store(outputs), "new", make(Store(outputs), "new"))
-    assert Store(outputs).find_made(key) == again and len(list(again.glob("*.txt"))) == 3
-    shutil.rmtree(outputs)
-    if status == 0:
-        break
-print(json.dumps(states))
-"""
-
-
-@pytest.mark.parametrize("before", ["nothing", "rebuild", "damaged"])
-def test_kill_during_publishing_leaves_no_partial_artifact(before, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", CRASHES, str(tmp_path / "outputs"), KEY, before],
-        capture_output=True, text=True, check=True, timeout=120,
-    )  # fmt: skip
-    states = json.loads(done.stdout)
-    whole = [["new", ["new"], 3], ["old", ["old"], 3], [None, [], 0]]
-    whole += [["new", ["changed", "new"], 3]] * (before == "damaged")  # the state before
-    assert [state for state in states if state not in whole] == []
-    assert states[-1] == ["new", ["new"], 3], "without a kill it is published"
-    assert len(states) > 6, "some operations were interrupted"
-    first = {"nothing": [None, [], 0], "rebuild": ["old", ["old"], 3], "damaged": ["new", ["changed", "new"], 3]}
-    assert states[0] == first[before]
+def test_damaged_artifact_is_replaced_by_equal_contents(store):
+    place = make_artifact(store)
+    (place / "model.txt").write_text("changed")
+    assert make_artifact(store) == place
+    assert (place / "model.txt").read_text() == "content"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/fd")
@@ -159,10 +87,7 @@ def test_other_contents_are_another_artifact(store):
     new = make_artifact(store, "new", published="2026-01-02")
     assert [(place / "model.txt").read_text() for place in (old, new)] == ["old", "new"]
     assert store.find_made(KEY) == new
-    future = make_artifact(store, "future", published="9999-01-01")  # of a machine whose clock is ahead
-    assert make_artifact(store, "new", published="2026-01-01") == new == store.find_made(KEY) != future
     shutil.rmtree(new)
-    shutil.rmtree(future)
     store.forget()
     assert store.find_made(KEY) == old
 
@@ -172,9 +97,7 @@ def test_equal_contents_keep_the_artifact_and_add_a_record(store):
     assert make_artifact(store, published="2026-01-02") == first
     assert read_manifest(first)["published"] == "2026-01-01", "it is never written again"
     assert store.made(KEY)["published"] == "2026-01-02"
-    assert [path.name.rsplit("-", 2)[::2] for path in (store.outputs / "records").iterdir()] == [
-        [f"sft-{KEY}", f"{first.name[-16:]}.json"]
-    ] * 2
+    assert len(list((store.outputs / "records").iterdir())) == 2
     assert read_manifest(first)["tree"] == read_manifest(make_artifact(store, key="z" * 52))["tree"]
 
 
@@ -195,22 +118,17 @@ def test_files_get_the_permissions_of_their_folder(store):
 def test_refs_survive_a_move_of_the_folder(store, tmp_path):
     place = make_artifact(store)
     store.set_ref("latest", "sft", place)
-    store.set_ref("run1", "sft", place)
     link = store.outputs / "refs" / "latest" / "sft"
     assert not link.readlink().is_absolute()
     moved = store.outputs.rename(tmp_path / "elsewhere")
-    expected = {"sft": moved / "store" / place.name}
-    assert refs_of(Store(moved)) == refs_of(Store(moved), "run1") == expected
+    assert refs_of(Store(moved)) == {"sft": moved / "store" / place.name}
 
 
-@pytest.mark.parametrize(
-    ("name", "counts"), [("model.bin", True), ("new.bin", True), ("metrics.jsonl", False), ("samples.jsonl", False)]
-)
+@pytest.mark.parametrize(("name", "counts"), [("model.bin", True), ("new.bin", True), ("metrics.jsonl", False)])
 def test_tree_excludes_observations(name, counts, tmp_path):
     (tmp_path / "model.bin").write_bytes(b"1")
     _, before = describe_outputs(tmp_path)
     (tmp_path / name).write_bytes(b"2")
     files, after = describe_outputs(tmp_path)
     assert (after != before) == counts
-    listed = {"path": name, "bytes": 1, "sha256": hashlib.sha256(b"2").hexdigest()}
-    assert listed in files, "it is always listed"
+    assert {"path": name, "bytes": 1, "sha256": hashlib.sha256(b"2").hexdigest()} in files

@@ -52,16 +52,12 @@ def test_export_and_import_keep_every_byte(made, tmp_path):
     assert names == {step: resolve(made.store, step).name for step in PIPELINE}
 
 
-@pytest.mark.parametrize("form", ["folder/store", "copy", "artifact"])
-def test_store_folder_or_single_artifact_can_be_imported(form, made, tmp_path):
+@pytest.mark.parametrize("form", ["folder", "artifact"])
+def test_store_folder_or_single_artifact_is_pulled(form, made, tmp_path):
     place = exported(made, tmp_path / "folder") / "store"
-    source = {"folder/store": place, "copy": place.rename(tmp_path / "copy") if form == "copy" else place}.get(form)
-    for verb in ("local", "file"):
-        other = Store(tmp_path / verb)
-        what = str(source or next(place.glob("copy-*")))
-        what = what if verb == "local" or form == "artifact" else f"file://{what}"
-        assert run_here("pull", what, f"outputs={other.outputs}") == 0
-        assert contents(other.outputs / "store") == contents(made.store.outputs / "store")
+    source = place if form == "folder" else next(place.glob("copy-*"))
+    assert run_here("pull", source, f"outputs={tmp_path}/other") == 0
+    assert contents(tmp_path / "other" / "store") == contents(made.store.outputs / "store")
 
 
 def test_import_includes_inputs_that_differ_here(made, tmp_path):
@@ -78,7 +74,6 @@ def test_import_includes_inputs_that_differ_here(made, tmp_path):
     assert [fault for folder in new for fault in find_faults(made.store, folder)] == []
     assert [(folder / "result.txt").read_text() for folder in (ours, new[0])] == ["of another machine", "1"]
     assert made.store.find_made(made.plan(PIPELINE)[0].key) == ours, "the local result takes precedence"
-    assert [step.state for step in made.plan(PIPELINE)] == ["done", "run"]
 
 
 def test_export_refuses_missing_inputs(made, tmp_path):
@@ -109,16 +104,12 @@ def write_small(folder: Path, record: dict[str, Any]) -> Path:
 
 
 MISSHAPEN = {
-    "inputs a list": {"inputs": [1]},
     "inputs without rid": {"inputs": {"a": {}}},
     "key outside": {"key": "../../../escaped"},
     "metrics of text": {"metrics": {"loss": "x"}},
-    "outputs a number": {"outputs": 5},
     "outputs outside": {"outputs": [{"path": "../../x", "bytes": 1, "sha256": "0"}]},
     "stage outside": {"stage": "../../../escaped"},
-    "step a number": {"step": 5},
     "step outside": {"step": "../../../home/papers"},
-    "step with an escape": {"step": "a\x1b]0;b\x07"},
     "of another version": {"schema": 2},
 }
 
@@ -131,9 +122,3 @@ def test_malformed_manifest_is_refused(change, tmp_path):
         import_all(other, source)
     assert list((other.outputs / "store").iterdir()) == list((other.outputs / "records").iterdir()) == []
     assert len(import_all(other, write_small(tmp_path, small_record()))[0]) == 1, "else it is valid"
-
-
-@pytest.mark.parametrize("step", ["../x", "/x", ".."])
-def test_ref_cannot_leave_its_run(step, made):
-    with pytest.raises(StoreError, match="cannot be called"):
-        made.store.set_ref("run", step, resolve(made.store, "first"))

@@ -15,7 +15,6 @@ from mlxchat.store.manifest import read_manifest
 pytest.importorskip("submitit")
 
 Start = Callable[..., "subprocess.Popen[str]"]
-LONG = ["pretrain.num_iterations=3000,3001", "machine.checkpoint_seconds=0"]
 
 
 @pytest.fixture
@@ -34,25 +33,16 @@ def test_jobs_give_the_same_table(sweep, outputs, short, say, swept):
     process = sweep("pretrain.num_iterations=1", *settings)
     text, _ = process.communicate(timeout=600)
     assert process.returncode == 0, text
-    assert len(re.findall(r"^pretrain +submitit job \w+ is queued|^pretrain .* runs on", text, re.M)) >= 2
     assert len(re.findall(r"^tokenizer +done by submitit job", text, re.M)) == 1
     rows = swept.rows()
     assert [row["status"] for row in rows] == ["done"] * 2
-    assert [row["run"].rpartition("-")[2] for row in rows] == [f"job{row['job']}" for row in rows]
     again = say("-m", *short, *settings, f"outputs={outputs}")
     assert len(re.findall("is done already", again)) == 2
     assert swept.rows() == rows
 
 
-def test_failed_job_is_a_row(sweep, swept):
-    process = sweep("pretrain.num_iterations=1", "optimizer.matrix_lr=0.01,0.03", "tokenizer.vocab_size=60000,310")
-    text, _ = process.communicate(timeout=600)
-    assert process.returncode == 1, text
-    assert sorted(row["status"] for row in swept.rows()) == ["done", "done", "failed", "failed"]
-
-
 def test_stopped_sweep_saves_its_jobs(sweep, outputs, swept):
-    process = sweep(*LONG)
+    process = sweep("pretrain.num_iterations=3000,3001", "machine.checkpoint_seconds=0")
     wait_until(lambda: len(saved_trainings(outputs)) == 2, process)
     process.send_signal(signal.SIGINT)
     text, _ = process.communicate(timeout=600)
@@ -62,14 +52,13 @@ def test_stopped_sweep_saves_its_jobs(sweep, outputs, swept):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_jobs_outlive_their_command(number, sweep, outputs, swept):
+def test_jobs_outlive_their_command(sweep, outputs, swept):
     command = ["pretrain.num_iterations=150,151", "machine.checkpoint_seconds=0"]
     process = sweep(*command)
     wait_until(lambda: len(saved_trainings(outputs)) == 2, process)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     text, _ = process.communicate(timeout=600)
-    assert ("the same command awaits it" in text) == (number == signal.SIGTERM)
+    assert "the same command awaits it" in text
     again = sweep(*command)
     text, _ = again.communicate(timeout=600)
     assert again.returncode == 0, text

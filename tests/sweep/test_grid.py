@@ -1,6 +1,5 @@
 """`mlxchat -m`: shared steps run once and first, failures stay with their jobs, the same command resumes."""
 
-import json
 import re
 
 import pytest
@@ -41,27 +40,22 @@ def test_table_has_a_row_per_job_best_first(three):
     }  # fmt: skip
     assert sorted(made) == RATES
     rows = swept.rows()
-    assert [row.keys() for row in rows] == [
-        {"job", "optimizer.matrix_lr", "pretrain.val_bpb", "run", "id", "status"}
-    ] * 3
+    assert all(row.keys() == COLUMNS for row in rows)
     assert {row["optimizer.matrix_lr"]: row["pretrain.val_bpb"] for row in rows} == pytest.approx(made, abs=1e-4)
     numbers = [row["pretrain.val_bpb"] for row in rows]
     assert numbers == sorted(numbers)
     assert {row["job"]: row["optimizer.matrix_lr"] for row in rows} == dict(enumerate(RATES, start=1))
     assert (swept.folder / "table.md").read_text() in text
-    assert {path.name for path in swept.folder.iterdir()} == {
-        "report.html", "report.md", "report", "sweep.json", "table.json", "table.md",
-    }  # fmt: skip
+    report = (swept.folder / "report.md").read_text()
+    assert [row["id"] for row in rows if f"| {row['id']} |" not in report] == []
 
 
 def test_best_job_has_a_name_and_jobs_have_none_of_a_run(three):
     """Bug: after a sweep the names of the run, its steps and `chat` were the last job, which may be half-trained."""
     swept, text, _ = three
     store, rows = Store(swept.outputs), swept.rows()
-    assert [row["run"].rpartition("-")[2] for row in rows] == [f"job{row['job']}" for row in rows]
     assert text.endswith("smoke-sweep/best. To chat with it: mlxchat chat smoke-sweep/best\n")
     assert resolve(store, "smoke-sweep/best").name == rows[0]["id"]
-    assert latest(store) == rows[0]["run"], "no other run is there"
     with pytest.raises(StoreError, match='"smoke" is no artifact or run'):
         resolve(store, "smoke")
 
@@ -75,28 +69,14 @@ def test_sweep_leaves_the_latest_run(swept, short, say):
     assert resolve(store, "smoke-sweep/best").name == swept.rows()[0]["id"]
 
 
-def test_report_has_the_table_of_the_sweep(three):
-    swept, *_ = three
-    lines = (swept.folder / "report.md").read_text().splitlines()
-    assert lines[0] == "# smoke-sweep"
-    head = next(number for number, line in enumerate(lines) if line.startswith("| job | optimizer.matrix"))
-    for line, row in zip(lines[head + 2 :], swept.rows(), strict=False):
-        assert line.startswith(f"| {row['job']} | {row['optimizer.matrix_lr']:g} |")
-        assert row["id"] in line
-
-
 def test_repeated_sweep_runs_nothing(three, say):
     swept, _, command = three
-    more = say("plan", *command[:-2], f"{command[-2]},0.09", command[-1])
-    assert len(re.findall(r"^job \d/4 .* is done$", more, re.M)) == 3
-    assert re.search(r"job 4/4 optimizer.matrix_lr=0.09\n  pretrain +run .*~\d", more)
     before, table = swept.started(), swept.rows()
     runs = len(list((swept.outputs / "runs").iterdir()))
     text = say(*command)
     assert len(re.findall(r"^── job \d+/3 optimizer\.matrix_lr=\S+ is done already  pretrain", text, re.M)) == 3
     assert (swept.started(), swept.rows()) == (before, table)
     assert len(list((swept.outputs / "runs").iterdir())) == runs
-    assert len(list((swept.outputs / "multirun").iterdir())) == 2
 
 
 @pytest.mark.parametrize("fail_fast", [False, True])
@@ -106,8 +86,6 @@ def test_failed_job_stops_others_with_fail_fast_only(fail_fast, swept, tiny, say
     assert "── job 2/3 tokenizer.vocab_size=60000 failed: tokenizer.vocab_size is 60000" in text
     later = "not run" if fail_fast else "done"
     assert swept.column("tokenizer.vocab_size") == {310: "done", 60000: "failed", 320: later}
-    (error,) = [row["error"] for row in swept.rows() if "error" in row]
-    assert error.startswith("tokenizer.vocab_size is 60000, but the corpus yields only")
 
 
 def test_failed_shared_step_ends_only_its_jobs(swept, short, say):
@@ -118,8 +96,7 @@ def test_failed_shared_step_ends_only_its_jobs(swept, short, say):
     assert {key: row["status"] for key, row in rows.items()} == {
         (60000, 0.01): "failed", (60000, 0.03): "failed", (310, 0.01): "done", (310, 0.03): "done",
     }  # fmt: skip
-    for rate in (0.01, 0.03):
-        assert rows[60000, rate]["error"].startswith("tokenizer.vocab_size is 60000")
+    assert rows[60000, 0.03]["error"].startswith("tokenizer.vocab_size is 60000, but the corpus yields only")
     assert swept.started() - before == {"tokenizer": 2, "pretrain": 2}
 
 
@@ -127,7 +104,6 @@ def test_forced_shared_step_runs_once(swept, short, say):
     before = swept.started()
     say("-m", *short, "force=[tokenizer]", "optimizer.matrix_lr=0.01,0.03", f"outputs={swept.outputs}")
     assert swept.started() - before == {"tokenizer": 1, "pretrain": 2}
-    assert all(row.keys() == COLUMNS for row in swept.rows()), "only steps of the jobs"
 
 
 def test_jobs_are_all_combinations_once(tmp_path):
@@ -156,9 +132,7 @@ def test_jobs_are_all_combinations_once(tmp_path):
         (["experiment=smoke", "seed=1,x", "model=d2,d65"], r'(?s)no option "d65".*seed'),
         (["seed=interval(1,2)"], "to search an interval use sweep=tpe"),
         (["sweep.metric=bpb", "seed=1,2"], "expected STEP.METRIC"),
-        (["seed=glob(*)"], "seed is no group. List the values: seed=A,B"),
         (["model=glob(x*)"], "matches none of the options of model: d1, "),
-        (["--nothing", "seed=1,2"], "unrecognized arguments: --nothing"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -176,7 +150,4 @@ def test_sweep_plan_counts_shared_steps_once(say, tmp_path):
     assert re.findall(r"^  (\w+) +run ", first, re.M) == ["corpus", "tokenizer", "pretrain"]
     assert [re.findall(r"^  (\w+) +run .*MB with", other, re.M) for other in others] == [["pretrain"]] * 3
     assert text.splitlines()[-1].startswith("4 jobs, 6 steps: 0 done, 6 to run")
-    plan = json.loads(say("plan", "--json", *command, "-m"))
-    assert [job["own"] for job in plan["jobs"]] == [["corpus", "tokenizer", "pretrain"], *[["pretrain"]] * 3]
-    assert plan["estimate"]["unknown"] == 6
     assert list(tmp_path.iterdir()) == []

@@ -65,13 +65,8 @@ def test_compare_and_ls_sort_a_metric_best_first(toys, say):
     def numbers(*arguments: str, key: str) -> list[int]:
         return [row[key] for row in json.loads(say("compare", *arguments, "--format", "json", outputs))]
 
-    for arguments, best_first in (
-        (["--sort", "score"], [3, 2, 1]), (["--sort=-score"], [1, 2, 3]), (["--sort", "first.val_loss"], [1, 2, 3]),
-        (["--sort", "toy.number"], [1, 2, 3]),
-    ):  # fmt: skip
+    for arguments, best_first in (["--sort", "score"], [3, 2, 1]), (["--sort", "first.val_loss"], [1, 2, 3]):
         assert numbers(*arguments, key="first.score") == best_first
-    listed = json.loads(say("ls", "--sort", "first.score", "--json", outputs))
-    assert [one["metrics"]["score"] for one in listed] == [3, 2, 1]
     assert re.findall(r"val_loss (\d)", say("ls", "--sort", "val_loss", outputs)) == ["1", "2", "3"]
     assert 'Did you mean "score"' in say("ls", "--sort", "scor", outputs, code=2)
 
@@ -84,7 +79,6 @@ def test_compare_and_ls_sort_a_metric_best_first(toys, say):
             ["pretrain.seconds_to_target", "sft.skipped_iterations", "rl.pass_at_2"],
             ["rl.pass_at_3", "eval_base.core"],
         ),
-        (["core=nanochat", "eval.core.tasks=[copa]"], ["pretrain.core_tasks_estimate"], ["eval_base.core"]),
         (["suite=chatcore", "experiment=quickstart"], ["eval_mid.chatcore", "eval_mid.mmlu"], ["eval_mid.kinds_mc"]),
         (["suite=none", "stage=pretrain"], ["pretrain.val_bpb"], ["eval_base.val_bpb", "eval_rl.kinds_mc"]),
     ],
@@ -101,7 +95,6 @@ def test_unrecorded_metric_is_refused_with_the_reason():
     assert find_metric("pretrain.val_bpb", "maximize", found) == "maximize"
     for metric, message in {
         "eval_base.core": "not recorded here; it needs core=nanochat",
-        "eval_base.cor": r"not recorded by any step.*eval_base\.perplexity.*Did you mean",
         "eval_sft.core": "it needs core=nanochat and a base model",
         "kinds_mc": r'expected STEP.METRIC, one of: .*Did you mean "eval_\w+.kinds_mc"',
         "pretran.val_bpb": 'Did you mean "pretrain.val_bpb"',

@@ -55,16 +55,6 @@ def test_standard_error_is_that_of_least_squares():
     assert law.error == pytest.approx(math.sqrt((rest**2).sum() / 4 / spread), rel=1e-9)
 
 
-@pytest.mark.parametrize("slope", [-0.1, 0.0, 0.1])
-def test_minimum_outside_the_models_gives_no_best_size(slope):
-    sizes = np.geomspace(1e6, 1e8, 5)
-    values = [1 + slope * math.log(size) - 0.001 * (slope == 0) * math.log(size / 1e7) ** 2 for size in sizes]
-    found = [training(size, flops, bpb) for flops in (1e15, 1e16) for size, bpb in zip(sizes, values, strict=True)]
-    laws: Any = fit_scaling_laws(found)
-    assert laws.size is None
-    assert [one.size for one in laws.budgets] == [None, None]
-
-
 def test_budget_without_minimum_suggests_sizes():
     falling = [training(size, 1e12, bpb) for size, bpb in ((10**5, 3.0), (2 * 10**5, 2.9), (4 * 10**5, 2.8))]
     bowl = [training(size, 1e13, bpb) for size, bpb in ((10**5, 2.6), (2 * 10**5, 2.5), (4 * 10**5, 2.6))]
@@ -81,8 +71,7 @@ def test_report_has_the_laws_in_words_and_as_a_picture():
     words, pictures = laws_of_report([training(*one) for one in bowl])
     assert str(words).startswith("## Scaling laws")
     assert isinstance(pictures, list)
-    texts = re.findall(r"<text[^>]*>([^<]*)</text>", pictures[0].svg)
-    assert {"1e12 FLOPs", "1e13 FLOPs", "N, parameters", "C, FLOPs of pretraining"} <= set(texts)
+    assert {"1e12 FLOPs", "1e13 FLOPs"} <= set(re.findall(r"<text[^>]*>([^<]*)</text>", pictures[0].svg))
     assert laws_of_report([training(*bowl[0])]) == laws_of_report([]) == []
 
 

@@ -20,7 +20,6 @@ from optuna.trial import create_trial
 
 from kit.commands import run_captured
 from mlxchat.config.schema import SweepConfig
-from mlxchat.errors import ConfigError
 from mlxchat.sweep.search import ask, open_study, read_space, rows_of, tell
 
 TPE = [
@@ -66,9 +65,7 @@ def halving(tmp_path_factory: pytest.TempPathFactory, tiny: tuple[str, ...]) -> 
         ("tag(log,interval(0.001,1))", Float(0.001, 1.0, log=True)),
         ("int(interval(1,8))", Int(1, 8)),
         ("tag(log,int(interval(1,8)))", Int(1, 8, log=True)),
-        ("range(1,9)", Int(1, 8)),
         ("range(1,10,4)", Int(1, 9, step=4)),
-        ("range(0.1,0.95,0.1)", Float(0.1, 0.9, step=0.1)),
         ("choice(d2,d4)", Choice(("d2", "d4"))),
         ("1,2,2", Choice(("1", "2"))),
     ],
@@ -83,22 +80,6 @@ def test_command_line_overrides_the_yaml_space():
     fixed, space = read_space(["model=d4", "seed=interval(0,1)", yaml], [])
     assert fixed == ["model=d4", yaml]
     assert space == {"seed": Float(0.0, 1.0), "name": Choice(("a", "b"))}
-
-
-@pytest.mark.parametrize(
-    ("overrides", "problem"),
-    [
-        (["seed=1"], "a search needs settings that vary"),
-        (["sweep.space.seed=3"], "seed=3: it does not vary"),
-        (["seed=interval(2,1)"], "interval.2,1.: "),
-        (["seed=tag(log,interval(0,1))", "name=tag(lag,interval(1,2))"], '(?s)log.*tag "lag" is unknown, expected log'),
-        (["seed=range(3,3)"], "the range is empty"),
-    ],
-)
-def test_invalid_expressions_are_refused(overrides, problem):
-    with pytest.raises(ConfigError, match=problem) as caught:
-        read_space(overrides, [])
-    assert "Expected choice(a,b)" in str(caught.value)
 
 
 def test_optuna_reads_the_journal_and_a_cut_line_is_dropped(tmp_path):
@@ -144,13 +125,10 @@ def test_search_prints_its_best_trial_and_command(tpe, tiny, say):
     command = re.search(r"^its command: mlxchat (.*)$", text, re.MULTILINE)
     assert command is not None
     assert say("plan", *shlex.split(command[1])).splitlines()[-1].startswith("3 steps: 3 done")
-    again = say(*tiny, *TPE, f"outputs={outputs}")
-    assert "──" not in again, "nothing runs again"
-    assert f"best trial: {best + 1} " in again
+    assert "──" not in say(*tiny, *TPE, f"outputs={outputs}"), "nothing runs again"
     assert journal(outputs) == trials
     other = say(*tiny, *TPE, "sweep.seed=1", "optimizer.matrix_lr=0.03", f"outputs={outputs}", code=2)
     assert "sweep.seed: 0 → 1" in other
-    assert re.search(r"pretrain: optimizer.matrix_lr: \S+ → 0.03", other)
     assert "sweep.name=NAME" in other
 
 
@@ -161,9 +139,8 @@ def test_search_prints_its_best_trial_and_command(tpe, tiny, say):
         *(
             pytest.param(kind, point, marks=pytest.mark.slow)
             for kind, point in (
-                ("tpe", "train.iteration:2"), ("tpe", "search.told"), ("tpe", "search.told:4"),
-                ("tpe", "publish.renamed:4"), ("tpe", "step.started:3"), ("halving", "search.told:2"),
-                ("halving", "train.iteration:5"),
+                ("tpe", "train.iteration:2"), ("tpe", "search.told:4"), ("tpe", "publish.renamed:4"),
+                ("halving", "search.told:2"), ("halving", "train.iteration:5"),
             )
         ),
     ],
@@ -180,7 +157,6 @@ def test_killed_search_ends_like_an_uninterrupted_one(kind, point, request, mlxc
 def test_failed_trials_do_not_stop_the_search(outputs, tiny, say):
     settings = ["sweep=tpe", "sweep.trials=3", "tokenizer.vocab_size=choice(280,330,60000)", f"outputs={outputs}"]
     text = say(*tiny, *settings, "sweep.seed=8", "sweep.metric=tokenizer.bytes_per_token")
-    assert [path.name for path in (outputs / "multirun").iterdir()] == ["smoke-search"], "`smoke` means the run"
     rows = json.loads((outputs / "multirun" / "smoke-search" / "table.json").read_text())
     assert {(row["tokenizer.vocab_size"], row["status"]) for row in rows} == {
         ("280", "done"), ("330", "done"), ("60000", "failed"),
@@ -189,8 +165,6 @@ def test_failed_trials_do_not_stop_the_search(outputs, tiny, say):
     # More merges never give fewer bytes a token, so the largest vocabulary is the best one.
     assert re.search(r"^best trial: \d+ tokenizer.vocab_size=330: ", text, re.MULTILINE)
     assert "3 trials for the largest tokenizer.bytes_per_token" in text
-    compared = json.loads(say("compare", "smoke-search", "--format", "json", f"outputs={outputs}"))
-    assert [row["name"] for row in compared[:2]] == ["tokenizer.vocab_size=330", "tokenizer.vocab_size=280"]
 
 
 def test_trials_outside_the_best_third_stop_at_a_rung(halving):
@@ -226,11 +200,10 @@ def test_pruned_trial_resumes_when_run_alone(halving, tiny, say):
     ("arguments", "message"),
     [
         (["sweep=tpe"], "a search needs settings that vary"),
-        (["sweep=tpa", "seed=1,2"], 'sweep has no option "tpa".* Did you mean "tpe"'),
+        (["sweep=tpe", "seed=tag(lag,interval(1,2))"], '(?s)tag "lag" is unknown, expected log.*Expected choice'),
+        (["sweep=tpe", "seed=interval(2,1)"], "interval.2,1.: "),
         (["sweep=tpe", "optimizer.matrx_lr=interval(0,1)"], 'Did you mean "optimizer.matrix_lr"'),
-        (["sweep=tpe", "sft.num_epochs=range(0,3)"], "sft.num_epochs is 0, expected at least 1"),
         (["sweep=tpe", "seed=1,2", "sweep.metric=pretran.val_bpb"], 'Did you mean "pretrain.val_bpb"'),
-        (["sweep=tpe", "seed=1,2", "sweep.metric=null"], "sweep.metric has no value"),
         (["sweep=tpe", "seed=1,2", "hydra/launcher=joblib"], "submitit_local runs jobs elsewhere"),
         (["sweep=halving", "seed=1,2", "sweep.metric=pretrain.tokens_per_second"], "(?s)only at the end.*val_bpb"),
     ],
