@@ -27,7 +27,6 @@ COMMANDS = {
     "/system": ("[TEXT]", "set the system prompt; without text: remove it"),
     "/temperature": ("T", "0: always the most likely token"),
     "/topk": ("K", "sample among the K most likely tokens; 0: all"),
-    "/topp": ("P", "sample among the most likely tokens with total probability P; 1: all"),
     "/tokens": ("N", "the longest answer"),
     "/seed": ("S", "seed of the next answer"),
     "/help": ("", "show this help"),
@@ -37,7 +36,6 @@ COMMANDS = {
 _NUMBERS: dict[str, tuple[str, type[float], float, float]] = {
     "/temperature": ("temperature", float, 0, 10),
     "/topk": ("top_k", int, 0, 1 << 20),
-    "/topp": ("top_p", float, 1e-6, 1),
     "/tokens": ("max_tokens", int, 1, 1 << 20),
     "/seed": ("seed", int, 0, 1 << 62),
 }
@@ -56,7 +54,6 @@ class Chat:
     continues: bool = False
     """Whether the model is a base model, which continues text."""
     system: str | None = None
-    top_p: float | None = None
     messages: list[dict[str, Any]] = field(default_factory=list)
     last: str | None = None
     """The text that a base model continued last."""
@@ -185,7 +182,7 @@ class Chat:
         if self._scheduler is None:
             self._scheduler = self.engine.scheduler(max_rows=1)
         scheduler = self._scheduler
-        sampling = Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
+        sampling = Sampling(temperature=self.temperature, top_k=self.top_k, seed=self.seed)
         self.seed += 1
         request = Request(
             prompt=prompt, max_new_tokens=self.max_tokens, sampling=sampling, reuse=True,
