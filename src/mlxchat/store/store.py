@@ -2,7 +2,7 @@
 
     store/<stage>-<label>-<rid16>/   an artifact; complete if and only if manifest.json exists
     records/<stage>-<key>-<time>-<rid16>.json   one per execution: the manifest of its result
-    work/<key>/                      out/ (the unfinished artifact), ckpt/, attempts.jsonl, code.json; survives crashes
+    work/<key>/                      out/ (the unfinished artifact), ckpt/, attempts.jsonl; survives crashes
     locks/<key>.lock                 flock files
     refs/<run>/<step>, refs/latest -> <run>   relative symlinks: readable names (store/naming.py);
                                      <step>@<iteration>: intermediate models of a training
