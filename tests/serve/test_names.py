@@ -16,7 +16,7 @@ from mlxchat.store.manifest import MANIFEST, describe_outputs, read_manifest, wr
 from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
 
-QUICKSTART, STORY = "20260101-000000-000001-1-quickstart", "20260102-000000-000001-1-story"
+QUICKSTART = "20260101-000000-000001-1-quickstart"
 FORMS = {
     "a step": "sft", "a step of the latest run": "latest/sft", "a step of a run": "quickstart/sft",
     "a folder of a run": f"{QUICKSTART}/sft", "a run": "quickstart", "latest": "latest",
@@ -24,8 +24,7 @@ FORMS = {
     "a path of a name": "REFS", "a pin": "best", "a pin in full": "pins/best", "an import": "import:mine",
 }  # fmt: skip
 VERBS = {
-    "chat": ("chat", "NAME", "-p", "hello", "--max-tokens", "1"),
-    "chat --model": ("chat", "--model", "NAME", "-p", "hello", "--max-tokens", "1"),
+    "chat": ("chat", "--model", "NAME", "-p", "hello", "--max-tokens", "1"),
     "serve": ("serve", "NAME", "--port", "0"), "show": ("show", "NAME"), "report": ("report", "NAME"),
     "lineage": ("lineage", "NAME"), "diff": ("diff", "NAME", "NAME"), "pin": ("pin", "NAME", "again"),
     "verify": ("verify", "NAME"), "push": ("push", "NAME", "PLACE"),
@@ -85,23 +84,18 @@ def test_unknown_names_give_one_message(verb, say):
     ))  # fmt: skip
 
 
-def test_impossible_file_names_are_unknown(say):
-    for name in ("a" * 256, "latest/" + "a" * 256, "a/" * 3000 + "a", "~nobody-here/a"):
-        code, said = say(VERBS["show"], name)
-        assert (code, said.count("\n")) == (2, 1)
-        assert said.startswith("error: ")
-
-
 def test_server_resolves_names_as_verbs_do(store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     models = Models(store, resolve(store, "quickstart/pretrain"))
     assert [models.find(name).name for name in (None, "sft", "quickstart/sft")] == [BASE, CHAT, CHAT]
-    for name in ("sftt", "../outputs", "~/x"):
-        with pytest.raises(Fault, match="does not exist"):
+    for name in ("sftt", "../outputs", "../../etc/passwd", "/etc/passwd", "a/../../b", "a\0b", "x" * 10_000, "~/x"):
+        with pytest.raises(Fault, match="does not exist") as caught:
             models.find(name)
+        assert caught.value.status == 404
+        assert str(store.outputs) not in str(caught.value)
 
 
-@pytest.mark.parametrize("verb", ["chat", "serve", "a request"])
+@pytest.mark.parametrize("verb", ["serve", "a request"])
 def test_altered_model_is_refused(verb, store, say):
     folder = store.outputs / "store" / CHAT
     manifest = read_manifest(folder) | {"run": QUICKSTART, "overrides": ["experiment=smoke"], "version": 1, "pins": {}}
@@ -122,26 +116,6 @@ def test_altered_model_is_refused(verb, store, say):
     assert "Remove the folder and run again: mlxchat experiment=smoke" in said
 
 
-def test_equal_models_are_told_apart_by_run_settings_and_score(store):
-    settings = ["model=d2", "sft.num_epochs=2", "rl.num_iterations=3", "outputs=/home/me/outputs"]
-    for letter, run, overrides, facts in (("d", STORY, settings, 0.5), ("f", STORY, ["model=d2"], 0.75)):
-        folder = store.outputs / "store" / f"sft-d2-{letter * 16}"
-        shutil.copytree(store.outputs / "store" / CHAT, folder)
-        changes = {"name": folder.name, "rid": letter * 52, "run": run, "overrides": overrides}
-        write_manifest(folder, read_manifest(folder) | changes)
-        judged = {"checkpoint": {"step": "sft", "artifact": folder.name, "rid": letter * 52}}
-        scores = store.outputs / "store" / f"eval-d2-{letter * 16}"
-        scores.mkdir()
-        described = {"name": scores.name, "rid": "e" + letter * 51, "inputs": judged, "kind": "scores"}
-        metrics = {"mean_centered": facts}
-        write_manifest(scores, read_manifest(folder) | described | {"stage": "eval", "metrics": metrics})
-    entries = Models(store, resolve(store, "quickstart/sft")).entries()
-    assert {entry["id"][-1]: entry["mlxchat"]["details"] for entry in entries} == {
-        "b": "", "c": "run1 · val loss 0.5", "d": "story · model=d2 sft.num_epochs=2 · mean centered 0.5",
-        "f": "story · model=d2 · mean centered 0.75",
-    }  # fmt: skip
-
-
 def test_prompts_of_a_model_are_those_of_its_evaluation(store):
     asked = [{"prompt": f"Where is {place}?", "text": "Here."} for place in ("the mill", "the pub", "the mill")]
     evaluation = next((store.outputs / "store").glob("eval-*"))
@@ -150,14 +124,3 @@ def test_prompts_of_a_model_are_those_of_its_evaluation(store):
     entries = Models(store, resolve(store, "quickstart/sft")).entries()
     prompts = {entry["id"]: entry["mlxchat"]["prompts"] for entry in entries}
     assert prompts == {name: ["Where is the mill?", "Where is the pub?"] for name in (CHAT, BASE)}
-
-
-def test_prompts_of_a_model_that_is_not_evaluated_are_those_of_its_run(store):
-    for evaluation in (store.outputs / "store").glob("eval-*"):
-        shutil.rmtree(evaluation)
-    name = read_manifest(store.outputs / "store" / CHAT)["run"]
-    (store.outputs / "runs" / name).mkdir(parents=True, exist_ok=True)
-    settings = {"eval": {"prompts": ["Where is the mill?"]}}
-    (store.outputs / "runs" / name / "config.yaml").write_text(json.dumps(settings))
-    entries = Models(store, resolve(store, "quickstart/sft")).entries()
-    assert {entry["id"]: entry["mlxchat"]["prompts"] for entry in entries}[CHAT] == ["Where is the mill?"]

@@ -1,7 +1,6 @@
 """OpenAI's API: answers equal the engine's in every form of request; errors have OpenAI's format."""
 
 import json
-import shutil
 from typing import Any
 
 import pytest
@@ -108,18 +107,17 @@ def test_fingerprint_changes_with_contents_and_settings_only(server, served):
     assert fingerprint("0" * 64, bits=4, top_k=50) == fingerprint("0" * 64, top_k=50, bits=4)
 
 
-def test_unknown_model_error_lists_models_only(server, served):
-    corpus = served / "store" / ("corpus-bundled-" + "f" * 16)
-    shutil.copytree(served / "store" / ("eval-d2-" + "e" * 16), corpus)
-    Store(served).set_ref("latest", "corpus", corpus)
-    try:
-        responses = [server.chat(model=name).json()["error"] for name in ("corpus", "sfft", "sft/" + "x" * 296)]
-    finally:
-        (served / "refs" / "latest" / "corpus").unlink()
-        shutil.rmtree(corpus)
-    assert {error["code"] for error in responses} == {"model_not_found"}
-    listed = [error["message"].split("Models: ")[1] for error in responses]
-    assert listed == [f"{CHAT}, {BASE}.{hint}" for hint in ("", ' Did you mean "sft"?', "")]
+def test_unknown_model_error_lists_models_only(server):
+    for name, hint in (("corpus", ""), ("sfft", ' Did you mean "sft"?')):
+        error = server.chat(model=name).json()["error"]
+        assert error["message"].split("Models: ")[1] == f"{CHAT}, {BASE}.{hint}"
+
+
+def said(content: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": content}]}
+
+
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "strin"}}}
 
 
 @pytest.mark.parametrize(
@@ -128,43 +126,44 @@ def test_unknown_model_error_lists_models_only(server, served):
         ({"model": "gpt-4o"}, 404, "model", "model_not_found"),
         ({"model": "eval-d2"}, 404, "model", "model_not_found"),
         ({"model": "pretrain"}, 400, "model", "unsupported_model"),
+        ({"model": 5}, 400, "model", None),
+        ({"messages": []}, 400, "messages", None),
+        ({"messages": [0] * 5000}, 400, "messages.0", None),
         ({"messages": [{"role": "assistant", "content": "hello"}]}, 400, "messages", None),
         ({"messages": [{"role": "tool", "content": "4"}]}, 400, "messages.0.role", None),
-        ({"messages": [{"role": "user", "content": "a" * 8001}]}, 400, "messages", None),
-        ({"messages": [{"role": "user", "content": "a"}] * 501}, 400, "messages", None),
-        ({"messages": [{"role": "user", "content": "a b" * 2000}] * 6}, 400, "messages", None),
-        ({"messages": [{"role": "user", "content": "a b" * 200}]}, 400, "messages", "context_length_exceeded"),
+        (said("a b" * 200), 400, "messages", "context_length_exceeded"),
+        (said([{"type": "image_url"}]), 400, "messages.0.content.0.type", None),
+        (said([{"type": "python", "text": "1"}]), 400, "messages", None),
         ({"temperature": 2.5}, 400, "temperature", None),
-        ({"max_tokens": 5000}, 400, "max_tokens", None),
+        ({"temperature": "0.7"}, 400, "temperature", None),
+        ({"temperature": float("nan")}, 400, "temperature", None),
+        ({"n": 17}, 400, "n", None),
+        ({"n": True}, 400, "n", None),
+        ({"seed": 1.5}, 400, "seed", None),
+        ({"max_tokens": 0}, 400, "max_tokens", None),
+        ({"stop": ["a"] * 17}, 400, "stop", None),
         ({"top_logprobs": 2}, 400, "top_logprobs", None),
-        ({"frequency_penalty": 2.5}, 400, "frequency_penalty", None),
-        ({"logit_bias": {"99999999": 1}}, 400, "logit_bias", None),
-        ({"logit_bias": {"5": 101}}, 400, "logit_bias", None),
-        ({"tool_choice": "required"}, 400, "tool_choice", "unsupported_parameter"),
+        ({"logit_bias": {"999999": 1}}, 400, "logit_bias", None),
+        ({"logit_bias": {"5": 101}}, 400, "logit_bias.5", None),
         ({"tools": [{"type": "function"}]}, 400, "tools", "unsupported_parameter"),
-        ({"modalities": ["audio"]}, 400, "modalities", "unsupported_parameter"),
+        ({"temprature": 0}, 400, "temprature", "unsupported_parameter"),
         ({"response_format": {"type": "yaml"}}, 400, "response_format.type", None),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "strin"}}}},
-         400, "response_format", None),
+        ({"response_format": SCHEMA}, 400, "response_format", None),
     ],
-)  # fmt: skip
+)
 def test_invalid_requests_get_openai_errors(server, body, status, param, code):
-    response = server.chat(**body)
-    assert response.status_code == status
+    response = server.client.post("/v1/chat/completions", content=json.dumps({**said("a"), "max_tokens": 2, **body}),
+                                  headers={"content-type": "application/json"})  # fmt: skip
     error = response.json()["error"]
-    assert error.keys() == {"message", "type", "param", "code"}
+    assert (response.status_code, error.keys()) == (status, {"message", "type", "param", "code"})
     assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
+    assert ('Did you mean "temperature"?' in error["message"]) == (param == "temprature")
 
 
-def test_unknown_fields_are_refused_by_name(server):
-    error = server.chat(temprature=0, min_tokens=5, user="me", metadata={"a": "b"}).json()["error"]
-    expected = 'unknown fields temprature, min_tokens. Did you mean "temperature"?'
-    assert (error["message"], error["code"]) == (expected, "unknown_parameter")
-    body = {"model": "pretrain", "prompt": "a", "response_format": {"type": "json_object"}}
-    error = server.client.post("/v1/completions", json=body).json()["error"]
-    assert error["message"].startswith("unknown field response_format.")
-    many = server.chat(**{"x" * 5000 + str(n): 1 for n in range(100)})
-    assert (many.status_code, len(many.text) < 2000) == (400, True)
+def test_fields_without_effect_are_accepted(server):
+    nulls = dict.fromkeys(("model", "stream", "stream_options", "n", "stop", "seed", "temperature", "logit_bias"))
+    idle = {"tools": [], "tool_choice": "auto", "user": "me", "metadata": {"a": "b"}, "max_tokens": 5000}
+    assert server.chat(**nulls, **idle).status_code == 200
 
 
 def test_json_schema_constrains_every_choice(server):

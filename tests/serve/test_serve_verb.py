@@ -93,3 +93,16 @@ def test_model_beyond_memory_is_refused_before_its_weights_are_read(served, comm
     code, said = command("serve", "sft", f"outputs={served}", "--port", "0")
     assert code == 2
     assert re.search(rf"^error: {CHAT} .*--bits 4", said, re.MULTILINE), said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--host", "0.0.0.0"], "error: --host 0.0.0.0 can be reached from other machines and requires a key"),
+        (["--max-rows", "0"], "error: --max-rows is 0, expected a whole number of at least 1"),
+        (["eval"], "error: "),
+    ],
+)
+def test_serve_refuses_invalid_options(served, arguments, message, say, monkeypatch):
+    monkeypatch.delenv("MLXCHAT_API_KEY", raising=False)
+    assert say("serve", f"outputs={served}", *arguments, code=2).startswith(message)

@@ -97,12 +97,6 @@ def test_model_too_large_for_memory_is_refused(served, monkeypatch):
         Chat.load(served / "store" / BASE, temperature=0.0, top_k=None, max_tokens=6, seed=0)
 
 
-def test_impossible_settings_are_refused(command, tmp_path):
-    code, printed = command("chat", "-p", "Hi", "--temperature", "-1", f"outputs={tmp_path / 'outputs'}")
-    assert code == 2
-    assert "--temperature is -1, expected a number of at least 0" in printed
-
-
 def asked(chat: Chat, monkeypatch: pytest.MonkeyPatch, text: str) -> list[int]:
     """Return the prompt of a question."""
     prompts: list[list[int]] = []
@@ -126,15 +120,3 @@ def test_chat_reports_dropped_turns(chat, capsys, monkeypatch):
     chat.obey("/clear")
     asked(chat, monkeypatch, "the mat")
     assert capsys.readouterr().err == ""
-
-
-def test_chat_reports_truncated_questions(chat, capsys, monkeypatch):
-    tokenizer = chat.engine.tokenizer
-    ids = tokenizer.encode("1 2 3 4 5 " * 30)
-    prompt = asked(chat, monkeypatch, tokenizer.decode(ids))
-    assert len(prompt) == 120
-    left_out = len(ids) - 116  # <|bos|>, two delimiters of the question, one of the answer
-    assert prompt[2:-2] == ids[left_out:]
-    told = "the model reads 128 tokens, of which 8 are for the answer (--max-tokens)"
-    assert capsys.readouterr().err == f"left out the first {left_out} of {len(ids)} tokens of the question: {told}\n"
-    assert said(chat) == [tokenizer.decode(ids)], "the conversation keeps it whole"

@@ -174,15 +174,6 @@ def test_unloaded_third_party_model_is_freed(folder, served):
         gc.enable()
 
 
-def test_model_without_template_continues_text(tmp_path, served, start):
-    folder = make_folder(tmp_path / "base", template=None)
-    models = Models(Store(served), folder, third_party={"base": folder})
-    with Server(Service(models, Worker(Limits(), load_scheduler), Defaults())) as server:
-        assert server.chat().json()["error"]["code"] == "unsupported_model"
-        body = {"prompt": "a", "max_tokens": 2}
-        assert server.client.post("/v1/completions", json=body).status_code == 200
-
-
 def test_serve_accepts_model_folders(folder, tmp_path, monkeypatch, command):
     monkeypatch.setattr("mlxchat.serve.run.run_server", lambda *arguments, **options: print("served", options["name"]))
     code, said = command("serve", "--model", f"hf:{folder}", f"outputs={tmp_path}/none")

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import (
-    Any,
-    Literal,
-    NotRequired,  # pydantic reads the standard library's from Python 3.12 on
-)
+from typing import Any, Literal, NotRequired
 
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict  # pydantic reads the standard library's from Python 3.12 on
 
 FinishReason = Literal["stop", "length"]
 

@@ -7,19 +7,18 @@ Generation is cancelled when the client disconnects.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 from prometheus_client.exposition import choose_encoder
 from sse_starlette.sse import AppStatus, EventSourceResponse
@@ -31,11 +30,9 @@ from mlxchat.engine.batch import Request as EngineRequest
 from mlxchat.serve.answers import (
     STREAM,
     ChatCompletion,
-    ChatLogprobs,
     Completion,
     ModelEntry,
     ModelList,
-    TextLogprobs,
     answers,
 )
 from mlxchat.serve.choices import Choice, choices_of, usage_of
@@ -52,13 +49,13 @@ from mlxchat.serve.requests import (
     text_prompts,
 )
 from mlxchat.serve.runs import run_routes
-from mlxchat.serve.security import Fault, Guard, Limits, add_fault_handlers
+from mlxchat.serve.security import Fault, Guard, JsonAnswer, add_fault_handlers
 from mlxchat.serve.worker import Answer, Worker
 
 PAGE = Path(__file__).with_name("page")
-_LEAST_BODY_BYTES = 1_000_000
+_DISCONNECT_SECONDS = 0.5
+"""Interval at which an answer that is not streamed looks for its client."""
 Json = dict[str, Any]
-Result = TypeVar("Result")
 
 # At shutdown streams may finish within the server's grace period.
 AppStatus.enable_automatic_graceful_drain = False
@@ -71,11 +68,6 @@ class Service:
     models: Models
     worker: Worker
     defaults: Defaults
-
-    @property
-    def limits(self) -> Limits:
-        """The worker's limits."""
-        return self.worker.limits
 
 
 def make_app(
@@ -132,7 +124,6 @@ def make_app(
         )  # fmt: skip
     app.add_middleware(
         Guard, count=metrics.count_request, api_key=api_key, loopback_only=loopback_only, cors=cors,
-        max_body_bytes=max(_LEAST_BODY_BYTES, 16 * service.limits.max_conversation_chars),
     )  # fmt: skip
     return app
 
@@ -157,13 +148,10 @@ def openai_routes(service: Service) -> APIRouter:
         head = _head("chatcmpl", "chat.completion", service, model)
         own = {"mlxchat": {"truncated_turns": prompt.truncated_turns}} if body.truncation == "auto" else {}
         if body.stream:
-            return EventStream(answer, _chat_chunks(answer, head, body, own))
-        choices = await while_connected(request, answer, collect(answer))
-
-        def describe(_: int, choice: Choice) -> Json:
-            return {"message": choice.message(), "logprobs": choice.chat_logprobs(choice.events)}
-
-        return await run_in_threadpool(_whole_answer, answer, choices, head, body.n, describe, own)
+            return EventStream(answer, _chunks(answer, {**head, "object": "chat.completion.chunk"}, body, own))
+        choices = await collect(request, answer)
+        described = await run_in_threadpool(lambda: [choice.for_chat(index) for index, choice in enumerate(choices)])
+        return JsonAnswer({**head, "choices": described, "usage": usage_of(answer, choices, body.n), **own})
 
     @routes.post("/completions", response_model=None, responses=answers(Completion, STREAM))
     async def complete(body: TextRequest, request: Request) -> Response:
@@ -171,107 +159,61 @@ def openai_routes(service: Service) -> APIRouter:
         answer = service.worker.submit(model, requests)
         head = _head("cmpl", "text_completion", service, model)
         if body.stream:
-            return EventStream(answer, _text_chunks(answer, head, body))
-        choices = await while_connected(request, answer, collect(answer))
-
-        def describe(_: int, choice: Choice) -> Json:
-            return {"text": choice.all_text, "logprobs": choice.text_logprobs(choice.events)}
-
-        return await run_in_threadpool(_whole_answer, answer, choices, head, body.n, describe, {})
+            return EventStream(answer, _chunks(answer, head, body))
+        choices = await collect(request, answer)
+        described = await run_in_threadpool(lambda: [choice.for_text(index) for index, choice in enumerate(choices)])
+        return JsonAnswer({**head, "choices": described, "usage": usage_of(answer, choices, body.n)})
 
     return routes
 
 
-def _whole_answer(
-    answer: Answer, choices: list[Choice], head: Json, each: int, describe: Callable[[int, Choice], Json], own: Json
-) -> JsonAnswer:
-    data = [
-        {"index": i, **describe(i, choice), "finish_reason": choice.finish_reason} for i, choice in enumerate(choices)
-    ]
-    return JsonAnswer({**head, "choices": data, "usage": usage_of(answer, choices, each), **own})
-
-
 def prepare_chat(service: Service, body: ChatRequest) -> tuple[Model, ChatPrompt, list[EngineRequest]]:
     """Return model, prompt and choices of a chat request. Call it in a thread: it reads files and encodes text."""
-    body.refuse_unknown()
     model = service.models.find(body.model)
     if body.top_logprobs and not body.logprobs:
         raise Fault("top_logprobs needs logprobs=true", param="top_logprobs")
     most = body.max_completion_tokens or body.max_tokens
-    prompt = chat_prompt(model, body.messages, service.limits, answer_tokens=most, truncate=body.truncation == "auto")
+    prompt = chat_prompt(model, body.messages, answer_tokens=most, truncate=body.truncation == "auto")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     requests = requests_for(
-        model, body, [prompt.ids], service.limits, service.defaults, max_tokens=most, logprobs=logprobs,
-        constraint=json_constraint(model, body.response_format, service.limits), skip_blank=model.third_party,
+        model, body, [prompt.ids], service.defaults, max_tokens=most, logprobs=logprobs,
+        constraint=json_constraint(model, body.response_format), skip_blank=model.third_party,
     )  # fmt: skip
     return model, prompt, requests
 
 
 def _prepare_text(service: Service, body: TextRequest) -> tuple[Model, list[EngineRequest]]:
     """Return model and choices of a text completion. Call it in a thread."""
-    body.refuse_unknown()
     model = service.models.find(body.model)
-    if body.best_of not in (None, body.n):
-        raise Fault("best_of is not supported", param="best_of", code="unsupported_parameter")
-    prompts = text_prompts(model, body, service.limits)
-    most = body.max_tokens if body.max_tokens is not None else min(128, service.limits.max_tokens)
-    requests = requests_for(
-        model, body, prompts, service.limits, service.defaults, max_tokens=most, logprobs=body.logprobs,
-    )  # fmt: skip
-    return model, requests
+    prompts = text_prompts(model, body)
+    most = body.max_tokens if body.max_tokens is not None else 128
+    return model, requests_for(model, body, prompts, service.defaults, max_tokens=most, logprobs=body.logprobs)
 
 
-async def collect(answer: Answer) -> list[Choice]:
-    """Return the choices of an answer once all have ended."""
+async def _all_choices(answer: Answer) -> list[Choice]:
     choices = choices_of(answer)
     async for index, event in answer:
         choices[index].add(event)
     return choices
 
 
-async def _chat_chunks(answer: Answer, head: Json, body: ChatRequest, own: Json) -> AsyncIterator[Json | str]:
-    """Yield the chunks of a stream; the first one has the fields `own`."""
-    head = {**head, "object": "chat.completion.chunk"}
+async def _chunks(answer: Answer, head: Json, body: Generation, own: Json | None = None) -> AsyncIterator[Json | str]:
+    """Yield the chunks of a stream; those of a chat begin with roles, the first one of them with the fields `own`."""
     choices = choices_of(answer)
-    usage = _usage_field(body)
+    usage: Json = {"usage": None} if body.stream_options and body.stream_options.include_usage else {}
 
-    def chunk(index: int, delta: Json, reason: str | None = None, logprobs: ChatLogprobs | None = None) -> Json:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return {**head, "choices": [choice], **usage}
+    def chunk(index: int, fields: Json) -> Json:
+        return {**head, "choices": [{"index": index, "logprobs": None, "finish_reason": None, **fields}], **usage}
 
-    for index in range(len(choices)):
-        yield {**chunk(index, {"role": "assistant", "content": ""}), **(own if index == 0 else {})}
+    if own is not None:
+        for index in range(len(choices)):
+            opening = chunk(index, {"delta": {"role": "assistant", "content": ""}})
+            yield {**opening, **(own if index == 0 else {})}
     async for index, event in answer:
         choice = choices[index]
-        shown = choice.add(event)
-        logprobs = choice.chat_logprobs(choice.newest)
-        for kind, text in shown:
-            delta = {"content": text} if kind == "text" else {"part": {"type": kind, "text": text}}
-            yield chunk(index, delta, None, logprobs)
-            logprobs = None
-        if logprobs:
-            yield chunk(index, {"content": ""}, None, logprobs)
-        if choice.finish_reason:
-            yield chunk(index, {}, choice.finish_reason)
-    if usage:
-        yield {**head, "choices": [], "usage": usage_of(answer, choices, body.n)}
-    yield "[DONE]"
-
-
-async def _text_chunks(answer: Answer, head: Json, body: TextRequest) -> AsyncIterator[Json | str | bytes]:
-    choices = choices_of(answer)
-    usage = _usage_field(body)
-
-    def chunk(index: int, text: str, reason: str | None = None, logprobs: TextLogprobs | None = None) -> Json:
-        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-        return {**head, "choices": [choice], **usage}
-
-    async for index, event in answer:
-        choice = choices[index]
-        text = "".join(text for _, text in choice.add(event))
-        logprobs = choice.text_logprobs(choice.newest)
-        if text or logprobs or choice.finish_reason:
-            yield chunk(index, text, choice.finish_reason, logprobs)
+        pieces = choice.text_pieces(event) if own is None else choice.chat_pieces(event)
+        for fields in pieces:
+            yield chunk(index, fields)
     if usage:
         yield {**head, "choices": [], "usage": usage_of(answer, choices, body.n)}
     yield "[DONE]"
@@ -284,16 +226,11 @@ def _head(prefix: str, kind: str, service: Service, model: Model) -> Json:
     }  # fmt: skip
 
 
-def _usage_field(body: Generation) -> Json:
-    """Return the usage field of every chunk: null if usage comes at the end, else no field."""
-    return {"usage": None} if body.stream_options and body.stream_options.include_usage else {}
-
-
 class EventStream(EventSourceResponse):
     """Server-sent events of an answer, which is cancelled when the stream ends or the client disconnects."""
 
-    def __init__(self, answer: Answer, data: AsyncIterator[Any]) -> None:
-        """Stream `data` of an answer: objects, sent as JSON, or whole events as bytes."""
+    def __init__(self, answer: Answer, data: AsyncIterator[Json | str]) -> None:
+        """Stream `data` of an answer: objects, sent as JSON, or text."""
         super().__init__(_encoded(data), sep="\n", ping=15, headers={"X-Accel-Buffering": "no"})
         self._answer = answer
 
@@ -305,48 +242,26 @@ class EventStream(EventSourceResponse):
             self._answer.cancel()
 
 
-async def while_connected(request: Request, answer: Answer, work: Coroutine[Any, Any, Result]) -> Result:
-    """Return the result of `work`; cancel the answer if the client disconnects first.
+async def collect(request: Request, answer: Answer) -> list[Choice]:
+    """Return the choices of an answer once all have ended; cancel it if the client disconnects first.
 
     Raises:
-        Fault: the client has disconnected, or `work` raises it.
+        Fault: the client has disconnected, or the computation failed.
     """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request.receive))
+    task = asyncio.create_task(_all_choices(answer))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise Fault("the client has disconnected", status=499)
+        while not (await asyncio.wait({task}, timeout=_DISCONNECT_SECONDS))[0]:
+            if await request.is_disconnected():
+                raise Fault("the client has disconnected", status=499)
+        return task.result()
     finally:
+        task.cancel()
         answer.cancel()
-        for each in (task, gone):
-            each.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Fault):
-                await each
 
 
-async def _disconnected(receive: Callable[[], Awaitable[Any]]) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _encoded(data: AsyncIterator[Any]) -> AsyncIterator[bytes | dict[str, str]]:
+async def _encoded(data: AsyncIterator[Json | str]) -> AsyncIterator[dict[str, str]]:
     try:
         async for item in data:
-            if isinstance(item, bytes):
-                yield item
-            else:
-                text = item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)
-                yield {"data": text.encode(errors="backslashreplace").decode()}
+            yield {"data": item if isinstance(item, str) else json.dumps(item)}
     except Fault as fault:  # the status was sent before
         yield {"data": json.dumps(fault.body())}
-
-
-class JsonAnswer(JSONResponse):
-    """A JSON answer whose text may have lone surrogates, which UTF-8 cannot encode."""
-
-    def render(self, content: Any) -> bytes:
-        """Return the body."""
-        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        return text.encode(errors="backslashreplace")  # JSON escapes lone surrogates the same way

@@ -13,16 +13,18 @@ from mlxchat.engine.third_party import AnyTokenizer
 from mlxchat.engine.tools import Kind
 from mlxchat.serve.answers import (
     AnswerMessage,
+    ChatChoice,
     ChatLogprob,
     ChatLogprobs,
+    FinishReason,
     Part,
+    TextChoice,
     TextLogprobs,
     Usage,
     Valued,
 )
 from mlxchat.serve.worker import Answer
 
-Json = dict[str, Any]
 Scored = tuple[Event, Kind, int]
 """A token with its log-probability, its kind, and its offset in the choice's text, in characters."""
 
@@ -39,7 +41,7 @@ class Choice:
     newest: list[Scored] = field(default_factory=list)
     """What the last event added to `events`."""
     num_sampled: int = 0
-    finish_reason: str | None = None
+    finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
         """Create the decoder."""
@@ -48,35 +50,57 @@ class Choice:
     def add(self, event: Event) -> list[tuple[Kind, str]]:
         """Add an event; return the new (kind, text) to show."""
         self.num_sampled += event.sampled
-        self.newest = list(self._with_logprobs(event))
+        special = self._is_special(event.token)
+        scored = event.logprob is not None and (event.finish_reason is not None or not special)
+        self.newest = [(event, event.kind, self.position)] if scored else []
         self.events += self.newest
         if event.token is not None:
-            special = self._is_special(event.token)
             data = b"" if special else self.tokenizer.decode_bytes([event.token])
             self.position += len(self._decoder.decode(data, final=special))
         if event.finish_reason is not None:
-            self.finish_reason = event.finish_reason if event.finish_reason == "length" else "stop"
+            self.finish_reason = "length" if event.finish_reason == "length" else "stop"
         new = [(event.kind, event.text)] if event.text else []
         self.texts += new
         return new
 
-    @property
-    def text(self) -> str:
-        """The text without tool calls and their results."""
-        return "".join(text for kind, text in self.texts if kind == "text")
-
-    @property
-    def all_text(self) -> str:
-        """The whole text, including tool calls and their results."""
-        return "".join(text for _, text in self.texts)
-
-    def message(self) -> AnswerMessage:
-        """Return the assistant's message; with `parts` if it used a tool."""
+    def for_chat(self, index: int) -> ChatChoice:
+        """Return the choice of a chat completion; its message has `parts` if it used a tool."""
+        assert self.finish_reason is not None
+        text = "".join(text for kind, text in self.texts if kind == "text")
+        message: AnswerMessage = {"role": "assistant", "content": text, "refusal": None}
         parts = content_of(self.texts)
-        message: AnswerMessage = {"role": "assistant", "content": self.text, "refusal": None}
         if any(part["type"] != "text" for part in parts):
             message["parts"] = cast(list[Part], parts)
-        return message
+        return {
+            "index": index, "message": message, "logprobs": self.chat_logprobs(self.events),
+            "finish_reason": self.finish_reason,
+        }  # fmt: skip
+
+    def for_text(self, index: int) -> TextChoice:
+        """Return the choice of a text completion; its text includes tool calls and their results."""
+        assert self.finish_reason is not None
+        return {
+            "index": index, "text": "".join(text for _, text in self.texts),
+            "logprobs": self.text_logprobs(self.events), "finish_reason": self.finish_reason,
+        }  # fmt: skip
+
+    def chat_pieces(self, event: Event) -> Iterator[dict[str, Any]]:
+        """Add an event; yield the fields of its chunks in a chat's stream."""
+        shown = self.add(event)
+        logprobs = self.chat_logprobs(self.newest)
+        for kind, text in shown or ([("text", "")] if logprobs else []):
+            delta = {"content": text} if kind == "text" else {"part": {"type": kind, "text": text}}
+            yield {"delta": delta, "logprobs": logprobs}
+            logprobs = None
+        if self.finish_reason:
+            yield {"delta": {}, "finish_reason": self.finish_reason}
+
+    def text_pieces(self, event: Event) -> Iterator[dict[str, Any]]:
+        """Add an event; yield the fields of its chunk in a text's stream."""
+        text = "".join(text for _, text in self.add(event))
+        logprobs = self.text_logprobs(self.newest)
+        if text or logprobs or self.finish_reason:
+            yield {"text": text, "logprobs": logprobs, "finish_reason": self.finish_reason}
 
     def chat_logprobs(self, found: list[Scored]) -> ChatLogprobs | None:
         """Return the log-probabilities of the text tokens among `events` or `newest`."""
@@ -103,12 +127,6 @@ class Choice:
             "text_offset": [position for _, _, position in found],
         }
 
-    def _with_logprobs(self, event: Event) -> Iterator[Scored]:
-        special = self._is_special(event.token)
-        if event.logprob is not None and (event.finish_reason is not None or not special):
-            data = b"" if event.token is None or special else self.tokenizer.decode_bytes([event.token])
-            yield event, event.kind, self.position + _num_cut_short(self._decoder, data)
-
     def _is_special(self, token: int | None) -> bool:
         return token in self.tokenizer.special_ids.values()
 
@@ -127,12 +145,6 @@ class Choice:
             return data.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-
-def _num_cut_short(decoder: codecs.IncrementalDecoder, data: bytes) -> int:
-    """Return 1 if the decoder holds a partial character that `data` does not continue (it becomes U+FFFD), else 0."""
-    waiting = decoder.getstate()[0]
-    return len((waiting + data[:1]).decode(errors="replace")) - 1 if waiting else 0
 
 
 def choices_of(answer: Answer) -> list[Choice]:

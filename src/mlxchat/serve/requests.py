@@ -2,48 +2,61 @@
 
 from __future__ import annotations
 
-import json
 import secrets
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from mlxchat.engine.batch import Request
 from mlxchat.engine.sample import Constraint, Sampling
 from mlxchat.errors import ConfigError, DataError, suggest
 from mlxchat.serve.models import Model
-from mlxchat.serve.security import Fault, Limits
+from mlxchat.serve.security import Fault
 
-_TEXT_PARTS = ("text", "input_text", "output_text")
 _SEEDS = 2**63
-_MOST_BIASES = 1024
+_MOST_CHOICES = 16
+_DEFAULT_TOKENS = 4096
+"""Length limit of answers to requests without one, for models whose context is longer."""
 # Fields of OpenAI's API that change no answer here.
 _HARMLESS = {
     "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
     "service_tier", "store", "user",
 }  # fmt: skip
-# Fields of OpenAI's API that this server lacks, with the values that change no answer; other values are refused.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+# Values of fields that this server lacks which change no answer; other values are refused.
+_NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
-    "suffix": ("",), "echo": (False,), "modalities": (["text"],), "include": ([],),
+    "suffix": ("",), "echo": (False,), "modalities": (["text"],), "best_of": (1,),
 }  # fmt: skip
-_MOST_SHOWN, _SHOWN_CHARS = 8, 80
+_SHOWN_CHARS = 80
 
 
-class _FirstOnly(FailFast):
-    """Reports only the first bad item of a list: errors of 300,000 items would block the event loop."""
+def _listed(value: Any) -> Any:
+    """Return a list of one string for a string."""
+    return [value] if isinstance(value, str) else value
 
-    __hash__ = object.__hash__  # for unions
+
+def _as_parts(value: Any) -> Any:
+    """Return the parts of a message for its text."""
+    return [{"type": "text", "text": value}] if isinstance(value, str) else [] if value is None else value
 
 
-FIRST_ONLY = _FirstOnly()
-Temperature = Annotated[float, Field(ge=0, le=2)]
 Tokens = Annotated[int, Field(ge=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-Strings = Annotated[list[str], FIRST_ONLY, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
-"""One string or several."""
+Bias = Annotated[float, Field(ge=-100, le=100)]
+TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
+Stop = Annotated[
+    list[Annotated[str, Field(max_length=200)]],
+    Field(max_length=16, fail_fast=True),
+    BeforeValidator(_listed, json_schema_input_type=str | list[str]),
+]
+Prompts = Annotated[
+    list[Any],  # `text_prompts` checks the items
+    Field(min_length=1),
+    BeforeValidator(_listed, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+]
 # Refuse numbers in quotes and true for 1, as OpenAI's servers do.
 STRICT = ConfigDict(strict=True)
 
@@ -57,27 +70,39 @@ class StreamOptions(BaseModel):
 
 
 class Generation(BaseModel):
-    """Fields that all bodies share; None: the server's default. `refuse_unknown` checks all other fields."""
+    """Fields that all bodies share; None: the server's default."""
 
-    # Unknown fields are refused by `refuse_unknown`, except those of OpenAI's API that change no answer.
-    model_config = ConfigDict(extra="allow", strict=True, json_schema_extra={"additionalProperties": False})
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, given: Any) -> Any:
-        """Drop null fields: some clients send every field."""
+    def _without_idle_fields(cls, given: Any) -> Any:
+        """Drop null fields and those that change no answer, since some clients send every field; refuse unknown ones.
+
+        Raises:
+            Fault: a field is unknown or not supported.
+        """
         if not isinstance(given, dict):
             return given
-        return {name: value for name, value in given.items() if value is not None}
+        kept = {}
+        for name, value in given.items():
+            if value is None or name in _HARMLESS or value in _NO_EFFECT.get(name, ()):
+                continue
+            if name not in cls.model_fields:
+                shown = name[:_SHOWN_CHARS]
+                hint = suggest(shown, cls.model_fields)
+                raise Fault(f"{shown} is not supported.{hint}", param=shown, code="unsupported_parameter")
+            kept[name] = value
+        return kept
 
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, lt=1 << 63)] = 1
+    n: Annotated[int, Field(ge=1, le=_MOST_CHOICES)] = 1
     max_tokens: Tokens | None = None
-    stop: Strings | None = None
+    stop: Stop | None = None
     seed: int | None = None
-    temperature: Temperature | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=200)] | None = None
     """0: off."""
@@ -85,27 +110,20 @@ class Generation(BaseModel):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     frequency_penalty: Penalty = 0.0
     presence_penalty: Penalty = 0.0
-    logit_bias: dict[str, Any] = {}
-    """Token id → number added to its logit; `_logit_bias` reports the first bad item."""
+    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=1024)] = {}
+    """Token id → number added to its logit."""
     truncation: Literal["auto", "disabled"] = "disabled"
-    """auto: drop the oldest turns of a conversation that exceeds the limits or the model's context, but no system
-    message. `mlxchat.truncated_turns` in the response counts them."""
+    """auto: drop the oldest turns of a conversation that exceeds the model's context, but no system message.
+    `mlxchat.truncated_turns` in the response counts them."""
 
-    def refuse_unknown(self) -> None:
-        """Raise a Fault if the body has unsupported fields that would change the answer, or unknown fields."""
-        unknown = []
-        for name, value in (self.model_extra or {}).items():
-            if value in _UNSUPPORTED.get(name, ()) or name in _HARMLESS:
-                continue
-            if name in _UNSUPPORTED:
-                verb = "are" if name.endswith("s") else "is"
-                raise Fault(f"{name} {verb} not supported", param=name, code="unsupported_parameter")
-            unknown.append(name[:_SHOWN_CHARS])
-        if unknown:
-            hint = suggest(unknown[0], type(self).model_fields)
-            listed = ", ".join(unknown[:_MOST_SHOWN]) + (" and more" if len(unknown) > _MOST_SHOWN else "")
-            noun = "field" if len(unknown) == 1 else "fields"
-            raise Fault(f"unknown {noun} {listed}.{hint}", param=unknown[0], code="unknown_parameter")
+
+class ContentPart(BaseModel):
+    """A part of a message. Only the assistant's may be Python that it ran, or its output."""
+
+    model_config = STRICT
+
+    type: Literal["text", "python", "python_output"]
+    text: str
 
 
 class Message(BaseModel):
@@ -114,7 +132,16 @@ class Message(BaseModel):
     model_config = STRICT
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[dict[str, Any]], FIRST_ONLY] | None = None
+    content: Annotated[
+        list[ContentPart],
+        Field(fail_fast=True),
+        BeforeValidator(_as_parts, json_schema_input_type=str | list[ContentPart] | None),
+    ] = []
+
+    @property
+    def text(self) -> str:
+        """The text of its text parts."""
+        return "".join(part.text for part in self.content if part.type == "text")
 
 
 class JsonSchema(BaseModel):
@@ -140,7 +167,7 @@ class ResponseFormat(BaseModel):
 class ChatRequest(Generation):
     """Body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], FIRST_ONLY] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -150,14 +177,8 @@ class ChatRequest(Generation):
 class TextRequest(Generation):
     """Body of /v1/completions."""
 
-    prompt: (
-        str
-        | Annotated[list[str], FIRST_ONLY]
-        | Annotated[list[int], FIRST_ONLY]
-        | Annotated[list[Annotated[list[int], FIRST_ONLY]], FIRST_ONLY]
-    ) = ""
+    prompt: Prompts = [""]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    best_of: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,97 +198,87 @@ class ChatPrompt:
     """Number of oldest turns that were dropped. A turn is a user message with its replies, if any."""
 
 
-def chat_prompt(
-    model: Model, messages: Sequence[Message], limits: Limits, *, answer_tokens: int | None, truncate: bool
-) -> ChatPrompt:
+def chat_prompt(model: Model, messages: Sequence[Message], *, answer_tokens: int | None, truncate: bool) -> ChatPrompt:
     """Return the prompt for the assistant's next message.
 
     Args:
         model: the model that will answer.
         messages: system messages are joined to the user message that follows; consecutive messages of one role are
             joined.
-        limits: limits of the server; with `truncate` they apply to the remaining messages.
         answer_tokens: length limit of the answer; None: the rest of the context.
-        truncate: drop the oldest turns until the rest is within the limits and the context. System messages and the
-            last user message always stay.
+        truncate: drop the oldest turns until the rest fits into the context. System messages and the last user message
+            always stay.
 
     Raises:
-        Fault: the model is a base model, the messages are malformed, or they exceed a limit or the context.
+        Fault: the model is a base model, the messages are malformed, or they exceed the context.
     """
     if not model.converses:
         raise Fault(
             f"{model.name} is a base model, which cannot chat: use POST /v1/completions",
             param="model", code="unsupported_model",
         )  # fmt: skip
-    checked = _check_form(messages)
-    room = model.context_tokens - min(answer_tokens or 256, model.context_tokens // 2) if truncate else None
-    turns = _turns(checked)
-    kept = turns if room is None else _latest_turns(model, checked, turns, limits, room)
-    while True:
-        chosen = {index for turn in kept for index in turn}
-        left = [each for index, each in enumerate(checked) if each.role == "system" or index in chosen]
-        _check_sizes(left, limits, truncate=truncate)
+    _check_order(messages)
+    turns = _turn_numbers(messages)
+
+    def render(dropped: int) -> list[int]:
+        kept = [each for each, turn in zip(messages, turns, strict=True) if turn is None or turn >= dropped]
         try:
-            ids = model.render(_joined(left, keep_system=model.third_party))
+            return model.render(_joined(kept))
         except DataError as error:
             raise Fault(str(error), param="messages") from None
-        if room is None or len(ids) <= room or len(kept) == 1:
-            break
-        kept = kept[1:]  # joined messages may have a few more tokens than the single ones
+
+    dropped = 0
+    if truncate:
+        room = model.context_tokens - min(answer_tokens or 256, model.context_tokens // 2)
+        last = turns[-1] or 0
+        dropped = bisect_left(range(last), True, key=lambda number: len(render(number)) <= room)
+    ids = render(dropped)
     if len(ids) >= model.context_tokens:
-        subject, advice = _excess(left, truncate=truncate)
+        # No double quote: Python's repr would then escape the apostrophe as \', and litellm, which searches for these
+        # words, would miss them.
+        advice = "" if truncate else ", or send truncation=auto to leave out the oldest turns"
         raise Fault(
             f"This model's maximum context length is {model.context_tokens} tokens, answer included; "
-            f"{subject} {len(ids)} tokens. {advice}.",
+            f"the messages have {len(ids)} tokens. Shorten them{advice}.",
             param="messages", code="context_length_exceeded",
         )  # fmt: skip
-    return ChatPrompt(ids, len(turns) - len(kept))
+    return ChatPrompt(ids, dropped)
 
 
-def text_prompts(model: Model, body: TextRequest, limits: Limits) -> list[list[int]]:
+def text_prompts(model: Model, body: TextRequest) -> list[list[int]]:
     """Return the ids of every prompt; text gets a <|bos|>, ids are used unchanged.
 
     Raises:
-        Fault: there is no prompt, there are too many, or one is too long or has impossible ids.
+        Fault: a prompt has impossible ids.
     """
-    tokenizer = model.tokenizer
-    given: list[Any] = [body.prompt] if isinstance(body.prompt, str) else list(body.prompt)
-    if given and all(isinstance(each, int) for each in given):
-        given = [given]
-    if not given:
-        raise Fault("prompt is an empty list", param="prompt")
-    check_choices(len(given) * body.n, limits)  # before encoding
+    tokenizer, valid = model.tokenizer, range(model.tokenizer.vocab_size)
+    given = [body.prompt] if isinstance(body.prompt[0], int) else body.prompt
     found: list[list[int]] = []
     for prompt in given:
-        if len(prompt) > limits.max_conversation_chars:
-            raise Fault(f"a prompt has {len(prompt)} characters; at most {limits.max_conversation_chars} are accepted",
-                        param="prompt")  # fmt: skip
         if isinstance(prompt, str):
             found.append([tokenizer.bos, *tokenizer.encode(prompt)])
-            continue
-        if not prompt or not all(0 <= id_ < tokenizer.vocab_size for id_ in prompt):
-            raise Fault(f"a prompt of ids needs at least one id from 0 to {tokenizer.vocab_size - 1}", param="prompt")
-        found.append(prompt)
+        elif isinstance(prompt, list) and prompt and all(type(id_) is int and id_ in valid for id_ in prompt):
+            found.append(prompt)
+        else:
+            raise Fault(f"prompt: expected text, or ids from 0 to {valid[-1]}", param="prompt")
     return found
 
 
 def requests_for(
-    model: Model, body: Generation, prompts: Sequence[list[int]], limits: Limits, defaults: Defaults, *,
+    model: Model, body: Generation, prompts: Sequence[list[int]], defaults: Defaults, *,
     max_tokens: int | None, logprobs: int | None = None,
     constraint: Constraint | None = None, skip_blank: bool = False,
 ) -> list[Request]:  # fmt: skip
     """Return the engine's requests: `n` choices for each prompt, each with a different seed.
 
     Raises:
-        Fault: a prompt leaves no room in the context, or a field has an impossible value.
+        Fault: there are too many choices, a prompt leaves no room in the context, or a biased token does not exist.
     """
-    check_choices(len(prompts) * body.n, limits)
-    if max_tokens is not None and max_tokens > limits.max_tokens:
-        raise Fault(f"max_tokens is {max_tokens}; at most {limits.max_tokens} are accepted", param="max_tokens")
-    stop = tuple(body.stop or ())
-    if len(stop) > 16 or any(len(each) > 200 for each in stop):
-        raise Fault("stop takes at most 16 strings of at most 200 characters", param="stop")
-    bias = _logit_bias(model, body)
+    if (count := len(prompts) * body.n) > _MOST_CHOICES:
+        raise Fault(f"the request has {count} choices; at most {_MOST_CHOICES} are accepted", param="n")
+    bias = tuple((int(token), float(more)) for token, more in body.logit_bias.items())
+    if any(token >= model.tokenizer.vocab_size for token, _ in bias):
+        raise Fault(f"logit_bias: expected ids from 0 to {model.tokenizer.vocab_size - 1}", param="logit_bias")
     first = secrets.randbelow(_SEEDS) if body.seed is None else body.seed
     top_k = defaults.top_k if body.top_k is None else body.top_k or None
     temperature = defaults.temperature if body.temperature is None else body.temperature
@@ -286,168 +297,69 @@ def requests_for(
                 repetition_penalty=body.repetition_penalty, frequency_penalty=body.frequency_penalty,
                 presence_penalty=body.presence_penalty, seed=(first + choice) % _SEEDS,
             )  # fmt: skip
-            most = min(max_tokens or limits.max_tokens, limits.max_tokens, room)
             found.append(
                 # A seed means the same answer each time: reused keys and values differ by rounding.
                 Request(
-                    prompt=prompt, max_new_tokens=most, sampling=sampling, stop=stop, logprobs=logprobs,
-                    reuse=body.seed is None, tools=constraint is None,
+                    prompt=prompt, max_new_tokens=min(max_tokens or _DEFAULT_TOKENS, room), sampling=sampling,
+                    stop=tuple(body.stop or ()), logprobs=logprobs, reuse=body.seed is None, tools=constraint is None,
                     constraint=constraint.copy() if constraint else None, skip_blank=skip_blank,
                 )
             )  # fmt: skip
     return found
 
 
-def check_choices(count: int, limits: Limits) -> None:
-    """Raise a Fault if a request has too many choices."""
-    if count > limits.max_choices:
-        raise Fault(f"the request has {count} choices; at most {limits.max_choices} are accepted", param="n")
-
-
-def json_constraint(model: Model, form: ResponseFormat | None, limits: Limits) -> Constraint | None:
+def json_constraint(model: Model, form: ResponseFormat | None) -> Constraint | None:
     """Return the JSON constraint of an answer; None for text.
 
     Raises:
-        Fault: the schema is missing, too long, or not supported.
+        Fault: the schema is missing or not supported.
     """
     if form is None or form.type == "text":
         return None
     if form.type == "json_schema" and form.json_schema is None:
         raise Fault("response_format of type json_schema requires json_schema", param="response_format")
-    schema = form.json_schema.schema_ if form.json_schema else {"type": "object"}
     try:
-        if (size := len(json.dumps(schema))) > limits.max_conversation_chars:
-            raise ConfigError(
-                f"the JSON schema has {size} characters; at most {limits.max_conversation_chars} are accepted"
-            )
-        return model.grammars.constraint(schema)
+        return model.grammars.constraint(form.json_schema.schema_ if form.json_schema else {"type": "object"})
     except (ConfigError, RecursionError) as error:
         raise Fault(str(error), param="response_format") from None
 
 
-def _logit_bias(model: Model, body: Generation) -> tuple[tuple[int, float], ...]:
-    given, most = body.logit_bias, model.tokenizer.vocab_size - 1
-    if len(given) > _MOST_BIASES:
-        raise Fault(f"logit_bias has {len(given)} tokens; at most {_MOST_BIASES} are accepted", param="logit_bias")
-    for token, more in given.items():
-        if not (token.isascii() and token.isdigit() and len(token) <= 9 and int(token) <= most):
-            raise Fault(f"logit_bias has token {token[:40]!r}, expected ids from 0 to {most}", param="logit_bias")
-        if type(more) not in (int, float) or not -100 <= more <= 100:
-            raise Fault(f"logit_bias of token {token}: expected a number from -100 to 100", param="logit_bias")
-    return tuple((int(token), float(more)) for token, more in given.items())
+def _is_system(message: Message) -> bool:
+    return message.role in ("system", "developer")
 
 
-@dataclass(frozen=True)
-class _Checked:
-    """A well-formed message."""
-
-    role: str
-    """system, user or assistant."""
-    parts: list[dict[str, str]]
-
-    @property
-    def num_chars(self) -> int:
-        return sum(len(part["text"]) for part in self.parts)
-
-    @property
-    def text(self) -> str:
-        return "".join(part["text"] for part in self.parts if part["type"] == "text")
-
-
-def _check_form(messages: Sequence[Message]) -> list[_Checked]:
-    checked = [_Checked("system" if each.role == "developer" else each.role, _parts(each)) for each in messages]
-    if next((each.role for each in checked if each.role != "system"), None) != "user":
+def _check_order(messages: Sequence[Message]) -> None:
+    if next((each.role for each in messages if not _is_system(each)), None) != "user":
         raise Fault("the first message after the system's must be the user's", param="messages")
-    if checked[-1].role != "user":
+    if messages[-1].role != "user":
         raise Fault("the last message must be the user's", param="messages")
-    return checked
+    for each in messages:
+        if each.role != "assistant" and any(part.type != "text" for part in each.content):
+            raise Fault("only the assistant's messages may have parts of Python", param="messages")
 
 
-def _check_sizes(checked: Sequence[_Checked], limits: Limits, *, truncate: bool) -> None:
-    subject, advice = _excess(checked, truncate=truncate)
-    if len(checked) > limits.max_messages:
-        count = f"the conversation has {len(checked)} messages"
-        raise Fault(f"{count}; at most {limits.max_messages} are accepted. {advice}.", param="messages")
-    for index, each in enumerate(checked):
-        if each.num_chars > limits.max_message_chars:
-            kept = each.role == "system" or index == len(checked) - 1
-            name = "the system prompt" if each.role == "system" else "the message" if kept else f"message {index}"
-            raise Fault(f"{name} has {each.num_chars} characters; at most {limits.max_message_chars} are accepted. "
-                        f"{'Shorten it' if kept else advice}.", param="messages")  # fmt: skip
-    if (total := sum(each.num_chars for each in checked)) > limits.max_conversation_chars:
-        raise Fault(f"{subject} {total} characters; at most {limits.max_conversation_chars} are accepted. {advice}.",
-                    param="messages")  # fmt: skip
+def _turn_numbers(messages: Sequence[Message]) -> list[int | None]:
+    """Return the number of each message's turn, which its user message begins; None for system messages."""
+    numbers: list[int | None] = []
+    turn = -1
+    for each in messages:
+        turn += each.role == "user"
+        numbers.append(None if _is_system(each) else turn)
+    return numbers
 
 
-def _excess(checked: Sequence[_Checked], *, truncate: bool) -> tuple[str, str]:
-    r"""Return the subject of a message about a limit, and advice.
-
-    Neither has a double quote: Python's repr would then escape the apostrophe of "This model's" as \', and litellm,
-    which searches for these words, would miss them.
-    """
-    if not truncate:
-        return "the conversation has", "Shorten it, or send truncation=auto to leave out the oldest turns"
-    if len(checked) == 1:
-        return "the message has", "Shorten it"
-    return "the system prompt and the message have", "Shorten one of them"
-
-
-def _turns(checked: Sequence[_Checked]) -> list[list[int]]:
-    """Return the indices of each turn's messages: a user message and the assistant messages that follow it."""
-    turns: list[list[int]] = []
-    for index, each in enumerate(checked):
-        if each.role == "user":
-            turns.append([index])
-        elif each.role == "assistant":
-            turns[-1].append(index)
-    return turns
-
-
-def _latest_turns(
-    model: Model, checked: Sequence[_Checked], turns: list[list[int]], limits: Limits, room: int
-) -> list[list[int]]:
-    """Return the last turn and as many earlier ones as the limits and `room` tokens allow.
-
-    Skips unanswered messages that are too long, so that they do not hide earlier turns.
-    """
-
-    def cost(indices: Sequence[int]) -> tuple[int, int, int] | None:
-        """Return messages, characters and tokens; None: a message is over its own limit."""
-        chars = [checked[index].num_chars for index in indices]
-        if any(each > limits.max_message_chars for each in chars):
-            return None
-        texts = [part["text"] for index in indices for part in checked[index].parts]
-        return len(chars), sum(chars), sum(2 + len(model.tokenizer.encode(text)) for text in texts)
-
-    always = [index for index, each in enumerate(checked) if each.role == "system"] + turns[-1]
-    used = cost(always)
-    kept = [turns[-1]]
-    if used is None:
-        return kept
-    most = (limits.max_messages, limits.max_conversation_chars, room - 2)  # <|bos|> and <|assistant_start|>
-    for turn in reversed(turns[:-1]):
-        more = cost(turn)
-        total = None if more is None else (used[0] + more[0], used[1] + more[1], used[2] + more[2])
-        if total is not None and all(have <= limit for have, limit in zip(total, most, strict=True)):
-            kept.insert(0, turn)
-            used = total
-        elif len(turn) > 1:
-            break
-    return kept
-
-
-def _joined(checked: Sequence[_Checked], *, keep_system: bool) -> list[dict[str, Any]]:
+def _joined(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Return alternating user and assistant messages; system messages are joined to the user message that follows.
 
-    With `keep_system`, system messages at the beginning become one system message.
+    Those at the beginning become one system message.
     """
     joined: list[dict[str, Any]] = []
     waiting: list[str] = []
-    for each in checked:
-        if each.role == "system":
+    for each in messages:
+        if _is_system(each):
             waiting.append(each.text)
         elif each.role == "user":
-            if keep_system and waiting and not joined:
+            if waiting and not joined:
                 joined.append({"role": "system", "content": "\n\n".join(waiting)})
                 waiting = []
             text, waiting = "\n\n".join([*waiting, each.text]), []
@@ -455,23 +367,10 @@ def _joined(checked: Sequence[_Checked], *, keep_system: bool) -> list[dict[str,
                 joined[-1]["content"] += "\n\n" + text
             else:
                 joined.append({"role": "user", "content": text})
-        elif joined[-1]["role"] == "assistant":
-            joined[-1]["content"] += each.parts
         else:
-            joined.append({"role": "assistant", "content": [*each.parts]})
+            parts = [part.model_dump() for part in each.content]
+            if joined[-1]["role"] == "assistant":
+                joined[-1]["content"] += parts
+            else:
+                joined.append({"role": "assistant", "content": parts})
     return joined
-
-
-def _parts(message: Message) -> list[dict[str, str]]:
-    """Return the content of a message as parts: text, and for the assistant also python and python_output."""
-    content = message.content if message.content is not None else ""
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    found = []
-    for part in content:
-        kind, text = part.get("type"), part.get("text")
-        own = message.role == "assistant" and kind in ("python", "python_output")
-        if not isinstance(text, str) or not (own or kind in _TEXT_PARTS):
-            raise Fault(f"parts of type {kind!r} are not supported, only text", param="messages")
-        found.append({"type": str(kind) if own else "text", "text": text})
-    return found

@@ -9,7 +9,9 @@ import uvicorn
 from fastapi import FastAPI
 
 from mlxchat.errors import ConfigError, visible
-from mlxchat.serve.security import most_connections
+
+_MOST_CONNECTIONS = 200
+"""Further ones get status 503; macOS allows 256 files by default."""
 
 
 class _Lines(logging.Formatter):
@@ -17,17 +19,6 @@ class _Lines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return visible(super().format(record))
-
-
-class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, banner: str) -> None:
-        super().__init__(config)
-        self._banner = banner
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            print(self._banner, flush=True)
 
 
 def run_server(app: FastAPI, host: str, port: int, *, name: str, key_needed: bool, grace_seconds: int) -> int:
@@ -39,7 +30,7 @@ def run_server(app: FastAPI, host: str, port: int, *, name: str, key_needed: boo
         ConfigError: the address cannot be bound.
     """
     try:
-        listening = _listen(host, port)
+        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise ConfigError(
             f"cannot listen on {host}:{port} ({error.strerror or error}): choose another --port"
@@ -54,23 +45,10 @@ def run_server(app: FastAPI, host: str, port: int, *, name: str, key_needed: boo
     for quiet in ("sse_starlette", "asyncio"):
         logging.getLogger(quiet).setLevel(logging.WARNING)
     config = uvicorn.Config(
-        app, log_config=None, log_level="warning", access_log=False,
-        timeout_graceful_shutdown=grace_seconds, server_header=False, http="h11",
-        limit_concurrency=most_connections(),
+        app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=grace_seconds,
+        server_header=False, limit_concurrency=_MOST_CONNECTIONS,
     )  # fmt: skip
+    print(banner, flush=True)  # further connections wait until the server is started
     with listening:
-        _Server(config, banner).run(sockets=[listening])
+        uvicorn.Server(config).run(sockets=[listening])
     return 0
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    listening = socket.socket(family, kind, protocol)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen(256)
-    except OSError:
-        listening.close()
-        raise
-    return listening

@@ -14,17 +14,17 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 
-import psutil
-from prometheus_client import CollectorRegistry, Counter, Histogram, Info
+import mlx.core as mx
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from mlxchat import __version__
 from mlxchat.engine.batch import Event, Request
 from mlxchat.engine.generate import Scheduler
 from mlxchat.serve.models import Model
 from mlxchat.serve.security import Fault, Limits
 
 _log = logging.getLogger("mlxchat.serve")
+_RETRY_SECONDS = 5
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 ChoiceEvent = tuple[int, Event]
 """Index of a choice of an answer, and its next event."""
@@ -82,8 +82,7 @@ class Worker:
         self.limits, self._load = limits, load
         self.commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.answers: set[Answer] = set()
-        self.tokens_generated, self.step_seconds = 0, 0.05
-        self.failures = 0
+        self.tokens_generated = self.failures = 0
         self.has_loaded = False
         """Whether a model was ever in memory."""
         self._schedulers: OrderedDict[str, Scheduler] = OrderedDict()
@@ -114,16 +113,6 @@ class Worker:
         return sum(answer.left for answer in self.answers)
 
     @property
-    def num_running(self) -> int:
-        """Number of choices that have a row."""
-        return min(self.num_choices, len(self._choices))
-
-    @property
-    def num_waiting(self) -> int:
-        """Number of choices that wait for a row."""
-        return self.num_choices - self.num_running
-
-    @property
     def loaded(self) -> list[str]:
         """Names of the models in memory."""
         return list(self._schedulers)
@@ -145,18 +134,18 @@ class Worker:
             Fault: the queue is full, or the server is shutting down.
         """
         if not self.alive:
-            raise Fault("the server is shutting down", status=503, retry_after=5)
+            raise Fault("the server is shutting down", status=503, retry_after=_RETRY_SECONDS)
         room = self.limits.max_rows + self.limits.max_queue - self.num_choices
         if len(requests) > room:
-            seconds = self.step_seconds * 128 * max(1, self.num_choices) / self.limits.max_rows
             raise Fault(
                 f"the server is busy: {self.num_choices} answers are running or waiting; at most "
                 f"{self.limits.max_rows + self.limits.max_queue} are accepted",
-                status=429, code="queue_full", retry_after=min(60, seconds),
+                status=429, code="queue_full", retry_after=_RETRY_SECONDS,
             )  # fmt: skip
         answer = Answer(self, model, requests, left=len(requests))
         self.answers.add(answer)
-        self.commands.put(lambda: self._begin(answer))
+        choices = [(answer, index) for index in range(len(requests))]
+        self.commands.put(lambda: self._pending.extend(choices))
         return answer
 
     def cancel(self, answer: Answer) -> None:
@@ -185,11 +174,9 @@ class Worker:
                 break
             command()
         for answer in list(self.answers):
-            self._fail(answer, Fault("the server is shutting down", status=503, retry_after=5))
+            self._fail(answer, Fault("the server is shutting down", status=503, retry_after=_RETRY_SECONDS))
         self._schedulers.clear()
         # MLX frees a thread's streams after Python has joined it, which is too late if the process exits then.
-        import mlx.core as mx
-
         mx.clear_streams()
 
     def _preload(self, model: Model) -> None:
@@ -197,9 +184,6 @@ class Worker:
             self._ensure_loaded(model)
         except Exception:  # the server continues; requests for this model report the error
             _log.exception("%s cannot be loaded", model.name)
-
-    def _begin(self, answer: Answer) -> None:
-        self._pending.extend((answer, index) for index in range(len(answer.requests)))
 
     def _admit(self) -> None:
         """Give rows to pending choices, first come, first served, up to max_rows over all models.
@@ -244,14 +228,12 @@ class Worker:
         for name, scheduler in list(self._schedulers.items()):
             if scheduler.idle:
                 continue
-            began = time.perf_counter()
             try:
                 events = scheduler.step()
             except Exception as error:  # fails only this model's answers
                 _log.exception("%s failed", name)
                 self._drop(name, error)
                 continue
-            self.step_seconds = 0.9 * self.step_seconds + 0.1 * (time.perf_counter() - began)
             for event in events:
                 answer, index = self._choices[name, event.id]
                 if event.finish_reason is not None:
@@ -310,8 +292,9 @@ class Metrics:
 
     def __init__(self, worker: Worker) -> None:
         """Report the state of a worker."""
-        self._worker, self._process = worker, psutil.Process()
-        self.registry = registry = CollectorRegistry()
+        self._worker, self.registry = worker, CollectorRegistry()
+        registry = self.registry
+        ProcessCollector(registry=registry)  # on Linux only
         self.requests = Counter(
             "mlxchat_requests", "Answered requests by route and status.", ["route", "status"], registry=registry
         )
@@ -325,7 +308,6 @@ class Metrics:
             "mlxchat_answer_seconds", "Time from a request to the end of its answer.", buckets=_SECONDS,
             registry=registry,
         )  # fmt: skip
-        Info("mlxchat", "The server.", registry=registry).info({"version": __version__})
         registry.register(self)
 
     def count_request(self, route: str, status: int) -> None:
@@ -333,22 +315,17 @@ class Metrics:
         self.requests.labels(route, str(status)).inc()
 
     def collect(self) -> Iterator[Metric]:
-        """Yield gauges of the worker and its process; prometheus_client has `process_*` on Linux only."""
-        worker, process = self._worker, self._process
+        """Yield counters and gauges of the worker."""
+        worker, running = self._worker, min(self._worker.num_choices, len(self._worker._choices))
         for name, help_, count in (
             ("mlxchat_generated_tokens", "Sampled tokens.", worker.tokens_generated),
             ("mlxchat_failures", "Answers whose computation failed.", worker.failures),
             ("mlxchat_reused_prompt_tokens", "Prompt tokens found in the KV cache.", worker.num_reused),
-            ("process_cpu_seconds", "CPU time.", sum(process.cpu_times()[:2])),
         ):
             yield CounterMetricFamily(name, help_, count)
         for name, help_, value in (
-            ("mlxchat_rows_running", "Choices that run.", worker.num_running),
-            ("mlxchat_rows_waiting", "Choices that wait for a row.", worker.num_waiting),
+            ("mlxchat_rows_running", "Choices that run.", running),
+            ("mlxchat_rows_waiting", "Choices that wait for a row.", worker.num_choices - running),
             ("mlxchat_models_loaded", "Models in memory.", len(worker.loaded)),
-            ("mlxchat_step_seconds", "Moving average of the time of one step of all rows.", worker.step_seconds),
-            ("process_resident_memory_bytes", "Resident memory.", process.memory_info().rss),
-            ("process_start_time_seconds", "Unix time of the start.", process.create_time()),
-            ("process_open_fds", "Open files and connections.", process.num_fds()),
         ):
             yield GaugeMetricFamily(name, help_, value)

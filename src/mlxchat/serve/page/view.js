@@ -173,11 +173,11 @@ export function editor(text, save, cancel) {
 
 export const day = (time) => new Date(time).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
 
-/** Return id → name of each model: stage, parameters and details, then what distinguishes models of equal name. */
+/** Return id → name of each model: stage and parameters, then what distinguishes models of equal name. */
 export function namesOf(models) {
-  const names = models.map(({ mlxchat: { step, stage, label, parameters, details } }) => (
-    [stage === "imported" ? label : step, parameters && short(parameters), details && shown(details)].filter(Boolean).join(" · ")));
-  for (const more of [({ mlxchat }) => day(mlxchat.published), ({ id }) => id.slice(-16, -8)]) {
+  const names = models.map(({ mlxchat: { step, stage, label, parameters } }) => (
+    [stage === "imported" ? label : step, parameters && short(parameters)].filter(Boolean).join(" · ")));
+  for (const more of [({ mlxchat }) => shown(mlxchat.run ?? day(mlxchat.published)), ({ id }) => id.slice(-16, -8)]) {
     const count = new Map();
     for (const name of names) count.set(name, (count.get(name) ?? 0) + 1);
     models.forEach((one, at) => { if (count.get(names[at]) > 1) names[at] += ` · ${more(one)}`; });
