@@ -133,13 +133,11 @@ def test_own_task_is_an_item_of_a_suite(example):
 
 
 def test_own_evaluation_is_recorded_under_its_name(example):
-    text = "from judging_numbers import NUMBER\ndef three(engine): return engine.number + NUMBER\n"
-    (example / "letters.py").write_text(text)
-    (example / "judging_numbers.py").write_text("NUMBER = 1\n")
+    (example / "letters.py").write_text("def three(engine): return engine.number + 1\n")
     engine: Any = SimpleNamespace(number=2)
     assert measure_own(engine, {"three": "letters:three"}) == {"three": 3.0}
     config = compose_config(["eval.own.three=letters:three"]).config
-    assert list(pin_externals({"eval": config.eval})) == ["code letters.py", "code judging_numbers.py"]
+    assert list(pin_externals({"eval": config.eval})) == ["code letters.py"]
     (example / "judging.py").write_text("def none(engine): pass\n")
     with pytest.raises(StepFailed, match=r"eval\.own\.none: judging:none returned None, expected a finite number"):
         measure_own(engine, {"none": "judging:none"})

@@ -4,15 +4,14 @@ import io
 import json
 import sys
 import unicodedata
-from typing import Any, ClassVar
 
 import pytest
 
 from kit.commands import run_here
-from mlxchat.engine.batch import Event, Request
-from mlxchat.errors import DataError, visible
+from mlxchat.errors import visible
 from mlxchat.store.files import seal
 from mlxchat.store.naming import resolve
+from mlxchat.terminal.chat import Shown
 
 # OSC 52 writes the clipboard, 0x9b and 0x9d begin a sequence as ESC [ and ESC ] do, U+202E turns a line around.
 HOSTILE = "a\x1b]52;c;aGFsbG8=\x07\x9d52;c;aGFsbG8=\x9c\x9b2J\x7f\u202e\u2066\rb"
@@ -44,51 +43,15 @@ def test_terminal_control_characters_are_escaped():
     assert visible(kept) == kept
 
 
-class Scripted:
-    """An engine and its scheduler whose answer is HOSTILE, a character at a time."""
-
-    context_tokens, team, bos, ends = 64, None, 0, (1,)
-    special_ids: ClassVar[dict[str, int]] = {}
-
-    def __init__(self) -> None:
-        self.tokenizer, self.idle = self, True
-
-    def encode(self, text: str) -> list[int]:
-        return [0] * len(text)
-
-    def render(self, messages: list[dict[str, str]]) -> list[int]:
-        if "refuse" in messages[-1]["content"]:
-            raise DataError(f"the template says {HOSTILE}")
-        return [0]
-
-    def scheduler(self, **_: Any) -> "Scripted":
-        return self
-
-    def submit(self, _: Request) -> int:
-        self.idle = False
-        return 0
-
-    def step(self) -> list[Event]:
-        self.idle = True
-        return [Event(id=0, token=2, text=character) for character in HOSTILE]
-
-
-@pytest.fixture
-def third_party(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A chat with a scripted third-party model."""
-    from mlxchat.terminal.chat import Chat
-
+def test_answers_are_escaped_on_a_terminal_and_unchanged_in_a_pipe(monkeypatch, capsys):
     monkeypatch.setenv("NO_COLOR", "1")
-    engine: Any = Scripted()
-    return Chat(engine, HOSTILE, 0.0, None, 8, 0)
-
-
-def test_third_party_answers_are_escaped(third_party, monkeypatch):
-    monkeypatch.setattr("sys.stdout", screen := Terminal())
-    third_party.ask("hello")
-    assert commands_in(screen.getvalue()) == set()
-    assert r"a\x1b]52;c;aGFsbG8=\x07" in screen.getvalue()
-    assert third_party.messages[-1]["content"] == [{"type": "text", "text": HOSTILE}]
+    for screen in (Terminal(), io.StringIO()):
+        monkeypatch.setattr("sys.stdout", screen)
+        shown = Shown()
+        for character in HOSTILE:
+            shown.add("text", character)
+        told = screen.getvalue()
+        assert commands_in(told) == set() if screen.isatty() else told == HOSTILE
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ from mlxchat.pipeline import place_steps, plan_of
 from mlxchat.runner import executors
 from mlxchat.runner.executors import Call, Job, attach, submit
 from mlxchat.runner.process import stop_on_signals
-from mlxchat.store.attempts import iteration
 from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store
@@ -226,24 +225,3 @@ def test_same_command_awaits_the_job_of_an_earlier_one(way, tiny, start_mlxchat,
     outcomes = [each["outcome"] for each in read_manifest(refs_of(Store(outputs))["pretrain"])["attempts"]]
     assert outcomes == (["interrupted", "done"] if way == "cancel" else ["done"])
     assert not list(outputs.glob("jobs/*.jsonl"))
-
-
-@pytest.mark.slow
-def test_step_is_requeued_until_it_is_done(tiny, start_mlxchat, outputs):
-    command = [*tiny, "stage=pretrain", "pretrain.num_iterations=200", "machine.checkpoint_seconds=0"]
-    process = start_mlxchat(*command, f"outputs={outputs}", "pipeline.pretrain.executor=submitit_local")
-    for attempt in (1, 2):
-        wait_until(lambda: saved_trainings(outputs), process)
-        (log,) = outputs.glob("work/*/attempts.jsonl")
-        wait_until(lambda log=log, attempt=attempt: len(re.findall(r'"started"', log.read_text())) == attempt, process)
-        before = iteration(log.parent)
-        wait_until(lambda log=log, before=before: iteration(log.parent) != before, process)
-        pid = int(re.findall(r'"pid": (\d+)', log.read_text())[-1])
-        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGTERM):
-            os.kill(pid, number)
-        wait_until(lambda log=log, attempt=attempt: len(re.findall(r'"ended"', log.read_text())) == attempt, process)
-    text, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, text
-    attempts = read_manifest(refs_of(Store(outputs))["pretrain"])["attempts"]
-    assert [attempt["outcome"] for attempt in attempts] == ["interrupted", "interrupted", "done"]
-    assert attempts[2]["resumed_from"] > attempts[1]["resumed_from"] > 0

@@ -1,6 +1,5 @@
 """The latest run is the last one that finished a model."""
 
-import shutil
 import signal
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import DataError, Interrupted
 from mlxchat.pipeline import _name_again
-from mlxchat.store.naming import called, find, find_model, refs_of
+from mlxchat.store.naming import find, find_model, refs_of
 
 BASE = {"corpus": {"stage": "make"}, "pretrain": {"stage": "pretrain", "source": "corpus"}}
 WHOLE = {**BASE, "sft": {"stage": "sft", "source": "pretrain"}, "eval": {"stage": "copy", "source": "corpus"}}
@@ -74,12 +73,3 @@ def test_finished_command_makes_its_run_latest(models):
     models.config.toy.number = 1
     repeated(models, WHOLE)
     assert chosen(models) == ("sft", "run1")
-
-
-def test_unnamed_artifact_of_a_killed_run_gets_named(models):
-    models.run(models.plan({"corpus": BASE["corpus"]}))
-    shutil.rmtree(models.outputs / "refs")
-    (models.outputs / "refs").mkdir()
-    repeated(models, {"corpus": BASE["corpus"]})
-    assert called(str(find(models.store, "corpus").run)) == "again"
-    assert not (models.outputs / "refs" / "latest").is_symlink()

@@ -71,24 +71,6 @@ def test_compare_and_ls_sort_a_metric_best_first(toys, say):
     assert 'Did you mean "score"' in say("ls", "--sort", "scor", outputs, code=2)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "present", "missing"),
-    [
-        (
-            ["pretrain.target_bpb=1", "training.on_nan=skip", "rl.eval_samples=2"],
-            ["pretrain.seconds_to_target", "sft.skipped_iterations", "rl.pass_at_2"],
-            ["rl.pass_at_3", "eval_base.core"],
-        ),
-        (["suite=chatcore", "experiment=quickstart"], ["eval_mid.chatcore", "eval_mid.mmlu"], ["eval_mid.kinds_mc"]),
-        (["suite=none", "stage=pretrain"], ["pretrain.val_bpb"], ["eval_base.val_bpb", "eval_rl.kinds_mc"]),
-    ],
-)
-def test_configuration_decides_which_metrics_are_recorded(overrides, present, missing):
-    found = declared(*overrides)
-    assert found.keys() >= set(present)
-    assert not found.keys() & set(missing)
-
-
 def test_unrecorded_metric_is_refused_with_the_reason():
     found = plans("rl.eval_samples=2")
     assert find_metric("pretrain.val_bpb", None, found) == "minimize"
