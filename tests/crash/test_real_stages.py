@@ -14,13 +14,14 @@ from mlxchat.training import state
 
 TRAININGS = ("pretrain", "midtrain", "sft", "rl")
 SAVING = (
-    "train.iteration:2", "checkpoint.arrays:2", "checkpoint.written:2", "checkpoint.renamed:1", "checkpoint.done:1",
+    "train.iteration:2", "checkpoint.arrays:1", "checkpoint.written:1", "checkpoint.renamed:1", "checkpoint.done:1",
     "train.finished:1",
 )  # fmt: skip
 MAKING = ("run.folder:1", "step.started:1", "step.ran:1", "publish.written:1", "publish.renamed:1")
 PLACES = [(step, place) for step in TRAININGS for place in (*SAVING, *MAKING, "shared.made:1")]
 PLACES.remove(("rl", "shared.made:1"))
 PLACES += [(step, place) for step in ("corpus", "tokenizer", "eval_rl") for place in MAKING]
+PLACES += [("pretrain", "checkpoint.arrays:3"), ("pretrain", "checkpoint.written:2")]
 PLACES += [("eval_rl", "eval.answered:1"), ("eval_rl", "eval.answered:5")]
 
 

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from values import of_files
 
 from mlxchat.data.conversation import render_conversation
 from mlxchat.data.packing import IGNORED, RowStream, ShuffledConversations
 from mlxchat.data.tokens import Tokens
+from parity.values import of_files
 
 each_file = of_files("packing_*.json")
 Rows = Iterator[tuple[list[int], list[int]]]

@@ -6,8 +6,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from test_model import ZERO, loss_and_gradients, losses_of, optimizer_of
-from values import VARIANTS, Array, absolute, assert_same, assert_within, of_files
 
 from kit.models import arrays_of
 from kit.training import rollout_of
@@ -18,6 +16,8 @@ from mlxchat.optim.optimizer import Rates, lr_multiplier
 from mlxchat.rl.loss import advantages_of, policy_loss
 from mlxchat.training.batches import Batch
 from mlxchat.training.step import TrainStep
+from parity.test_model import ZERO, loss_and_gradients, losses_of, optimizer_of
+from parity.values import VARIANTS, Array, absolute, assert_same, assert_within, of_files
 
 RELATIVE = 1e-5
 # For the gradient of one parameter: its first values relative to the largest, its sum relative to its 1-norm.

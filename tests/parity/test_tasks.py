@@ -1,4 +1,4 @@
-"""The tasks' conversations, orders, parsing and verdicts, and the calculator.
+"""The tasks' conversations, orders, parsing and verdicts.
 
 Where our verdicts differ from nanochat's on purpose, our documented rule is compared.
 """
@@ -9,47 +9,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from values import assert_same, of_files
 
 from mlxchat.data.mixture import shuffled_places
-from mlxchat.engine.tools import calculate
 from mlxchat.tasks import Task, load_task, task_class
 from mlxchat.tasks.answers import is_right_by_nanochat, nanochat_number
 from mlxchat.tasks.base import render_mc
 from mlxchat.tasks.benchmarks import extract_imports, extract_program
 from mlxchat.tasks.downloads import Rows
 from mlxchat.tasks.jsonl import read_conversations
+from parity.values import assert_same, of_files
 
 each_file = of_files("tasks_*.json")
-
-
-def our_rule(expression: str, theirs: str | None) -> str | None:
-    """Return our rule's result from nanochat's, or 'skip' if only ours supports the expression.
-
-    Ours has integers without a point, ten decimals, limits of 1e15 and 200 characters, % and exponents, and counts
-    letters in any text, commas included.
-    """
-    if theirs is None:
-        only_ours = "%" in expression or "e" in expression or "\t" in expression or ".count" in expression
-        return "skip" if only_ours and "__" not in expression and "(" not in expression.split(".count")[0] else None
-    if ".count" in expression:
-        literal = expression.count("'") + expression.count('"') == 4 and " or " not in expression
-        return theirs if literal and "," not in expression and ".upper" not in expression else "skip"
-    try:
-        value = float(theirs)
-    except ValueError:
-        return None
-    if abs(value) > 1e15 or len(expression) > 200:
-        return None
-    return str(int(value)) if value == int(value) else str(round(value, 10))
-
-
-@each_file
-def test_calculator(values):
-    cases = [(case["expr"], our_rule(case["expr"], case["result"])) for case in values.section("calculator")]
-    compared = [(each, calculate(each), expected) for each, expected in cases if expected != "skip"]
-    assert len(compared) > len(cases) / 2
-    assert_same(compared)
 
 
 def task_of(name: str, split: str, data: dict[str, Any], folder: Path) -> Task:

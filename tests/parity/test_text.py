@@ -3,12 +3,12 @@
 import base64
 
 import pytest
-from values import assert_same, of_files
 
 from mlxchat.data.bpe import train_tokenizer
 from mlxchat.data.conversation import render_conversation, render_for_completion
 from mlxchat.data.vocabulary import SPLIT_PATTERN
 from mlxchat.errors import DataError
+from parity.values import assert_same, of_files
 
 # nanochat cuts a conversation, and a prompt too, after this many tokens. Ours keeps the end of a prompt.
 LIMIT = 2048
