@@ -48,7 +48,7 @@ pictures: setup ## the README's pictures: report of the latest run, chat page, t
 	$(CHROMIUM) --headless=new --no-sandbox --hide-scrollbars --window-size=1100,960 \
 	  --screenshot=docs/pictures/report.png file://$(CURDIR)/.venv/report/report.html
 	cp $(addprefix .venv/report/report/,pretrain-loss.svg pretrain-val_bpb.svg rl-pass.svg) docs/pictures/
-	$(BIN)/python tests/web/pictures.py docs/pictures --chromium $(CHROMIUM) $(ARGS)
+	$(BIN)/python docs/pictures.py docs/pictures --chromium $(CHROMIUM) $(ARGS)
 
 course-pictures: setup ## the course's pictures, from small trainings of their own (some minutes)
 	$(BIN)/python docs/course_pictures.py .venv/course docs/pictures/course

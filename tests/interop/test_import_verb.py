@@ -1,6 +1,5 @@
 """`mlxchat import nanochat`, and import:NAME wherever a model may be named."""
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,9 @@ import pytest
 
 from mlxchat.cli import dispatch
 from mlxchat.composition.compose import compose_config
-from mlxchat.errors import ConfigError, DataError, MlxchatError
+from mlxchat.errors import ConfigError, DataError
 from mlxchat.pipeline import plan_of
 from mlxchat.runner.plan import PlannedStep
-from mlxchat.store.gc import find_garbage
 from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
@@ -113,43 +111,19 @@ def test_import_name_can_be_replaced_and_removed(twin):
         dispatch(["import", "--forget", "x"])
 
 
-def test_named_import_is_not_collected(twin):
-    place = take(str(twin().folder), "--name", "x")
-    for folder in Path("outputs/refs").iterdir():
-        if folder.name != "imports":
-            for link in folder.iterdir():
-                link.unlink()
-    found = find_garbage(Store(Path("outputs")))
-    assert place.name in found.kept
-
-
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [
         (["hf"], ConfigError, "expected mlxchat import hf WHAT"),
         (["nanochat", "./nothing"], DataError, "nothing does not exist"),
         (["nanochat", "d32"], ConfigError, "neither a folder nor a repository of the Hub"),
-        (["nanochat", ".", "--step", "x"], ConfigError, "invalid int value"),
         (["nanochat", ".", "--name", "a/b"], ConfigError, '"a/b" is not an import name'),
-        (["hf", "."], DataError, "has no config.json"),
-        (["hf", ".", "--step", "3"], ConfigError, "--step requires the format nanochat"),
-        (["hf", ".", "--base", "x"], ConfigError, "--base ID is for the format adapter"),
         (["./a_folder"], ConfigError, "For artifacts: mlxchat pull PLACE"),
     ],
 )
 def test_wrong_arguments_are_refused(words, error, message):
     with pytest.raises(error, match=message):
         dispatch(["import", *words])
-
-
-def test_import_stage_needs_exactly_one_source():
-    with pytest.raises(ConfigError, match=r"exactly one of imported\.repository and imported\.folder must be set"):
-        compose_config([*RL])
-    with pytest.raises(ConfigError) as caught:
-        compose_config([*RL, "imported.folder=x", "imported.repository=a/b", "imported.format=nanochta"])
-    assert "must be set" in str(caught.value)
-    expected = 'imported.format is "nanochta", expected nanochat, hf or adapter. Did you mean'
-    assert expected in str(caught.value)
 
 
 def test_rl_chat_and_evaluation_accept_an_import(twin, say, tmp_path, tiny):
@@ -171,18 +145,3 @@ def test_rl_chat_and_evaluation_accept_an_import(twin, say, tmp_path, tiny):
 def test_key_of_an_import_is_stable(twin):
     steps = plan(*RL, f"imported.folder={twin('golden', random=False).folder}")
     assert steps["imported"].key == "mdymr4hx2qihgryagyec3jce7jz3mykuepkliun45rwkzyorovha"
-
-
-def test_failed_import_is_named_by_the_next(twin, monkeypatch, tmp_path):
-    command = ["import", "nanochat", str(twin().folder), "--name", "x"]
-    with monkeypatch.context() as patch:
-        patch.setenv("MLXCHAT_CRASH_AT", "publish.renamed")
-        patch.setenv("MLXCHAT_CRASH_ERROR", "EIO")
-        with contextlib.suppress(MlxchatError):
-            assert dispatch(command) != 0
-    assert not (tmp_path / "outputs" / "refs" / "imports" / "x").exists()
-    assert list((tmp_path / "outputs" / "work").iterdir()) == [], "status does not list it"
-    assert dispatch(command) == 0
-    (place,) = (tmp_path / "outputs" / "store").iterdir()
-    assert resolve(Store(tmp_path / "outputs"), "import:x") == place
-    assert list((tmp_path / "outputs" / "work").iterdir()) == []

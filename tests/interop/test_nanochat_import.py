@@ -46,15 +46,6 @@ def test_meta_of_a_pretraining_means_base_model(twin, tmp_path, chat, expected):
     assert load_checkpoint(importing(made, tmp_path, chat=chat))[2]["format"] == expected
 
 
-def test_token_bytes_of_october_2025_are_accepted(twin, tmp_path, lay):
-    made, encoding = twin(), lay.encoding_of()
-    tokens = [encoding.decode_single_token_bytes(index) for index in range(encoding.n_vocab - 9)]
-    lengths = [len(token.decode("utf-8", "replace").encode()) for token in tokens]
-    assert lengths[200] == 3
-    lay.write_torch(made.folder / "token_bytes.pt", lay.Tensor(np.array([*lengths, *[0] * 9], dtype=np.int64)))
-    importing(made, tmp_path)
-
-
 def write_tokenizer_json(folder: Path, specials_first: bool) -> None:
     """Replace tokenizer.pkl by the tokenizer.json of nanochat's class for Hugging Face's library."""
     load_vocabulary(str(folder / "tokenizer.pkl"))[0].save(folder)

@@ -2,7 +2,6 @@
 
 import os
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxchat.sandbox.programs import PROTECTIONS, Run, Watch, mac_profile, protections_here, run_program
+from mlxchat.sandbox.programs import PROTECTIONS, mac_profile, protections_here, run_program
 
 HONEST = {
     "nothing": "",
@@ -31,32 +30,20 @@ HONEST = {
         "ts = [threading.Thread(target=q.put, args=(i,)) for i in range(4)]\n"
         "[t.start() for t in ts]; [t.join() for t in ts]\nassert sorted(q.queue) == [0, 1, 2, 3]"
     ),
-    "a hundred kilobytes of output": "print('x' * 100_000)",
-    "the name of a main module": "assert __name__ == '__main__'",
     "names looked up in __main__": (
         "import dataclasses, sys, typing\n@dataclasses.dataclass\nclass A:\n    x: 'typing.List[int]'\n"
         "assert typing.get_type_hints(A) == {'x': typing.List[int]}\nassert sys.modules['__main__'].A is A"
     ),
-    "a deep recursion": "import sys\nsys.setrecursionlimit(20_000)\ndef f(n):\n    return n and 1 + f(n - 1)\n"
-    "assert f(15_000) == 15_000",
     "a signal to itself": "import os, signal\nsignal.signal(signal.SIGUSR1, lambda *a: None)\n"
     "os.kill(os.getpid(), signal.SIGUSR1)",
-    "a caught recursion error": "def f():\n    f()\ntry:\n    f()\nexcept RecursionError:\n    pass",
-    "a caught exception": "try:\n    1 / 0\nexcept ZeroDivisionError:\n    pass",
 }
 
 TRY_ALL_FILES = "import os\nfor fd in range(1, 64):\n    try:\n        {what}\n    except OSError:\n        pass\n"
 HOSTILE = {
     # Early ends
     "an error": "assert 1 == 2",
-    "no Python": "def f(:",
     "sys.exit(0)": "import sys\nsys.exit(0)",
-    "raise SystemExit": "raise SystemExit",
     "os._exit(0)": "import os\nos._exit(0)",
-    "os._exit in a thread": (
-        "import os, threading, time\nthreading.Thread(target=os._exit, args=(0,)).start()\ntime.sleep(9)"
-    ),
-    "os._exit at the end of the interpreter": "import atexit, os, sys\natexit.register(os._exit, 0)\nsys.exit(0)",
     "an infinite loop": "while True:\n    pass",
     "an infinite loop that catches everything": (
         "import signal\nfor s in range(1, 32):\n    try:\n        signal.signal(s, signal.SIG_IGN)\n"
@@ -64,52 +51,30 @@ HOSTILE = {
         "    except BaseException:\n        pass"
     ),
     "sleep": "import time\ntime.sleep(60)",
-    "waiting for input": "input()",
-    "a crash": "import ctypes\nctypes.string_at(0)",
-    "a signal to itself that kills": "import os\nos.kill(os.getpid(), 9)",
     # Too much
     "a memory bomb": "b = bytearray(1 << 30)",
     "a growing memory bomb": "a = []\nwhile True:\n    a.append(bytearray(1 << 20))",
-    "a memory bomb that catches its errors": (
-        "a = []\nwhile True:\n    try:\n        a.append(bytearray(1 << 22))\n    except MemoryError:\n        pass"
-    ),
     "huge output": "while True:\n    print('x' * 10_000)",
-    "huge output of errors": "import sys\nwhile True:\n    sys.stderr.write('x' * 10_000)",
     "a huge file": "f = open('f', 'wb')\nfor _ in range(100):\n    f.write(bytes(1 << 20))\nf.close()",
-    "too many open files": "files = [open('/dev/null') for _ in range(1000)]",
-    "a deep structure": "x = []\nfor _ in range(10**6):\n    x = [x]\nrepr(x)\nassert False",
-    "a number without end": "10 ** 10 ** 8\n9 ** 9 ** 9",
     # Other processes
-    "one process": "import os\nos.fork()",
     "a fork bomb": "import os\nfor _ in range(6):\n    os.fork()\nimport time\ntime.sleep(60)",
     "a child that outlives it": (
         "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(60)\n"
         "    os._exit(0)\nos._exit(0)"
     ),
     "a shell": "import subprocess\nsubprocess.run(['/bin/sh', '-c', 'sleep 60'], check=True)",
-    "os.system": "import os\nassert os.system('true') == 0",
     "a signal to the parent": "import os\nos.kill(os.getppid(), 15)",
-    "a signal to everyone": "import os\nassert os.getpid() > 1\nos.kill(-1, 0)\nos.kill(-1, 18)",
-    "a signal to its parent's group": "import os\nos.killpg(os.getpgid(os.getppid()), 18)",
     "another program in its place": "import os\nos.execv('/bin/true', ['true'])",
     # Outside
     "writing outside": "open({outside!r}, 'w').write('x')",
-    "writing beside its folder": "open('../{name}', 'w').write('x')",
     "overwriting what is there": "open({existing!r}, 'w').write('x')",
-    "cutting what is there": "import os\nos.truncate({existing!r}, 0)",
     "removing what is there": "import os\nos.remove({existing!r})",
-    "closing what is there": "import os\nos.chmod({existing!r}, 0)",
     "a link to what is there": "import os\nos.symlink({existing!r}, 'a')\nopen('a', 'w').write('x')",
-    "moving what is there": "import os\nos.rename({existing!r}, 'mine')",
     "reading what is there": "assert open({existing!r}).read() == ''",
     "deleting its folder": "import os, shutil\nshutil.rmtree(os.getcwd())",
-    "deleting everything": "import shutil\nshutil.rmtree({folder!r})",
     "reading the environment": "import os\nos.environ['MLXCHAT_SECRET']",
-    "reading its parent's environment": "import os\nprint(open(f'/proc/{{os.getppid()}}/environ').read())",
     "reading its parent's memory": "import os\nopen(f'/proc/{{os.getppid()}}/mem', 'rb')",
     "a connection": "import socket\nsocket.create_connection(('127.0.0.1', {port}), 1)",
-    "a listener": "import socket\ns = socket.socket()\ns.bind(('127.0.0.1', 0))\ns.listen()",
-    "a request": "import urllib.request\nurllib.request.urlopen('http://127.0.0.1:{port}', timeout=1)",
     # The verdict
     "closing all files": "import os\nos.closerange(0, 64)",
     "saying passed everywhere": TRY_ALL_FILES.format(what="os.write(fd, b'passed\\n')"),
@@ -118,17 +83,6 @@ HOSTILE = {
         "        text = os.read(fd, 99)\n"
         "        for other in range(64):\n            try:\n                os.write(other, text)\n"
         "            except OSError:\n                pass\n    except OSError:\n        pass\nos._exit(0)"
-    ),
-    "writing all texts in memory everywhere": (
-        "import gc, os, sys\nframe = sys._getframe()\ntexts = [b'passed']\nwhile frame:\n"
-        "    texts += [v for v in frame.f_locals.values() if isinstance(v, (str, bytes))]\n    frame = frame.f_back\n"
-        "for text in texts:\n    for fd in range(3, 64):\n        try:\n"
-        "            os.write(fd, text if isinstance(text, bytes) else text.encode())\n"
-        "        except OSError:\n            pass\nos._exit(0)"
-    ),
-    "saying that it is done while it is not": (
-        "import sys, time\nframe = sys._getframe()\nwhile frame:\n    for value in list(frame.f_locals.values()):\n"
-        "        if hasattr(value, 'release'):\n            value.release()\n    frame = frame.f_back\ntime.sleep(60)"
     ),
     "asking the question itself": (
         "import gc, os, sys\nframe, holders = sys._getframe(), gc.get_objects()\nwhile frame:\n"
@@ -142,10 +96,6 @@ HOSTILE = {
         "import builtins, os, sys\nos._exit = sys.exit = builtins.exit = lambda *a: None\n"
         "os.write = os.read = lambda *a: 1\nbuiltins.compile = builtins.exec = None\nraise SystemExit(0)"
     ),
-    "an error that is hard to show": (
-        "class E(BaseException):\n    def __str__(self):\n        raise self\n    __repr__ = __str__\nraise E"
-    ),
-    "an exit with closed output": "import os, sys\nos.close(1)\nos.close(2)\nsys.exit(0)",
 }  # fmt: skip
 
 
@@ -200,7 +150,7 @@ def test_hostile_programs_fail_without_harm(tmp_path):
         code = HOSTILE[name]
         if "{" in code:
             places = {"outside": str(around / "outside"), "existing": str(existing), "folder": str(around)}
-            code = code.format(**places, name="beside", port=1)
+            code = code.format(**places, port=1)
         outcome = run_program(code, seconds=0.5)
         assert outcome.status in ("passed", "failed", "timeout", "memory", "output"), name
         assert [path.name for path in around.iterdir()] == ["existing"], name
@@ -218,8 +168,8 @@ def test_hostile_programs_fail_without_harm(tmp_path):
 
 def needs_protection(name: str) -> bool:
     """Return whether limits alone cannot stop this program."""
-    words = ("outside", "beside", "what is there", "its folder", "everything", "everyone", "parent", "listener")
-    return any(word in name for word in (*words, "process", "shell", "system", "another program"))
+    words = ("outside", "what is there", "its folder", "parent", "shell", "another program")
+    return any(word in name for word in words)
 
 
 def test_output_ends_with_the_traceback():
@@ -248,96 +198,22 @@ def test_only_the_standard_library_can_be_imported():
     assert run_program(code + "    except ImportError:\n        continue\n    raise SystemExit(name)").passed
 
 
-def test_order_of_sets_is_reproducible():
-    code = "print([*{'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h'}], hash('x'))"
-    assert len({run_program(code).output for _ in range(3)}) == 1
-
-
 def test_memory_limit_is_exact():
     code = "b = bytearray(80 << 20)"
     assert run_program(code, seconds=20, memory_bytes=256 << 20).passed
     assert run_program(code, seconds=20, memory_bytes=64 << 20).status == "memory"
 
 
-def test_no_file_descriptor_leaks():
-    if not Path("/proc/self/fd").is_dir():
-        pytest.skip("counts files in /proc")
-    run_program("")
-    before = len(list(Path("/proc/self/fd").iterdir()))
-    for code in ("", "1/0", "import os; os._exit(0)"):
-        run_program(code)
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
-
-
-# With limits only
-
-
 def test_hostile_programs_fail_without_protections():
     names = [
         "sys.exit(0)", "os._exit(0)", "an infinite loop that catches everything", "a growing memory bomb",
-        "huge output", "a huge file", "one process", "a fork bomb", "a shell", "reading the environment",
+        "huge output", "a huge file", "a fork bomb", "a shell", "reading the environment",
         "deleting its folder", "closing all files", "saying passed everywhere",
     ]  # fmt: skip
     with ThreadPoolExecutor(4) as pool:
         run = partial(run_program, seconds=0.5, protections=())
         passed = [outcome.passed for outcome in pool.map(run, (HOSTILE[name] for name in names))]
     assert passed == [False] * len(names)
-
-
-def test_deeply_nested_folders_are_removed(monkeypatch):
-    """Removing them must not exceed our own recursion limit."""
-    monkeypatch.setattr(Run, "_is_folder_full", lambda self: False)
-    before = set(Path(tempfile.gettempdir()).glob("mlxchat-program-*"))
-    deep = "import os\nfor i in range(1500):\n    os.mkdir('d' * 50)\n    os.chdir('d' * 50)\nopen('f', 'w').close()\n"
-    closed = "os.mkdir('e')\nos.symlink('/', 'l')\nos.chmod('e', 0)\nos.chmod('.', 0)\n"
-    assert run_program(deep + closed, protections=("limits",)).passed
-    assert set(Path(tempfile.gettempdir()).glob("mlxchat-program-*")) <= before
-
-
-def test_process_in_a_new_session_is_killed(folder):
-    """It forks twice and starts a new session, its parents end, then the time limit is reached."""
-    code = (
-        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(60)\n"
-        "    time.sleep(0.3)\n    os._exit(0)\ntime.sleep(60)"
-    )
-    assert run_program(code, seconds=0.8, protections=()).status == "timeout"
-    assert survivors(folder) == []
-
-
-@pytest.mark.parametrize("one", ["namespaces", "landlock", "seccomp"])
-def test_each_protection_works_alone(one):
-    if one not in protections_here():
-        pytest.skip("this system does not offer it")
-    outcome = run_program(HONEST["threads"], protections=[one])
-    assert outcome.passed, outcome.output
-    assert outcome.protections == ("limits", one)
-
-
-def test_without_landlock_no_file_can_be_changed(tmp_path):
-    if "seccomp" not in protections_here():
-        pytest.skip("this system does not offer it")
-    existing = tmp_path / "existing"
-    existing.write_text("unchanged")
-    existing.chmod(0o640)
-    for name, code in HOSTILE.items():
-        if "what is there" in name and not name.startswith("reading"):
-            outcome = run_program(code.format(existing=str(existing)), protections=["seccomp"])
-            assert outcome.status == "failed", name
-            assert existing.read_text() == "unchanged", name
-            assert existing.stat().st_mode & 0o777 == 0o640, name
-    assert not run_program("open('mine', 'w')", protections=["seccomp"]).passed
-
-
-def test_memory_of_descendants_is_counted():
-    import subprocess
-
-    code = "import subprocess, sys\nb = bytearray(b'x' * (30 << 20))\nprint(flush=True)\n"
-    code += "subprocess.run([sys.executable, '-c', 'b = bytearray(30 << 20); print(flush=True); input()'])"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        process.stdout.readline()
-        process.stdout.readline()
-        assert 60 << 20 < Watch(process.pid).look() < 300 << 20
-        process.communicate(b"\n")
 
 
 def test_mac_profile_allows_writes_only_in_the_folder():

@@ -14,10 +14,6 @@ RUN = """
     if (what === "say") say(...given);
     if (what === "answer") talk.last = say(...given);
     if (what === "choose") page.choose(talk, ...given);
-    if (what === "old") {
-      talk.messages = given.map(message);
-      delete talk.last;
-    }
     if (what === "versions") told.push(page.versionsOf(talk, ...given));
     if (what === "path") told.push(texts(page.pathOf(talk).map((index) => talk.messages[index])));
     if (what === "read") {
@@ -49,23 +45,6 @@ def test_edited_message_appears_once_answered(node):
 def test_unanswered_messages_are_not_sent(node):
     told = run(node, *TWO_TURNS, ["say", "u3", 3], ["say", "u4", 4], ["path"], ["read"])
     assert told == ["u1 a1 u2 a2 u3 u4", ["u1 a1 u2 a2 u4", 0]]
-
-
-def test_sent_conversation_fits_into_a_body(node):
-    """A part of one character takes forty bytes as JSON."""
-    size = """
-    (page) => {
-      const parts = Array(200).fill({ type: "python_output", text: "4" });
-      const turns = Array.from({ length: 400 }, (_, at) => at % 2 ? { role: "assistant", parts }
-        : { role: "user", parts: [{ type: "text", text: "again" }] });
-      const { messages, omitted } = page.readable({ messages: turns }, [...turns.keys()]);
-      const content = messages.map(({ role, parts }) => ({ role, content: parts }));
-      return [new TextEncoder().encode(JSON.stringify(content)).length, messages.length / 2 + omitted];
-    }
-    """
-    size_bytes, turns = node("conversation.js", size, [])
-    assert size_bytes < 1_000_000
-    assert turns == 200
 
 
 def test_long_conversation_is_cut_at_a_turn(node):

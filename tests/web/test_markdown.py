@@ -19,25 +19,16 @@ RUN = "({ html }, texts) => texts.map((text) => html(text))"
 
 RENDERED = [
     ("# a", "<h2>a</h2>"),
-    ("###### a ##", "<h5>a</h5>"),
     ("# C#", "<h2>C#</h2>"),
-    ("#a", "<p>#a</p>"),
     ("#### 19", "<p>Answer: <strong>19</strong></p>"),
-    ("#### -1,234.5", "<p>Answer: <strong>-1,234.5</strong></p>"),
-    ("#### 19 candles", "<h5>19 candles</h5>"),
-    ("### 19", "<h4>19</h4>"),
-    ("***", "<hr>"),
     ("a\nb", "<p>a<br>b</p>"),
     ("-   a\n- b", "<ul><li>a</li><li>b</li></ul>"),
-    ("3. a", '<ol start="3"><li>a</li></ol>'),
-    ("~~~~ c++ x\n~~~\n~~~~", '<pre><code class="language-c++">~~~</code></pre>'),
     ("a | b\n:- | -:\n1 | 2", '<table><thead><tr><th class="left">a</th><th class="right">b</th></tr></thead>'
      '<tbody><tr><td class="left">1</td><td class="right">2</td></tr></tbody></table>'),
     ("*a* __b__ ~~c~~", "<p><em>a</em> <strong>b</strong> <s>c</s></p>"),
     ("<b>a</b>", "<p>&lt;b&gt;a&lt;/b&gt;</p>"),
     ("[a]( https://x.example/ \"t\" )", '<p><a href="https://x.example/" title="t">a</a></p>'),
     ("[a](javascript:b)", "<p>[a](javascript:b)</p>"),
-    ("[a](/page/b)", "<p>[a](/page/b)</p>"),
     ("![a](https://x.example/)", '<p><a href="https://x.example/">a</a></p>'),
     ("[a]\n\n[a]: https://x.example/", "<p>[a]</p><p>[a]: https://x.example/</p>"),
     ("a &#x202e; <https://x.example/%E2%80%AE>", '<p>a \ufffd <a href="https://x.example/%E2%80%AE">'
@@ -53,18 +44,12 @@ def test_markdown_blocks_and_marks_render(node):
 
 def test_vendored_files_have_their_recorded_digests_and_licences():
     folder = PAGE / "vendor"
-    rows = [
-        [cell.strip() for cell in line.strip("| ").split("|")]
-        for line in (folder / "README.md").read_text().splitlines()
-        if re.match(r"\| \S+\.min\.", line)
-    ]
+    rows = re.findall(
+        r"^\| (\S+\.min\.\S+) \|.*, (\S+) \| (\w{64}) \|$", (folder / "README.md").read_text(), re.MULTILINE
+    )
     digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.min.*")}
-    assert {file: digest for file, *_, digest in rows} == digests
-    assert len(rows) == 4
-    for _, package, version, licence, _ in rows:
-        assert re.fullmatch(r"[\d.]+", version)
-        assert package in ("markdown-it", "dompurify", "uplot")
-        assert (folder / licence.split(", ")[1]).read_text()
+    assert {file: digest for file, _, digest in rows} == digests
+    assert all((folder / licence).read_text() for _, licence, _ in rows)
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +112,8 @@ open fence
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 2, 7])
-@pytest.mark.parametrize("text", [DOCUMENT, DOCUMENT.replace("\n", "\r\n"), "- a\n#\n#b\n\n\n-\n- c\n\n-\nx\n-"])
+@pytest.mark.parametrize("size", [1, 7])
+@pytest.mark.parametrize("text", [DOCUMENT, "- a\n#\n#b\n\n\n-\n- c\n\n-\nx\n-"])
 def test_incremental_rendering_equals_whole_rendering(document, text, size):
     grown, whole = document.evaluate(GROWN, [text, size])
     assert grown == whole
