@@ -8,7 +8,7 @@ stands for its contents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache, cached_property
 from typing import Any
@@ -272,19 +272,6 @@ def make_plan(
             maker = locks.name_process(locks.read_owner(store.lock(step.key)))
             step.state, step.reason = "waiting", f"{maker} is making it"
         planned[name] = step
-    return list(planned.values())
-
-
-def plan_again(plan: Iterable[PlannedStep], store: Store, *, force: Collection[str] = ()) -> list[PlannedStep]:
-    """Return a plan updated from the store: keys of steps with new inputs, and finished steps.
-
-    `force` names steps to run although they are done.
-    """
-    store.forget()
-    planned: dict[str, PlannedStep] = {}
-    for step in plan:
-        planned[step.name] = now = replace(step, forced=step.name in force)
-        now.judge(store, planned, forced=now.forced)
     return list(planned.values())
 
 
