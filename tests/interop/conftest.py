@@ -65,10 +65,10 @@ class Tensor:
     def place(self, storage: _Storage) -> tuple[Any, ...]:
         shape = self.lies.get("shape", self.numbers.shape)
         strides = tuple(int(np.prod(shape[axis + 1 :])) for axis in range(len(shape)))
-        return (storage, self.lies.get("first", 0), shape, self.lies.get("strides", strides), False, OrderedDict())
+        return (storage, self.lies.get("first", 0), shape, strides, False, OrderedDict())
 
 
-def write_torch(path: Path, content: dict[str, Any] | list[Any] | Tensor, **zip_options: Any) -> None:
+def write_torch(path: Path, content: dict[str, Any] | Tensor) -> None:
     """Write a file as torch.save does: a stored zip with a pickle and a member for each storage."""
     members: dict[str, bytes] = {}
     with torch_by_name() as (torch, utils):
@@ -81,8 +81,6 @@ def write_torch(path: Path, content: dict[str, Any] | list[Any] | Tensor, **zip_
                 return utils._rebuild_tensor_v2, self.arguments
 
         def prepare(value: Any) -> Any:
-            if isinstance(value, list):
-                return [prepare(each) for each in value]
             if isinstance(value, dict):
                 return {key: prepare(each) for key, each in value.items()}
             if not isinstance(value, Tensor):
@@ -90,21 +88,19 @@ def write_torch(path: Path, content: dict[str, Any] | list[Any] | Tensor, **zip_
             key = value.lies.get("key", str(len(members)))
             kind = getattr(torch, _STORAGES[value.numbers.dtype.str[1:]])
             members.setdefault(f"data/{key}", value.numbers.tobytes())
-            return Rebuilt(value.place(_Storage(kind, key, value.lies.get("count", value.numbers.size))))
+            return Rebuilt(value.place(_Storage(kind, key, value.numbers.size)))
 
         made = prepare(content)
         made = OrderedDict(made) if isinstance(made, dict) else made
         buffer = io.BytesIO()
         _Pickler(buffer, protocol=2).dump(made)
-    write_zip(
-        path, {"data.pkl": buffer.getvalue(), "byteorder": b"little", **members, "version": b"3\n"}, **zip_options
-    )
+    write_zip(path, {"data.pkl": buffer.getvalue(), "byteorder": b"little", **members, "version": b"3\n"})
 
 
-def write_zip(path: Path, members: dict[str, bytes], folder: str = "archive", compression: int = 0) -> None:
-    with zipfile.ZipFile(path, "w", compression) as archive:
+def write_zip(path: Path, members: dict[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
         for name, data in members.items():
-            archive.writestr(zipfile.ZipInfo(f"{folder}/{name}"), data, compression)  # the same bytes at any time
+            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), data)  # the same bytes at any time
 
 
 def encoding_of(num_merged: int = 20, special: tuple[str, ...] = SPECIAL_TOKENS) -> tiktoken.Encoding:

@@ -43,17 +43,11 @@ def test_repository_and_folder_give_the_same_checkpoint(hub, twin, tmp_path):
 def test_folder_of_a_repository_is_imported(hub, twin):
     made = twin()
     files = files_of(made.folder, "chatsft_checkpoints/d2/") | files_of(twin("b", seed=3).folder, "mid_checkpoints/d2/")
-    tokenizer = {
-        f"tokenizer/{name}": files[f"mid_checkpoints/d2/{name}"] for name in ("tokenizer.pkl", "token_bytes.pt")
-    }
-    models = {path: data for path, data in files.items() if path.rsplit("/", 1)[1].startswith("m")}
-    hub.add("org/all", models | tokenizer, kind="model", lfs=(".pt",))
+    hub.add("org/all", files, kind="model", lfs=(".pt",))
     config = made.config(folder=None, repository="org/all/chatsft_checkpoints/d2")
     assert pins_of(config, hash_file) == pins_of(made.config(), hash_file)
     with pytest.raises(DataError, match=r"several models.*\n  org/all/chatsft_checkpoints/d2\n  org/all/mid_check"):
         pins_of(made.config(folder=None, repository="org/all"), hash_file)
-    with pytest.raises(DataError, match=r'no folder chatsft_checkpoints/d3.*Did you mean "chatsft_checkpoints/d2"'):
-        pins_of(made.config(folder=None, repository="org/all/chatsft_checkpoints/d3"), hash_file)
 
 
 def test_planning_works_offline_after_an_import(hub, twin, tmp_path, monkeypatch):
@@ -87,23 +81,11 @@ def test_third_party_model_chats(another, capsys):
         dispatch(["chat", "--model", f"hf:{another}", "-p", "hello", "--bits", "4"])
 
 
-def test_model_without_a_template_continues_text(another, capsys):
-    pytest.importorskip("mlx_lm")
-    (another / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    dispatch(["chat", "--model", f"hf:{another}", "-p", "Once upon", "--max-tokens", "2"])
-    assert capsys.readouterr().out.startswith("Once upon")
-    with pytest.raises(ConfigError, match="continues text and knows no system prompt"):
-        dispatch(["chat", "--model", f"hf:{another}", "-p", "x", "--system", "be brief"])
-
-
 def test_no_code_is_downloaded(hub, another):
     files = files_of(another) | {"modeling.py": b"raise SystemExit", "pytorch_model.bin": b"\x80\x04."}
     hub.add("org/other", files, kind="model", lfs=(".safetensors",))
     folder = outside_folder("hf:org/other")
     assert {path.name for path in folder.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
     assert not [path for path in folder.iterdir() if path.suffix in (".py", ".bin")]
-    for reference, message in (("hf:nothing", "expected hf:FOLDER or hf:ORGANISATION/NAME"),):
-        with pytest.raises(ConfigError, match=message):
-            outside_folder(reference)
-    with pytest.raises(DataError, match="does not exist"):
-        outside_folder("hf:./nothing")
+    with pytest.raises(ConfigError, match="expected hf:FOLDER or hf:ORGANISATION/NAME"):
+        outside_folder("hf:nothing")

@@ -57,20 +57,6 @@ def test_import_is_made_once_and_may_have_several_names(twin, capfd):
     assert "import:again is imported-some_model-" in capfd.readouterr().out
 
 
-def test_checkpoint_in_nanochats_folder_finds_its_tokenizer(tmp_path, lay):
-    base = tmp_path / "nanochat"
-    (base / "tokenizer").mkdir(parents=True)
-    for step in (3, 7):
-        lay.make_twin(base / "chatsft_checkpoints/d2", step=step, seed=step)
-    for name in ("tokenizer.pkl", "token_bytes.pt"):
-        (base / "chatsft_checkpoints/d2" / name).replace(base / "tokenizer" / name)
-    for step, options in ((7, []), (3, ["--step", "3"])):
-        name = f"d2-{step}"
-        assert dispatch(["import", "nanochat", f"{base}/chatsft_checkpoints/d2", "--name", name, *options]) == 0
-        place = resolve(Store(Path("outputs")), f"import:{name}")
-        assert json.loads((place / "checkpoint.json").read_text())["iterations"] == step
-
-
 def test_rl_key_does_not_depend_on_the_reference(twin):
     made = twin("model")
     take(str(made.folder), "--name", "d2")

@@ -5,12 +5,10 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from mlxchat.data.tokenizer import load_vocabulary
-from mlxchat.data.vocabulary import SPECIAL_TOKENS
 from mlxchat.errors import DataError
 from mlxchat.interop.importing import import_model
 from mlxchat.interop.names import sizes_from_nanochat
@@ -46,29 +44,15 @@ def test_meta_of_a_pretraining_means_base_model(twin, tmp_path, chat, expected):
     assert load_checkpoint(importing(made, tmp_path, chat=chat))[2]["format"] == expected
 
 
-def write_tokenizer_json(folder: Path, specials_first: bool) -> None:
-    """Replace tokenizer.pkl by the tokenizer.json of nanochat's class for Hugging Face's library."""
-    load_vocabulary(str(folder / "tokenizer.pkl"))[0].save(folder)
-    for name in ("tokenizer.pkl", "ranks.tiktoken", "tokenizer_config.json"):
-        (folder / name).unlink()
-    record = json.loads((folder / "tokenizer.json").read_text())
-    if specials_first:
-        record["model"]["vocab"] = {token: rank + 9 for token, rank in record["model"]["vocab"].items()}
-        for rank, token in enumerate(record["added_tokens"]):
-            token["id"] = rank
-    (folder / "tokenizer.json").write_text(json.dumps(record))
-
-
 def test_tokenizer_json_is_read(twin, tmp_path):
+    """The tokenizer of nanochat's class for Hugging Face's library."""
     made = twin()
     expected = load_vocabulary(str(made.folder / "tokenizer.pkl"))[0]
-    write_tokenizer_json(made.folder, specials_first=False)
+    expected.save(made.folder)
+    for name in ("tokenizer.pkl", "ranks.tiktoken", "tokenizer_config.json"):
+        (made.folder / name).unlink()
     _, tokenizer, _ = load_checkpoint(importing(made, tmp_path))
     assert (tokenizer.ranks, tokenizer.special_ids) == (expected.ranks, expected.special_ids)
-    other = twin("other")
-    write_tokenizer_json(other.folder, specials_first=True)
-    with pytest.raises(DataError, match=r"tokenizer\.json: the special token <\|.*\|> has id \d, expected 2\d\d"):
-        importing(other, tmp_path / "other")
 
 
 def cut(path: Path, at: int) -> None:
@@ -88,57 +72,26 @@ def empty(folder: Path) -> None:
 
 
 MODEL, META, TOKENIZER = "model_000007.pt", "meta_000007.json", "tokenizer.pkl"
-WITHOUT_BOS = ("<|endoftext|>", *SPECIAL_TOKENS[1:])
-BUILT_IN = b"\x80\x04\x8c\rtiktoken.core\x8c\x08Encoding\x93)\x81\x8c\x04gpt2b."  # tiktoken's pickle of its GPT-2
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (
-            lambda at, lay: (at / TOKENIZER).unlink(),
-            r"has no tokenizer\.pkl, neither beside model_000007\.pt nor in tokenizer/\. Copy it",
-        ),
+        (lambda at, lay: (at / TOKENIZER).unlink(), r"has no tokenizer\.pkl, neither beside .* nor in tokenizer/"),
         (lambda at, lay: (at / META).unlink(), r"has model_000007\.pt, but no meta_000007\.json"),
         (lambda at, lay: cut(at / MODEL, -1000), r"model_000007\.pt is truncated.*Copy it again"),
-        (lambda at, lay: cut(at / MODEL, 0), r"model_000007\.pt is truncated or not a zip"),
-        (lambda at, lay: flip_bit(at / MODEL), r"model_000007\.pt is damaged \(Bad CRC-32 for file 'archive/data/1'"),
-        (
-            lambda at, lay: (at / MODEL).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
-            r"is a Git LFS pointer.*git lfs pull",
-        ),
+        (lambda at, lay: flip_bit(at / MODEL), r"model_000007\.pt is damaged \(Bad CRC-32"),
+        (lambda at, lay: (at / MODEL).write_text("version https://git-lfs.github.com/spec/v1\n"), r"git lfs pull"),
         (lambda at, lay: cut(at / TOKENIZER, -300), r"tokenizer\.pkl is damaged or is not"),
-        (
-            lambda at, lay: (at / TOKENIZER).write_bytes(pickle.dumps(lay.encoding_of(30))),
-            r"tokenizer\.pkl has 295 tokens, the model 285: it is the tokenizer of another",
-        ),
-        (
-            lambda at, lay: lay.write_torch(at / "token_bytes.pt", lay.Tensor(np.full(285, 3, dtype=np.int32))),
-            r"token_bytes\.pt and tokenizer\.pkl do not match",
-        ),
-        (
-            lambda at, lay: (at / TOKENIZER).write_bytes(pickle.dumps(lay.encoding_of(special=WITHOUT_BOS))),
-            r"tokenizer\.pkl: the special token <\|bos\|> has id None, expected 276",
-        ),
-        (
-            lambda at, lay: (at / TOKENIZER).write_bytes(BUILT_IN),
-            r"not a readable tokenizer",
-        ),
-        (
-            lambda at, lay: (at / META).write_text('{"step": 7, "model_config"'),
-            r"meta_000007\.json is damaged",
-        ),
+        (lambda at, lay: (at / TOKENIZER).write_bytes(pickle.dumps(lay.encoding_of(30))), r"tokenizer of another"),
+        (lambda at, lay: (at / META).write_text('{"step": 7, "model_config"'), r"meta_000007\.json is damaged"),
         (
             lambda at, lay: (at / META).write_text((at / META).read_text().replace('"n_layer": 2', '"n_layer": 1')),
             r"does not match meta_000007\.json: .*is unknown",
         ),
-        (
-            lambda at, lay: (at / META).write_text(json.dumps({"model_config": {"n_layer": None, "n_head": 0}})),
-            r"n_layer is None, n_head is 0",
-        ),
         (lambda at, lay: empty(at), r"has no nanochat checkpoint.*It has README\.md"),
     ],
-    ids=range(15),  # their messages are too long
+    ids=range(10),  # their messages are too long
 )
 def test_faulty_checkpoints_are_refused(twin, tmp_path, lay, spoil, message):
     made = twin()

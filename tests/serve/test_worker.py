@@ -57,23 +57,17 @@ def test_failed_computation_is_reported_and_recovers(slow, monkeypatch):
     assert slow.chat().status_code == 200, "the model was loaded anew"
 
 
-def test_first_signal_lets_answers_finish(start):
-    with start(seconds=0.01) as server, ThreadPoolExecutor() as pool:
-        began = pool.submit(server.chat, max_tokens=30)
-        server.until(lambda: server.worker.num_choices == 1)
-        server.server.should_exit = True
-        assert began.result().json()["usage"]["completion_tokens"] == 30
-
-
-def test_grace_period_drops_long_answers(start):
-    with start(seconds=0.05) as server:
+def test_signal_lets_answers_finish_within_the_grace_period(start):
+    with start(seconds=0.05) as server, ThreadPoolExecutor() as pool:
         server.server.config.timeout_graceful_shutdown = 1
+        short = pool.submit(server.chat, max_tokens=4)
         with streaming(server) as response:
             lines = response.iter_lines()
             next(lines)
             server.server.should_exit = True
             with pytest.raises(httpx.HTTPError):
                 list(lines)
+        assert short.result().json()["usage"]["completion_tokens"] == 4
         server.thread.join(5)
         assert not server.thread.is_alive()
 
@@ -181,20 +175,3 @@ def test_further_model_waits_for_an_idle_one(start):
         assert {each.result() for each in asked} == {("sft", 200), ("pretrain", 200)}
     assert held.most_models == 1
     assert held.loads == ["pretrain", "sft", "pretrain"], "first come, first served: no model waits forever"
-
-
-def test_disconnect_while_model_waits_frees_the_queue(start):
-    with start(limits={"max_models": 1}, seconds=0.0) as server, ThreadPoolExecutor() as pool:
-        held = Held(server)
-        first = pool.submit(ask, server, "sft")
-        assert held.entered.wait(60)
-        body = {"model": "pretrain", "prompt": "a", "n": 2, "stream": True}
-        with server.client.stream("POST", "/v1/completions", json=body) as response:
-            assert response.status_code == 200
-            server.until(lambda: server.worker.num_choices == 3)
-        server.until(lambda: server.worker.commands.qsize() == 2)  # to begin the answer, and to cancel it
-        held.gate.set()
-        assert first.result() == ("sft", 200)
-        server.until(lambda: server.worker.num_choices == 0)
-        assert ask(server, "sft") == ("sft", 200)
-    assert held.loads == [], "nothing was loaded for nobody"
