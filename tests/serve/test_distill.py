@@ -1,7 +1,5 @@
 """Distillation from our own server gives a mixture for SFT."""
 
-
-
 from mlxchat.cli import dispatch
 from mlxchat.config.schema import TaskItem
 from mlxchat.data.conversation import render_conversation

@@ -19,7 +19,8 @@ from mlxchat.store.store import Store
 QUICKSTART = "20260101-000000-000001-1-quickstart"
 FORMS = {
     "a step": "sft", "a step of a run": "quickstart/sft", "a folder of a run": f"{QUICKSTART}/sft",
-    "a run": "quickstart", "an id": "cccc", "a folder": CHAT, "a path": "STORE", "a pin": "best", "an import": "import:mine",
+    "a run": "quickstart", "an id": "cccc", "a folder": CHAT, "a path": "STORE", "a pin": "best",
+    "an import": "import:mine",
 }  # fmt: skip
 VERBS = {
     "chat": ("chat", "--model", "NAME", "-p", "hello", "--max-tokens", "1"), "serve": ("serve", "NAME", "--port", "0"),
