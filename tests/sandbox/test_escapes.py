@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -95,11 +96,6 @@ def victim() -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
-def attack(code: str, victim: subprocess.Popen[bytes], protections: list[str] | None = None) -> str:
-    chosen = protections_here() if protections is None else protections
-    return run_program(PRELUDE + code.format(victim=victim.pid), seconds=20, protections=chosen).output
-
-
 def is_killed(victim: subprocess.Popen[bytes]) -> bool:
     """Return whether a process is killed within 0.2 s."""
     try:
@@ -123,23 +119,15 @@ def need(*protections: str, landlock: int = 1) -> None:
         pytest.skip(f"Landlock is older than version {landlock}")
 
 
-@pytest.mark.parametrize("protections", [None, "namespaces", "landlock", "seccomp"])
+@pytest.mark.parametrize("protections", ["", "namespaces", "landlock", "seccomp"])
 @pytest.mark.parametrize("name", KILLS)
 def test_no_signal_reaches_a_process_outside(name, protections, victim):
-    """All protections together (None), and each one alone."""
-    need(*([protections] if protections else []), landlock=6)
-    if not {"seccomp", "landlock", "namespaces"} & set(protections_here()):
-        pytest.skip("this system has only limits")
-    output = attack(KILLS[name], victim, [protections] if protections else None)
+    """Each protection alone prevents what no protection ("") allows."""
+    need(*protections.split(), landlock=6)
+    code = PRELUDE + KILLS[name].format(victim=victim.pid)
+    output = run_program(code, seconds=20, protections=protections.split()).output
+    assert is_killed(victim) == (not protections)
     assert output.splitlines()[-1:] == ["finished"], output
-    assert not is_killed(victim)
-
-
-@pytest.mark.parametrize("name", KILLS)
-def test_attacks_kill_without_protections(name, victim):
-    """The control of the test above."""
-    attack(KILLS[name], victim, protections=[])
-    assert is_killed(victim)
 
 
 def test_forbidden_calls_and_arguments_are_refused():
@@ -193,47 +181,29 @@ POSSIBLE = {
 }
 
 
-def find_possible(protections: tuple[str, ...], victim: subprocess.Popen[bytes], folder: Path) -> list[str]:
-    """Return the names of the probes that succeed with exactly these protections."""
-    file = folder / "file"
-    file.write_text("text")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        code = PROBES.format(file=str(file), victim=victim.pid, port=server.getsockname()[1])
-        outcome = run_program(code, seconds=20, protections=protections)
-    assert outcome.passed, outcome.output
-    assert outcome.protections == ("limits", *protections)
-    return outcome.output.split()
-
-
 @pytest.mark.parametrize("protections", POSSIBLE, ids=lambda names: "+".join(names) or "limits")
 def test_what_each_protection_leaves_possible(protections, victim, tmp_path):
     """These are the rows of the table in docs/internals/security.md."""
     need(*protections, landlock=6)
-    assert find_possible(protections, victim, tmp_path) == POSSIBLE[protections].split()
+    file = tmp_path / "file"
+    file.write_text("text")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        code = PROBES.format(file=str(file), victim=victim.pid, port=server.getsockname()[1])
+        outcome = run_program(code, seconds=20, protections=protections)
+    assert outcome.protections == ("limits", *protections)
+    assert outcome.output.split() == POSSIBLE[protections].split()
 
 
 @pytest.mark.parametrize(
-    ("found", "holds"),
-    [
-        (("limits", "namespaces", "seccomp"), False),
-        (("limits", "namespaces", "landlock"), False),
-        (("limits", "landlock", "seccomp"), True),
-        (("limits", "sandbox-exec"), True),
-    ],
+    ("found", "holds"), [(("limits", "namespaces", "seccomp"), False), (("limits", "landlock", "seccomp"), True)]
 )
 def test_humaneval_needs_confinement(found, holds, monkeypatch):
     from mlxchat.tasks import load_task
 
     monkeypatch.setattr(programs, "protections_here", lambda: found)
     load_task("humaneval", "test", unconfined=1.0).check()
-    if holds:
+    with nullcontext() if holds else pytest.raises(StepFailed, match=f"in force here: {', '.join(found)}"):
         load_task("humaneval", "test").check()
-        return
-    with pytest.raises(StepFailed, match=rf"in force here: {', '.join(found)}\. Leave the task out, or accept"):
-        load_task("humaneval", "test").check()
-    talk = {"messages": [{"content": ""}], "entry_point": "f", "test": ""}
-    with pytest.raises(StepFailed):
-        load_task("humaneval", "test").evaluate(talk, "")
 
 
 @pytest.mark.parametrize("protections", [("namespaces",), ("landlock",)], ids="+".join)
@@ -304,6 +274,15 @@ def test_call_numbers_equal_the_kernel_headers(machine):
         assert number is not None or column == 1, name
 
 
+def running(folder: Path) -> int:
+    """Return how many processes have their working directory in a folder."""
+    found = 0
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            found += str(place.joinpath("cwd").readlink()).startswith(str(folder))
+    return found
+
+
 @pytest.mark.parametrize("protections", [("namespaces", "landlock", "seccomp"), ("landlock", "seccomp")], ids=len)
 def test_program_dies_with_its_parent(protections, tmp_path):
     need(*protections)
@@ -313,24 +292,13 @@ def test_program_dies_with_its_parent(protections, tmp_path):
         f"run_program('while True:\\n    pass', seconds=60, protections={protections!r})"
     )
 
-    def running() -> list[str]:
-        found = []
-        for place in Path("/proc").glob("[0-9]*"):
-            try:
-                if str(place.joinpath("cwd").readlink()).startswith(str(tmp_path)):
-                    found.append(place.name)
-            except OSError:
-                continue
-        return found
-
-    expected = 3 if "namespaces" in protections else 1  # with two processes that wait for it
-    with subprocess.Popen([sys.executable, "-c", code]) as parent:
+    def wait_for(count: int) -> None:
         until = time.monotonic() + 60
-        while len(running()) < expected and time.monotonic() < until:
+        while running(tmp_path) != count and time.monotonic() < until:
             time.sleep(0.05)
-        assert len(running()) == expected
+        assert running(tmp_path) == count
+
+    with subprocess.Popen([sys.executable, "-c", code]) as parent:
+        wait_for(3 if "namespaces" in protections else 1)  # with two processes that wait for it
         parent.kill()
-    until = time.monotonic() + 60
-    while running() and time.monotonic() < until:
-        time.sleep(0.05)
-    assert running() == []
+    wait_for(0)

@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -115,15 +116,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     assert survivors(place) == []
 
 
-def survivors(folder: Path) -> list[int]:
+def survivors(folder: Path) -> list[str]:
     """Return the processes whose working directory is in a folder, even if it was removed."""
     found = []
     for place in Path("/proc").glob("[0-9]*"):
-        try:
+        with suppress(OSError):
             if str(place.joinpath("cwd").readlink()).startswith(str(folder)):
-                found.append(int(place.name))
-        except OSError:
-            continue
+                found.append(place.name)
     return found
 
 
