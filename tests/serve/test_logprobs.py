@@ -42,14 +42,6 @@ def test_text_offset_counts_over_all_chunks_of_a_stream(start):
     assert data.decode() == TEXT
 
 
-def test_logprobs_include_the_end_token(server, tokenizer):
-    end = {"logit_bias": {str(tokenizer.assistant_end): 100}, "temperature": 0}
-    told = complete(server, prompt="the cat", logprobs=0, max_tokens=1, **end).json()["choices"][0]
-    chat = server.chat(logprobs=True, **end).json()["choices"][0]
-    assert (told["text"], told["logprobs"]["tokens"]) == ("", ["<|assistant_end|>"])
-    assert (chat["message"]["content"], chat["logprobs"]) == ("", None)
-
-
 def test_partial_utf8_alternatives_are_not_merged(tokenizer):
     (a,) = tokenizer.encode("a")
     ids = [a, *byte_tokens(tokenizer, bytes(range(128, 160)))]

@@ -1,8 +1,6 @@
 """Third-party models are served like ours."""
 
-import gc
 import json
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,6 @@ import openai
 import pytest
 
 from kit.serving import BASE, CHAT, Server
-from mlxchat.engine.batch import Request
 from mlxchat.serve.api import Service
 from mlxchat.serve.models import Models, load_scheduler
 from mlxchat.serve.requests import Defaults
@@ -141,23 +138,6 @@ def test_own_and_third_party_models_are_served_together(server, client):
 def test_unsupported_third_party_requests_are_refused(server, body, param):
     response = server.chat(**body)
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
-
-
-def test_unloaded_third_party_model_is_freed(folder, served):
-    model = Models(Store(served), folder, third_party={NAME: folder}).find(None)
-    scheduler = load_scheduler(model, Limits())
-    source: Any = scheduler.source
-    held = weakref.ref(source.model)
-    gc.collect()
-    gc.disable()
-    try:
-        scheduler.submit(Request(prompt=[1, 2, 3], max_new_tokens=2, reuse=True))
-        while not scheduler.idle:
-            scheduler.step()
-        del scheduler, source
-        assert held() is None
-    finally:
-        gc.enable()
 
 
 def test_serve_accepts_model_folders(folder, tmp_path, monkeypatch, command):

@@ -127,51 +127,24 @@ def test_sixteen_concurrent_streams_are_exact(start):
         server.until(lambda: server.worker.num_choices == 0)
 
 
-class Held:
-    """Delays a server's first step until `release`, and records the worker's actions after it."""
-
-    def __init__(self, server: Any) -> None:
-        self.worker, self.gate, self.entered = server.worker, threading.Event(), threading.Event()
-        self.loads: list[str] = []
-        self.most_models = 0
-        server.until(lambda: len(self.worker.loaded) == 1)
-        for scheduler in self.worker._schedulers.values():
-            self.watch(scheduler)
-        own = self.worker._load
-
-        def load(model: Any, limits: Any) -> Any:
-            self.loads.append(model.name.split("-")[0])
-            self.most_models = max(self.most_models, 1 + len(self.worker._schedulers))
-            return self.watch(own(model, limits))
-
-        self.worker._load = load
-
-    def watch(self, scheduler: Any) -> Any:
-        own = scheduler.step
-
-        def step() -> Any:
-            self.entered.set()
-            assert self.gate.wait(60)
-            return own()
-
-        scheduler.step = step
-        return scheduler
-
-
-def ask(server: Any, model: str) -> tuple[str, int]:
-    response = server.client.post("/v1/completions", json={"model": model, "prompt": "a", "max_tokens": 20})
-    return model, response.status_code
-
-
-def test_further_model_waits_for_an_idle_one(start):
+def test_further_model_waits_for_an_idle_one(start, monkeypatch):
     with start(limits={"max_models": 1}, seconds=0.0) as server, ThreadPoolExecutor() as pool:
-        held = Held(server)
+        worker, gate, entered, loads = server.worker, threading.Event(), threading.Event(), []
+        server.until(lambda: len(worker.loaded) == 1)
+        (scheduler,) = worker._schedulers.values()
+        own, load = scheduler.step, worker._load
+        monkeypatch.setattr(scheduler, "step", lambda: entered.set() or (gate.wait(60) and own()))
+        monkeypatch.setattr(worker, "_load", lambda model, *more: loads.append(model.name[:3]) or load(model, *more))
+
+        def ask(model: str) -> int:
+            body = {"model": model, "prompt": "a", "max_tokens": 20}
+            return int(server.client.post("/v1/completions", json=body).status_code)
+
         asked = []
         for number, model in enumerate(("sft", "pretrain", "sft", "pretrain"), 1):
-            asked.append(pool.submit(ask, server, model))
-            server.until(lambda number=number: server.worker.num_choices == number)
-            assert held.entered.wait(60)
-        held.gate.set()
-        assert {each.result() for each in asked} == {("sft", 200), ("pretrain", 200)}
-    assert held.most_models == 1
-    assert held.loads == ["pretrain", "sft", "pretrain"], "first come, first served: no model waits forever"
+            asked.append(pool.submit(ask, model))
+            server.until(lambda number=number: worker.num_choices == number)
+            assert entered.wait(60)
+        gate.set()
+        assert [each.result() for each in asked] == [200] * 4
+    assert loads == ["pre", "sft", "pre"], "first come, first served: no model waits forever"

@@ -80,11 +80,8 @@ Some **bold** text
 and a second line
 
 - one
-- two
 
   with a paragraph
-#no heading
-- - -
 para
 ===
 1. a
@@ -92,22 +89,16 @@ para
    x = 1
 
    ```
-2) b
 
 > quote
 lazy
 
-    indented
-
 a | b
 -|-
 1 | 2
-after
 
 ```
 open fence
-
-# in it
 """
 
 

@@ -138,18 +138,6 @@ def test_failed_edit_loses_nothing(show):
     assert is_shown(page, "changed", "yes")
 
 
-def test_reload_keeps_a_partial_answer(show):
-    page = show(seconds=0.05)
-    page.fill("#input", "go on")
-    page.press("#input", "Enter")
-    page.wait_for_selector("li.assistant .said p")
-    reopen(page)
-    said = page.locator("li.assistant .said").inner_text()
-    assert said
-    assert (string.ascii_lowercase * 20).startswith(said)
-    assert page.locator("li.assistant .note").inner_text() == "cut off"
-
-
 @pytest.mark.parametrize(
     ("status", "error", "words"),
     [
@@ -205,17 +193,11 @@ def test_model_dialog_shows_the_manifest(show):
     page = show(seconds=0.001)
     known(page)
     page.get_by_role("button", name="Model:").click()
-    facts = page.locator("#model-facts")
     page.wait_for_selector("#model-facts details")
-    assert CHAT in facts.inner_text()
-    assert "0.25" in facts.inner_text()
+    assert CHAT in page.locator("#model-facts").inner_text()
     page.select_option("#model-choice", BASE)
-    assert "continues text" in facts.inner_text()
     page.keyboard.press("Escape")
     assert ask(page, "a").inner_text().startswith("abc"), "a base model continues what was written"
-    page.reload()
-    known(page)
-    assert page.locator("#model-name").inner_text().startswith("pretrain · 40K")
 
 
 def test_settings_are_kept_and_sent(show):
@@ -242,37 +224,6 @@ def test_missing_key_opens_the_key_dialog(show):
     page.get_by_role("button", name="Go on").click()
     known(page)
     assert ask(page, "well?").inner_text() == "yes"
-
-
-FAULTS = """() => {
-  const seen = e => e.getClientRects().length && getComputedStyle(e).visibility !== 'hidden';
-  const name = e => (e.getAttribute('aria-label') || (e.getAttribute('aria-labelledby') || '').split(' ').map(
-    id => document.getElementById(id)?.textContent).join(' ') || [...(e.labels || [])].map(l => l.textContent).join(' ')
-    || (e.matches('button, a, summary, option') && e.textContent) || '').trim();
-  const named = 'button, a, input, select, textarea, summary, dialog[open], nav, [role=region]';
-  const found = [...document.querySelectorAll(named)].filter(e => seen(e) && !name(e)).map(e => e.outerHTML);
-  for (const tag of ['main', 'header', 'footer', 'nav', 'html[lang]'])
-    if (document.querySelectorAll(tag).length !== 1) found.push(tag);
-  return found;
-}"""
-
-
-@pytest.mark.parametrize("width", [375, 1280])
-def test_page_has_accessible_names_and_landmarks(show, width):
-    page = show(width=width, says=MARKDOWN)
-    known(page)
-    assert page.evaluate(FAULTS) == []
-    ask(page, "show me")
-    page.get_by_role("button", name="Regenerate").click()
-    page.wait_for_selector(".versions")
-    assert page.evaluate(FAULTS) == []
-    for button in ("Model:", "Settings"):
-        page.get_by_role("button", name=button).click()
-        page.wait_for_timeout(150)
-        assert page.evaluate(FAULTS) == []
-        assert page.evaluate("() => document.activeElement.closest('dialog') !== null"), "focus is within"
-        page.keyboard.press("Escape")
-        assert page.evaluate("() => document.activeElement.getAttribute('aria-haspopup')") == "dialog", "focus is back"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -91,9 +91,7 @@ def test_unknown_runs_and_steps_get_404(watched, name):
 def test_runs_page_draws_running_steps(watched, browser, width):
     page = browser.new_page(viewport={"width": width, "height": 800})
     page.set_default_timeout(15_000)
-    asked: list[str] = []
     told: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
     page.on("console", lambda message: told.append(message.text))
     page.on("pageerror", lambda error: told.append(str(error)))
     page.goto(f"{watched.url}/runs")
@@ -106,8 +104,5 @@ def test_runs_page_draws_running_steps(watched, browser, width):
     page.select_option("#other", FINISHED)
     page.wait_for_selector("#step-state:has-text('toy1')")
     assert page.evaluate("() => document.documentElement.scrollWidth") <= width
-    page.reload()
-    page.wait_for_selector("#step-state:has-text('toy1')")
     assert told == []
-    assert all(url.startswith(watched.url) for url in asked)
     page.close()
