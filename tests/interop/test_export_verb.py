@@ -84,10 +84,6 @@ def test_quantised_export_computes_with_rounded_weights(export, made, tmp_path, 
     code, said = export(name, "--to", "mlx", tmp_path / "out", "--bits", bits)
     assert code == 0
     assert f"Its weights were rounded to {bits} bits." in said
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    usual = {"group_size": 64, "bits": bits, "mode": "affine"}
-    narrow = {"value_embeds.1": {**usual, "group_size": 32}} if name == "jul" else {}
-    assert config["quantization"] == {**usual, **narrow}
     model, _ = mlx_lm.load(str(tmp_path / "out"), trust_remote_code=name == "jul")
     ours, _, _ = load_checkpoint(artifact(made, name))
     weights = flatten_parameters(ours)
@@ -101,52 +97,29 @@ def test_quantised_export_computes_with_rounded_weights(export, made, tmp_path, 
     np.testing.assert_allclose(np.asarray(model(mx.array(ids))), np.asarray(ours(mx.array(ids))), atol=1e-3)
 
 
-def test_hf_export_is_transformers_model(export, made, tmp_path):
+def test_transformers_computes_our_logits_prompts_and_masks(export, made, tmp_path):
     transformers = pytest.importorskip("transformers")
     assert export("oct", "--to", "hf", tmp_path / "out")[0] == 0
-    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
-    assert type(config).__name__ == "NanoChatConfig"
-    assert (config.hidden_act, config.final_logit_softcapping) == ("relu2", 15.0)
-    assert config.rope_parameters["rope_theta"] == 10000.0
-    assert config.rms_norm_eps == np.finfo(np.float32).eps
+    assert type(transformers.AutoConfig.from_pretrained(tmp_path / "out")).__name__ == "NanoChatConfig"
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     ours = load_checkpoint(artifact(made, "oct"))[1]
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "It isn't 12!\n"}]
+    said = ("system", "Be brief."), ("user", "It isn't 12!\n"), ("assistant", "Yes."), ("user", "More")
+    messages = [{"role": role, "content": text} for role, text in said]
     found = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     assert list(found) == render_for_completion(ours, {"messages": messages})
-    assert tokenizer.eos_token_id == ours.assistant_end
-    # Pipelines pad batches; without a pad token they refuse.
-    batch = tokenizer(["a", "a longer text"], padding=True)
-    assert batch["input_ids"][0][0] == tokenizer.pad_token_id == ours.assistant_end
-    assert 0 in batch["attention_mask"][0]
-
-
-def test_chat_template_marks_assistant_tokens(export, made, tmp_path):
     # TRL trains on this mask (assistant_only_loss): the same tokens as our own mask.
-    transformers = pytest.importorskip("transformers")
-    export("oct", "--to", "hf", tmp_path / "out")
-    ours = load_checkpoint(artifact(made, "oct"))[1]
-    said = ("system", "Be brief."), ("user", "Hello?"), ("assistant", "Yes."), ("user", "More"), ("assistant", "No.")
-    messages = [{"role": role, "content": text} for role, text in said]
-    found = transformers.AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(
-        messages, return_dict=True, return_assistant_tokens_mask=True
-    )
+    messages.append({"role": "assistant", "content": "No."})
+    found = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     ids, mask = render_conversation(ours, {"messages": messages})
     assert (list(found["input_ids"]), list(found["assistant_masks"])) == (list(ids), list(mask))
-
-
-def test_transformers_computes_our_logits_and_prompts(export, made, tmp_path):
+    # Pipelines pad batches; without a pad token they refuse.
+    batch = tokenizer(["a", "a longer text"], padding=True)
+    assert batch["input_ids"][0][0] == tokenizer.pad_token_id == tokenizer.eos_token_id == ours.assistant_end
     torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    export("oct", "--to", "hf", tmp_path / "out")
     ids = np.asarray(some_ids())
     with torch.no_grad():
         found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")(torch.tensor(ids)).logits
     np.testing.assert_allclose(found.numpy(), logits_of_ours(made, "oct", ids), atol=1e-4)
-    tokens = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    messages = [{"role": "user", "content": "How many windows?"}]
-    prompt = render_for_completion(load_checkpoint(artifact(made, "oct"))[1], {"messages": messages})
-    assert tokens.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == prompt
 
 
 @pytest.mark.parametrize(

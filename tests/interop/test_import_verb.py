@@ -75,14 +75,6 @@ def test_unknown_import_is_refused_before_the_run(twin):
         plan(*wired("nanochat-d23"))
 
 
-def test_rows_longer_than_the_imported_context_are_refused(twin):
-    take(str(twin().folder), "--name", "x")
-    wiring = ("pipeline.sft.checkpoint=import:x", "stage=sft")
-    with pytest.raises(ConfigError, match=r"longer than the context.*\. Set sft\.batch\.row_tokens=64"):
-        plan(*wiring)
-    assert plan(*wiring, "sft.batch.row_tokens=64")["sft"].state == "run"
-
-
 def test_import_name_can_be_replaced_and_removed(twin):
     first, second = twin("first", seed=1), twin("second", seed=2)
     take(str(first.folder), "--name", "x")

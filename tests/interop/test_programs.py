@@ -122,16 +122,6 @@ def test_perplexity_is_that_of_our_own_loss(folder, outputs):
     assert float(printed[1]) == pytest.approx(ours, rel=1e-3)
 
 
-def test_transformers_pipeline_answers_as_we_do(outputs, expected, tmp_path):
-    pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    assert run_here("export", "oct", "--to", "hf", tmp_path / "hf", f"outputs={outputs}") == 0
-    pipeline = transformers.pipeline("text-generation", model=str(tmp_path / "hf"))
-    messages = [{"role": "user", "content": QUESTION}]
-    found = pipeline(messages, max_new_tokens=ANSWER_TOKENS, do_sample=False)
-    assert found[0]["generated_text"][-1]["content"].strip() == expected.strip()
-
-
 _NANOCHAT = """
 import json, sys
 import torch
