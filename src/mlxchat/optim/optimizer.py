@@ -32,8 +32,7 @@ _GROUPS = {
     "value_embeds.": "value_embeddings",
     "resid_lambdas": "residual_scalars",
     "x0_lambdas": "input_scalars",
-    "smear_gate.": "smear",
-    "smear_lambda": "smear",
+    "smear_": "smear",
     "backout_lambda": "smear",
 }
 # Constants of nanochat.

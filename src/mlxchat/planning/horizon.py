@@ -32,10 +32,7 @@ class Hyperparameters:
 
 
 def derive_hyperparameters(config: Config, sizes: GPTSizes) -> Hyperparameters:
-    """Return batch, iterations, and, with `optimizer.scaling`, numbers that scale from nanochat's d12.
-
-    A batch of null becomes the best one by scaling.
-    """
+    """Return batch (null: the best by `optimizer.scaling`), iterations, and numbers scaled from nanochat's d12."""
     pretrain, optimizer = config.pretrain, config.optimizer
     parameters = count_horizon_parameters(sizes, pretrain.horizon_parameters)
     batch_tokens, lr_scale, weight_decay = pretrain.batch.tokens, 1.0, optimizer.weight_decay
