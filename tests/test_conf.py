@@ -14,11 +14,10 @@ import pytest
 from kit.models import composed
 from mlxchat.composition.compose import compose_config
 from mlxchat.composition.overrides import implied_experiment
-from mlxchat.composition.problems import find_problems
 from mlxchat.composition.sections import config_of
 from mlxchat.config.schema import Config
-from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
-from mlxchat.planning.horizon import count_iterations, derive_hyperparameters, derive_numbers
+from mlxchat.model.sizes import GPTSizes, sizes_of
+from mlxchat.planning.horizon import derive_hyperparameters, derive_numbers
 from mlxchat.runner.plan import make_plan
 from mlxchat.runner.stage import Stages
 from mlxchat.store.store import Store
@@ -112,38 +111,6 @@ def test_speedrun_d20_has_nanochats_numbers():
     rates = config.optimizer
     assert (rates.matrix_lr, rates.embedding_lr, rates.unembedding_lr) == (0.02, 0.2, 0.004)
     assert config == replace(composed("model=d20"), name="speedrun_d20"), "a model implies nanochat's recipe"
-
-
-# depth: width, heads, parameters, parameters of matrices, iterations at 20 tokens per parameter.
-NANOCHAT = {
-    4: (256, 2, 36_700_160, 3_145_728, 1_400),
-    8: (512, 4, 92_274_688, 25_165_824, 3_520),
-    12: (768, 6, 185_597_952, 84_934_656, 7_080),
-    20: (1280, 10, 560_988_160, 393_216_000, 21_400),
-    26: (1664, 13, 1_081_999_360, 863_895_552, 41_275),
-    32: (2048, 16, 1_879_048_192, 1_610_612_736, 71_680),
-}
-
-
-@pytest.mark.parametrize("depth", range(1, 65))
-def test_depth_gives_nanochats_sizes_and_even_heads(depth):
-    """nanochat's ceil(width / 128) heads do not divide the width of depths 5, 9, 11 and others."""
-    config = composed("model=d20")
-    config = replace(config, model=replace(config.model, depth=depth))
-    found, counts, width = sizes(config), count_parameters(sizes(config)), 64 * depth
-    assert find_problems(config) == []
-    assert found.width % (2 * found.num_heads) == 0
-    assert 64 <= found.width // found.num_heads <= 128
-    heads = -(-width // 128)
-    if width % heads:
-        return
-    # 12 L d² + 2 V d, with d = 64 L
-    formula = (width, heads, 12 * depth * width**2 + 2 * 65_536 * width, 12 * depth * width**2, None)
-    expected = NANOCHAT.get(depth, formula)
-    assert (found.width, found.num_heads, counts["total"], counts["matrices"]) == expected[:4]
-    assert flops_per_token(found) == 6 * (counts["total"] - 65_536 * width) + 12 * depth * width * 2048
-    if expected[4] is not None:
-        assert count_iterations(config.pretrain, found, 524_288) == expected[4]
 
 
 def test_default_is_the_quickstart():

@@ -1,12 +1,9 @@
 """mlxchat eval MODEL: one evaluation of any model, cached as a step."""
 
-import io
 import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from kit.artifacts import make_model, make_tokenizer, publish
@@ -45,27 +42,6 @@ def test_evaluation_is_a_cached_step(made, say):
     assert sorted((made / "refs" / "latest").iterdir()) == latest
     say("eval", "talks", "--task", "arithmetic", "--limit", "2", "--samples", "2", *settings)
     assert len(evaluations(made)) == 2, "another limit is another key"
-
-
-def test_gsm8k_has_both_verdicts_and_any_of_n(hub, tmp_path, say, monkeypatch):
-    from mlxchat.engine.generate import Completion
-
-    outputs = tmp_path / "outputs"
-    model, tokenizer = make_model("oct2025"), make_tokenizer()
-    publish(outputs, "talks", lambda out: save_checkpoint(out, model, tokenizer, {"stage": "sft", "format": "chat"}))
-    rows = [{"question": f"{n}?", "answer": "#### 7"} for n in range(4)]
-    data = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), data)
-    hub.add("openai/gsm8k", {"main/test-00000-of-00001.parquet": data.getvalue()})
-    said = iter(["#### 7", "#### 7.", "no", "#### 8", "#### 7", "no", "#### 7.", "no"])
-    monkeypatch.setattr(Completion, "text", lambda self, tokenizer: next(said))
-    settings = ["eval.max_new_tokens=2", f"outputs={outputs}"]
-    text = say("eval", "talks", "--task", "gsm8k", "--samples", "2", *settings)
-    header, row = [line for line in text.splitlines() if line.startswith(("task ", "gsm8k "))]
-    assert " ".join(header.split()) == "task right ± any nanochat nanochat any chance questions samples"
-    # Right in ours: 1 1 0 0 and 1 0 1 0. In nanochat's, to whom "7." is no 7: 1 0 0 0 and 1 0 0 0.
-    right, _, any_of_two, theirs, any_of_theirs = row.split()[1:6]
-    assert (right, any_of_two, theirs, any_of_theirs) == ("50.0%", "75.0%", "25.0%", "25.0%")
 
 
 def test_base_model_chooses_as_numpy(made, tmp_path, say):

@@ -36,16 +36,6 @@ def test_examples_are_spread_over_tasks(capsys, tmp_path):
         shown(capsys, tmp_path, task="gsm8")
 
 
-def test_examples_are_wrapped_to_the_terminal(capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "60")
-    row = example("t", 7, verdict=False, prompt="word " * 40, output="def f():\n    return 1")
-    write_examples(tmp_path / "examples.parquet", [row])
-    out = shown(capsys, tmp_path, examples="wrong", n=1)
-    assert max(map(len, out.splitlines())) <= 60
-    assert out.count("word") == 40
-    assert "  output   def f():\n               return 1\n" in out
-
-
 def test_rollouts_of_the_last_iteration_come_first(capsys, tmp_path):
     def answer(iteration: int, question: int, sample: int, reward: float, **changes: Any) -> dict[str, Any]:
         return {

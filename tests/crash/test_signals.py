@@ -17,34 +17,11 @@ def has_state(stubs: Any) -> bool:
     return any(stubs.outputs.glob("work/*/ckpt/0*"))
 
 
-def check_continued(stubs: Any, make_stubs: Any, *settings: str) -> None:
-    """Run again; the result is that of an undisturbed run."""
-    code, text = stubs.run(*settings)
-    assert code == 0, text
-    stubs.check_clean()
-    alone = make_stubs()
-    assert alone.run(*settings)[0] == 0
-    assert stubs.trees() == alone.trees()
-
-
 def test_failed_branch_stops_only_the_steps_that_need_it(stubs):
     code, text = stubs.run("score.failing=[inspect]")
     assert code == 1
     assert "error: step inspect failed: ValueError: inspect cannot be scored" in text
     assert stubs.trees().keys() == {"source", "convert", "train", "train@2", "score"}
-
-
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_step_saves_and_continues(number, expected, stubs, make_stubs):
-    process = stubs.start("train.iterations=100", "train.pause=0.05")
-    wait_until(lambda: has_state(stubs))
-    process.send_signal(number)
-    text, _ = process.communicate(timeout=120)
-    assert process.returncode == expected, text
-    assert "The same command continues" in text
-    assert {event["step"] for event in stubs.events("step_interrupted")} == {"train"}
-    stubs.check_whole()
-    check_continued(stubs, make_stubs, "train.iterations=100")
 
 
 def test_closed_terminal_stops_a_run_that_saves(stubs):

@@ -29,7 +29,3 @@ class Swept:
 
     def rows(self) -> list[dict[str, Any]]:
         return json.loads((self.folder / "table.json").read_text())
-
-    def column(self, name: str) -> dict[Any, Any]:
-        """Return setting → status."""
-        return {row[name]: row["status"] for row in self.rows()}

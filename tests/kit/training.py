@@ -224,12 +224,5 @@ def rollout_of(
 
 def rl_config(**changes: Any) -> RLConfig:
     """Return nanochat's RL in small."""
-    return RLConfig(
-        **{"questions_per_iteration": 2, "samples_per_question": 4, "max_new_tokens": 8, "temperature": 1.0,
-           "top_k": 50, "eval_samples": 4, "num_epochs": 1,
-           "advantages": "mean", "ratio": "token", "clip_low": None, "clip_high": None,
-           "loss_divisor": "tokens", "answers_per_pass": 8,
-           "kl_coefficient": 0.0, "minibatches_per_rollout": 1, "passes_per_rollout": 1,
-           "resample_rounds": 0, "train_unfinished": True,
-           "rollout_bits": None, "rollout_correction": 2.0} | changes
-    )  # fmt: skip
+    small = {"questions_per_iteration": 2, "samples_per_question": 4, "max_new_tokens": 8, "eval_samples": 4}
+    return RLConfig(**small | changes)

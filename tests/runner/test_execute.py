@@ -98,15 +98,6 @@ def test_missing_artifact_is_rebuilt_alone(toys):
     assert started(toys.run(toys.plan(THREE))) == ["two"]
 
 
-def test_manifest_records_provenance(toys):
-    toys.run(toys.plan(CHAIN))
-    one, two = (toys.store.made(step.key) for step in toys.plan(CHAIN))
-    assert two["inputs"] == {"source": {"step": "one", "artifact": one["name"], "rid": one["rid"], "tree": one["tree"]}}
-    assert (two["config"], two["seed"], two["overrides"]) == ({"seed": 1, "other": {"number": 1}}, 1, ["toy.number=1"])
-    assert (two["step"], two["stage"], two["kind"], two["version"]) == ("two", "copy", "thing", 1)
-    assert [file["path"] for file in two["outputs"]] == ["result.txt"]
-
-
 def test_manifest_records_what_the_stage_reports(toys):
     toys.add("make", """
         ctx.metrics |= {"loss": 2.5, "tokens_per_second": 10.0}
@@ -117,8 +108,8 @@ def test_manifest_records_what_the_stage_reports(toys):
     tracked: list[tuple[str, Record]] = []
     toys.run(toys.plan(ONE), on_metrics=lambda step, record: tracked.append((step, record)))
     (manifest,) = toys.store.manifests()
-    reported = [manifest[key] for key in ("metrics", "tokens_per_second", "derived")]
-    assert reported == [{"loss": 2.5}, 10.0, {"width": 3}]
+    reported = [manifest[key] for key in ("metrics", "tokens_per_second", "derived", "config", "overrides")]
+    assert reported == [{"loss": 2.5}, 10.0, {"width": 3}, {"seed": 1, "toy": {"number": 1}}, ["toy.number=1"]]
     place = toys.store.find(manifest["rid"])
     assert Records(place / "metrics.jsonl").read() == [{"iteration": 1, "loss": 2.5}]
     assert tracked == [("one", {"iteration": 1, "loss": 2.5})]
@@ -146,11 +137,9 @@ ctx.rewind_records(1)
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_interrupted_step_resumes(name, code, toys):
     toys.add("make", RESUMABLE.format(signal=name))
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(Interrupted, match=r"one stopped at iteration 1 of 2\. The same command continues") as caught:
         toys.run(toys.plan(CHAIN))
     assert caught.value.exit_code == code
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert list((toys.outputs / "store").iterdir()) == []
     assert states(toys)["one"] == "missing, resumes"
     toys.run(toys.plan(CHAIN))

@@ -33,26 +33,19 @@ COPY = "import pathlib; (ctx.out / 'result.txt').write_text(pathlib.Path(path).r
 
 
 def test_file_changed_during_its_step_fails_the_step(toys, tmp_path):
-    path = reading(toys, tmp_path, f"{COPY}\npathlib.Path(path).write_text('new')")
+    reading(toys, tmp_path, f"{COPY}\npathlib.Path(path).write_text('new')")
     plan = toys.plan(ONE)
     with pytest.raises(StepFailed, match=r"step one: .*toy\.path \(\.txt\) changed while it ran"):
         toys.run(plan)
     assert list(toys.store.manifests()) == []
     assert [attempt["outcome"] for attempt in attempts.read(toys.store.work(plan[0].key))] == ["failed"]
-    path.write_text("new")
-    toys.add("make", f"path = ctx.config.toy.path\n{COPY}")
-    toys.run(toys.plan(ONE))
-    (step,) = toys.plan(ONE)
-    assert (toys.store.find_made(step.key) / "result.txt").read_text() == "new"
 
 
 def test_file_changed_since_planning_fails_the_step(toys, tmp_path):
     path = reading(toys, tmp_path, COPY)
     plan = toys.plan(ONE)
     path.write_text("new")
-    with pytest.raises(
-        StepFailed, match=r"toy\.path \(\.txt\) changed since it was planned.*Run the same command again"
-    ):
+    with pytest.raises(StepFailed, match=r"changed since it was planned.*Run the same command again"):
         toys.run(plan)
     assert list(toys.store.manifests()) == []
 

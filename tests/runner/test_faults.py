@@ -1,9 +1,7 @@
 """Secrets are never written; a Mac does not sleep during a run."""
 
 import json
-import os
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,6 @@ import pytest
 from kit.toys import CHAIN
 from mlxchat.config.secrets import redact
 from mlxchat.errors import StepFailed
-from mlxchat.runner.process import keep_awake
 
 SECRETS = {
     "HF_TOKEN": "hf_abcdefgh12345", "WANDB_API_KEY": "0123456789abcdef0123", "MY_SECRET": 'quoted "secret" ümläut',
@@ -77,16 +74,3 @@ def test_secrets_of_the_command_line_reach_no_file(say, tiny, tmp_path, monkeypa
         assert [name for name, value in secrets.items() if value in said] == []
     assert list((tmp_path / "outputs" / "multirun").glob("*/table.md"))
     assert leaks(tmp_path / "outputs", secrets) == []
-
-
-def test_mac_is_kept_awake_during_a_run(tmp_path, monkeypatch):
-    program, log = tmp_path / "caffeinate", tmp_path / "log"
-    program.write_text(f'#!/bin/sh\necho "$@" > {log}.new\nmv {log}.new {log}\nexec sleep 60\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(sys, "platform", "darwin")
-    with keep_awake():
-        until = time.monotonic() + 10
-        while not log.exists() and time.monotonic() < until:
-            time.sleep(0.01)
-    assert log.read_text() == f"-i -w {os.getpid()}\n"

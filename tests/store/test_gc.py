@@ -65,17 +65,6 @@ def test_ended_runs_keep_everything_until_a_limit_is_given(toys):
     assert names(toys, NONE) == {lost}, "nothing refers to it"
 
 
-def test_collection_removes_what_the_preview_lists(toys):
-    run_with(toys, 1)
-    run_with(toys, 2)
-    preview = names(toys, ALL)
-    collect(toys.store, ALL)
-    assert not whole_artifacts(toys) & preview
-    assert find_garbage(toys.store, ALL).garbage == []
-    assert list((toys.outputs / "work").iterdir()) == []
-    assert all(link.exists() for link in (toys.outputs / "refs").rglob("*") if link.is_symlink())
-
-
 def test_abandoned_work_is_garbage_and_locked_work_is_not(toys):
     run_with(toys, 1)
     store = toys.store

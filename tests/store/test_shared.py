@@ -50,15 +50,3 @@ def test_shared_artifact_has_lineage_and_digests(shared):
     assert manifest["inputs"] == LINEAGE
     assert (manifest["metrics"], manifest["tokens_per_second"]) == ({"tokens": 7}, 5.0)
     assert (manifest["outputs"], manifest["tree"]) == describe_outputs(place)
-
-
-@pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt()], ids=["fault", "interrupt"])
-def test_failure_leaves_nothing_and_is_repeated(shared, error):
-    def fail(folder: Path) -> dict[str, float]:
-        write(folder)
-        raise error
-
-    with pytest.raises(type(error)):
-        obtain(shared, fail)
-    assert list((shared.outputs / "store").iterdir()) == list((shared.outputs / "work").iterdir()) == []
-    assert (obtain(shared, write) / "tokens").exists()

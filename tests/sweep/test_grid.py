@@ -79,15 +79,6 @@ def test_repeated_sweep_runs_nothing(three, say):
     assert len(list((swept.outputs / "runs").iterdir())) == runs
 
 
-@pytest.mark.parametrize("fail_fast", [False, True])
-def test_failed_job_stops_others_with_fail_fast_only(fail_fast, swept, tiny, say):
-    settings = ["stage=tokenizer", "tokenizer.vocab_size=310,60000,320", f"fail_fast={fail_fast}"]
-    text = say("-m", *tiny, *settings, f"outputs={swept.outputs}", code=1)
-    assert "── job 2/3 tokenizer.vocab_size=60000 failed: tokenizer.vocab_size is 60000" in text
-    later = "not run" if fail_fast else "done"
-    assert swept.column("tokenizer.vocab_size") == {310: "done", 60000: "failed", 320: later}
-
-
 def test_failed_shared_step_ends_only_its_jobs(swept, short, say):
     before = swept.started()
     settings = ["tokenizer.vocab_size=60000,310", "optimizer.matrix_lr=0.01,0.03"]
