@@ -28,19 +28,18 @@ def make_training(root, rid, step="pretrain", last=3.0, **numbers):
     )  # fmt: skip
 
 
-def job(*steps):
-    return RunReport(name="job", folder=Path("20261121-1"), steps=list(steps))
+def job(name, *steps):
+    return RunReport(name=name, folder=Path("20261121-1"), steps=list(steps))
 
 
 def test_shared_steps_are_drawn_once(training):
     shared = [training("a"), training("a"), training("b", last=2.0)]
-    jobs = [job(one, training(f"s{n}", "sft", last=n)) for n, one in enumerate(shared)]
-    charts = {chart.name: chart for chart in comparison_charts(jobs, ["seed=1", "seed=2", "seed=3"])}
+    jobs = [job(f"seed={n + 1}", one, training(f"s{n}", "sft", last=n)) for n, one in enumerate(shared)]
+    charts = {chart.name: chart for chart in comparison_charts(jobs)}
     assert "seed=1: 3.200, seed=3: 2.200." in charts["pretrain-val_bpb"].alt
     assert "seed=2: 1.457" in charts["sft-loss"].alt
 
 
 def test_curves_that_are_left_out_are_counted(training):
-    jobs = [job(training(f"r{n}", last=n)) for n in range(8)]
-    charts = {chart.name: chart for chart in comparison_charts(jobs, [f"seed={n}" for n in range(8)])}
+    charts = {each.name: each for each in comparison_charts([job(f"s{n}", training(f"r{n}")) for n in range(8)])}
     assert charts["pretrain-val_bpb"].title == "pretrain: validation (the first 6 of 8)"

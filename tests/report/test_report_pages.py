@@ -61,13 +61,6 @@ def test_report_writes_page_markdown_and_pictures(reported):
         assert f"(report/{name})" in markdown
 
 
-def test_second_report_removes_pictures_that_no_longer_apply(small):
-    (small.run / "report").mkdir()
-    (small.run / "report" / "curve-gone.svg").write_bytes(b"")
-    small.write_report()
-    assert not (small.run / "report" / "curve-gone.svg").exists()
-
-
 def test_unwritable_folder_is_reported(small):
     (small.run / "report.html").mkdir()  # a folder where a file should be
     with pytest.raises(StoreError, match="cannot be written to"):

@@ -1,12 +1,9 @@
 """What `collect` makes of run folders that are whole, unfinished, damaged or empty."""
 
-import subprocess
-import sys
-
 import pytest
 
 from mlxchat.errors import StoreError
-from mlxchat.report.collect import collect, latest_run
+from mlxchat.report.collect import collect
 from mlxchat.report.summary import answers, troubles
 
 
@@ -44,17 +41,3 @@ def test_curves_of_an_unfinished_step_come_from_its_work_folder(make):
 def test_missing_plan_is_named(tmp_path):
     with pytest.raises(StoreError, match=r"plan\.json is absent, unreadable or without steps"):
         collect(tmp_path, tmp_path / "runs" / "x")
-
-
-def test_latest_run_is_the_newest_with_a_plan(whole, tmp_path):
-    (whole.root / "runs" / "20261122-000000-000001-1-empty").mkdir()
-    assert latest_run(whole.root) == whole.run
-    with pytest.raises(StoreError, match=r"holds no runs yet"):
-        latest_run(tmp_path / "nothing")
-
-
-def test_reading_a_run_imports_nothing_heavy():
-    heavy = "{'matplotlib', 'jinja2', 'numpy', 'mlx', 'rich'}"
-    code = f"import sys, mlxchat.report.collect; print(sorted({heavy} & set(sys.modules)))"
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert printed.strip() == "[]"

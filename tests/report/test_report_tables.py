@@ -6,13 +6,10 @@ from typing import Any
 
 import pytest
 
-from mlxchat.config.wording import format_bytes, format_count, format_seconds, format_time
 from mlxchat.evals.scores import read_scores
 from mlxchat.report.summary import answers
 from mlxchat.report.tables import (
     artifact_table,
-    columns,
-    format_value,
     machine_table,
     metric_table,
     shown,
@@ -26,12 +23,6 @@ def row(table, first):
 
 def words(table, first):
     return [cell.text for cell in row(table, first)]
-
-
-def test_two_sft_steps_have_their_own_names(make):
-    more = {"stage": "sft", "checkpoint": "midtrain"}
-    fake = make(sft_long=more, eval_long={"stage": "eval", "checkpoint": "sft_long"})
-    assert [column.label for column in columns(fake.read())] == ["BASE", "MID", "sft", "RL", "sft_long"]
 
 
 def set_accuracy(fake, step, task, accuracy, **more):
@@ -140,56 +131,11 @@ def test_nearly_perfect_model_needs_no_longer_training(make, accuracy, is_advise
     assert ("Train longer" in next_steps(make, FALLING, accuracy)) is is_advised
 
 
-def test_machine_facts_that_differ_name_their_steps(whole):
-    whole.edit_json("rl", "manifest.json", versions={"mlx": "0.33.0"})
-    table = machine_table(whole.read())
-    assert words(table, "device") == ["device", "Apple M3 Max"]
-    assert words(table, "mlx") == ["mlx", "0.32.4; 0.33.0 (rl)"]
-    assert words(table, "git commit")[1] == "0123456789ab; 0123456789ab with uncommitted changes (rl)"
-
-
 def test_input_from_another_artifact_than_planned_is_named(whole):
     other = {"checkpoint": {"step": "midtrain", "artifact": "midtrain-old-1"}}
     whole.edit_json("sft", "manifest.json", inputs=other)
-    assert words(artifact_table(whole.read()), "sft")[-1] == "checkpoint: midtrain-old-1"
-
-
-def test_files_of_a_repository_are_one_row(whole):
-    address = "hf://datasets/karpathy/fineweb"
-    files = [
-        {"url": f"{address}/shard_{i}.parquet", "revision": "a" * 40, "bytes": 100, "sha256": "b"} for i in range(240)
-    ]
-    whole.edit_json("corpus", "manifest.json", externals=files)
-    table = source_table(whole.read())
-    assert words(table, "karpathy/fineweb") == ["karpathy/fineweb", "a" * 12, "—", "24.0 kB", "corpus"]
-    assert table.rows[0][0].detail == "(240 files)"
-
-
-def test_data_of_mixtures_and_suites_are_listed(whole):
-    town, suite, code = ({"task": "jsonl", "path": "/home/me/town.jsonl"}, {"task": "arithmetic"}, {"task": "my:Task"})
-    hub = {"url": "hf://datasets/openai/gsm8k/main/train.parquet", "revision": "c" * 40, "bytes": 100}
-    whole.edit_json("sft", "manifest.json", full_config={"sft": {"mixture": {"town": town, "gsm": {"task": "gsm8k"}}}},
-                    pins={"file sft.mixture.town.path (.jsonl)": "d" * 64}, externals=[hub],
-                    config={"sft": {}})  # fmt: skip
-    whole.edit_json("eval_sft", "manifest.json", full_config={"suite": {"town": town, "sums": suite, "own": code}},
-                    pins={"file suite.town.path (.jsonl)": "d" * 64}, config={"suite": {}})  # fmt: skip
-    whole.edit_json("eval_base", "manifest.json", full_config={"suite": {"own": code}}, config={"eval": {}})
-    table = source_table(whole.read())
-    assert words(table, "town.jsonl") == ["town.jsonl", "d" * 12, "—", "—", "sft, eval_sft"]
-    assert words(table, "arithmetic") == ["arithmetic", "mlxchat 0.1.0", "MIT", "—", "eval_sft"]
-    assert words(table, "my:Task") == ["my:Task", "—", "—", "—", "eval_sft"]
-    assert words(table, "openai/gsm8k")[-1] == "sft"
-    assert "gsm8k" not in [row[0].text for row in table.rows], "its repository stands there"
-
-
-def test_numbers_are_short_with_units():
-    assert [format_seconds(value) for value in (59.97, 3599.8, 13_860)] == ["1m00s", "1h00m", "3h51m"]
-    assert [format_bytes(value) for value in (9_800_000_000, 999_999)] == ["9.8 GB", "1.0 MB"]
-    values = (0.02, 5672310.5, -12345.678, 999.9999, 3.9171e19)
-    assert [*map(format_value, values)] == ["0.02", "5,672,310", "-12,345.7", "1,000", "3.9171e19"]
-    times = ("2026-11-21T10:15:02.000001+00:00", "yesterday")
-    assert [*map(format_time, times)] == ["2026-11-21 10:15:02 +00:00", "yesterday"]
-    assert format_count(999_999) == "1M"
+    (found,) = (row for row in artifact_table(whole.read()).rows if row[0] == "sft")
+    assert found[-1] == "checkpoint: midtrain-old-1"
 
 
 def test_any_right_of_several_samples_is_shown():
@@ -207,3 +153,32 @@ def test_shares_of_numbers_and_forms_are_rows_where_form_costs(whole):
     assert words(table, "sums: right form")[3] == "30.0%"
     assert not any(row[0].text.startswith("letters:") for row in table.rows)
     assert any("right number" in note for note in table.notes)
+
+
+def test_machine_facts_that_differ_are_listed(whole):
+    whole.edit_json("rl", "manifest.json", versions={"mlx": "0.33.0"})
+    table = machine_table(whole.read())
+    assert table.rows[0] == ["device", "Apple M3 Max"]
+    assert ["mlx", "0.32.4; 0.33.0"] in table.rows
+    assert ["git commit", "0123456789ab; 0123456789ab with uncommitted changes"] in table.rows
+
+
+def test_files_of_a_repository_are_one_row(whole):
+    files = [{"url": f"hf://datasets/karpathy/fineweb/shard_{i}.parquet", "revision": "a" * 40} for i in range(240)]
+    whole.edit_json("corpus", "manifest.json", externals=files)
+    assert source_table(whole.read()).rows == [["karpathy/fineweb", "a" * 12, "—", "corpus"]]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        ({"reached_target": 1, "iterations": 30, "seconds_to_target": 30.0}, "after 30 iterations, 30.0s of training."),
+        ({"reached_target": 0}, "It did not reach its target."),
+        ({}, ""),
+    ],
+)
+def test_report_says_when_the_target_was_reached(whole, metrics, said):
+    whole.edit_json("pretrain", "manifest.json", metrics=metrics)
+    learnt = dict(answers(whole.read()))["Did it learn?"]
+    assert said in learnt
+    assert ("target" in learnt) is bool(said)

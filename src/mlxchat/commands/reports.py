@@ -110,7 +110,7 @@ def report(parser: Parser) -> None:
     """Declare `mlxchat report`."""
     parser.take_names("[RUN|ID]", least=0, about=f"{_SWEEPS} Default: the latest run")
     add = parser.add_argument
-    add("--out", metavar="PLACE", help="folder for report.html, report.md and plots, or FILE.html")
+    add("--out", metavar="FOLDER", help="folder for report.html, report.md and plots")
     add("--cost-per-hour", type=amount, metavar="DOLLARS", help="cost of this machine")
     add("--open", action="store_true", help="open it in a browser")
     parser.set_defaults(main=_report)
@@ -119,21 +119,18 @@ def report(parser: Parser) -> None:
 def _report(options: Namespace) -> int:
     """Write a report; print its summary and path."""
     from mlxchat.report.comparison import comparison, reports_of_sweep
-    from mlxchat.report.document import document, title_of, write_document, write_page
+    from mlxchat.report.document import document, title_of, write_document
 
     name, out = next(iter(options.names), LATEST), Path(options.out) if options.out else None
     if sweep := _sweep_folder(options.outputs, name):
-        title, (reports, titles) = called(sweep.name), reports_of_sweep(options.outputs, sweep)
+        title, reports = called(sweep.name), reports_of_sweep(options.outputs, sweep)
     else:
-        reports, titles = [_report_of(Store(options.outputs), name)], []
+        reports = [_report_of(Store(options.outputs), name)]
         title = title_of(reports[0])
     if options.cost_per_hour is not None:
         reports = [replace(each, cost_per_hour=options.cost_per_hour) for each in reports]
-    blocks = comparison(sweep, reports, titles) if sweep else document(reports[0])
-    if out is not None and out.suffix == ".html":
-        place = write_page(out, title, blocks)
-    else:
-        place = write_document(out or reports[0].folder, title, blocks)
+    blocks = comparison(sweep, reports) if sweep else document(reports[0])
+    place = write_document(out or reports[0].folder, title, blocks)
     if not sweep:
         from mlxchat.report.summary import print_summary
 

@@ -153,8 +153,6 @@ class Measure:
     shots: int | None = None
     any_right: tuple[float, int] | None = None
     """Fraction of questions with a right sample, and samples per question, if several."""
-    published_rule: tuple[float, float | None] | None = None
-    """Value and standard error by the rule of published results (nanochat's verdicts), where it differs from ours."""
     conditions: Hashable = None  # measures of one name are comparable if these are equal
 
     @property
@@ -171,11 +169,6 @@ class Measure:
     def centered_stderr(self) -> float | None:
         """Standard error of the centred accuracy."""
         return None if self.stderr is None or self.chance is None else self.stderr / (1 - self.chance)
-
-    def by_published_rule(self) -> Measure | None:
-        """Return the measure for comparison with published results, None if not measured by their rule."""
-        rule = self.published_rule
-        return None if rule is None else replace(self, value=rule[0], stderr=rule[1])
 
 
 METRICS = ("val_bpb", "perplexity", "text_bpb", "core", "task", "form", "chatcore", "mean_centered", "pass_at_k", "own")
@@ -225,8 +218,7 @@ def read_scores(raw: Mapping[str, Any]) -> Scores:
         *(_read_task(name, entry) for name, entry in tasks.items()),
         *(_measure(f"{name}: {part.replace('_', ' ')}", "form", entry.get(part))
           for name, entry in tasks.items() for part in ("right_number", "right_form")),
-        _measure("ChatCORE", "chatcore", chat.get("value"), chat.get("stderr"), conditions=chat_tasks,
-                 published=(chat.get("nanochat_value"), chat.get("nanochat_stderr"))),
+        _measure("ChatCORE", "chatcore", chat.get("value"), chat.get("stderr"), conditions=chat_tasks),
         *(_measure(name, "own", value) for name, value in mapping(raw.get("own")).items()),
     ]  # fmt: skip
     measures = [measure for measure in found if measure is not None]
@@ -264,19 +256,12 @@ def _read_task(name: str, raw: Mapping[str, Any]) -> Measure | None:
         name, "task", raw.get("accuracy"), raw.get("stderr"), chance=raw.get("chance"), kind=raw.get("kind", ""),
         num_questions=raw.get("num_questions"), shots=raw.get("num_fewshot"),
         any_right=None if share is None else (share, raw["seeds"]),
-        published=(raw.get("nanochat_accuracy"), raw.get("nanochat_stderr")),
     )  # fmt: skip
 
 
-def _measure(
-    name: str, metric: str, value: object, stderr: object = None, *, published: Sequence[object] = (None, None),
-    **more: Any,
-) -> Measure | None:  # fmt: skip
-    known, theirs = number(value), number(published[0])
-    if known is None:
-        return None
-    rule = None if theirs is None else (theirs, number(published[1]))
-    return Measure(name=name, metric=metric, value=known, stderr=number(stderr), published_rule=rule, **more)
+def _measure(name: str, metric: str, value: object, stderr: object = None, **more: Any) -> Measure | None:
+    known = number(value)
+    return None if known is None else Measure(name=name, metric=metric, value=known, stderr=number(stderr), **more)
 
 
 def mapping(value: object) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The report of a run: report.md, report.html and pictures, nanochat's report card and more.
 
     collect      run folder and store → RunReport                           (standard library only)
-    tables       RunReport → tables without a format; published results of the same recipe (published.json)
+    tables       RunReport → tables
     examples     answers and samples of the model
     summary      did it learn, how well, what did it cost, what next; the console
     plots        RunReport → charts → SVG                                   (matplotlib)

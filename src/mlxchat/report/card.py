@@ -6,14 +6,13 @@ YAML), everything else is escaped as in the report.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxchat import __version__
-from mlxchat.config.table import Table, escape
+from mlxchat.config.table import escape
 from mlxchat.config.wording import format_count
 from mlxchat.errors import visible
 from mlxchat.evals.scores import mapping, number
@@ -33,10 +32,9 @@ from mlxchat.report.tables import (
     core_table,
     known,
     metric_table,
-    pairs_table,
     source_table,
 )
-from mlxchat.store.catalog import by_rid, read_catalog
+from mlxchat.store.catalog import read_catalog
 from mlxchat.store.store import Store
 
 if TYPE_CHECKING:
@@ -114,7 +112,8 @@ def render_card(
     `target` is hf, nanochat, mlx, mlx-adapter or peft; `how` fills the placeholders of its instructions; `notes` are
     the export's changes, as sentences; `sha256` is of the weights; `license` is a Hub identifier, None: not stated.
     """
-    entries = entries_of_artifacts(store.outputs, [place, *_scores_of(store, place)])
+    lineage = entries_of_artifacts(store.outputs, [place])
+    entries = entries_of_artifacts(store.outputs, [place, *_scores_of(store, lineage)])
     report = collect_steps(store.outputs, place.name, entries, place)
     own = next(step for step in report.steps if step.artifact == place.name)
     parts: list[Block] = [
@@ -146,7 +145,8 @@ def render_card(
         if step.kind in ("checkpoint", "tokenizer", "corpus") and (settings := all_settings(step)):
             text_of_settings = _PLACE.sub("…/", "\n".join(settings))
             parts.append(Group("fold", [fenced(text_of_settings)], f"{step.name}: settings"))
-    parts += ["## Provenance", _provenance(own, sha256)]
+    made = f"Artifact {own.artifact}, id {own.rid}, exported by mlxchat {__version__}. sha256 of its weights: {sha256}"
+    parts += ["## Provenance", escape(made)]
     body = render_markdown([part for part in parts if part])
     return visible(f"{_front_matter(report, own, target, chats, license, language)}\n{body}")
 
@@ -154,7 +154,7 @@ def render_card(
 def _front_matter(
     report: RunReport, own: StepReport, target: str, chats: bool, license: str | None, language: Sequence[str]
 ) -> str:
-    """Return the YAML front matter; values are JSON, so that no text can break out of it."""
+    """Return the YAML front matter."""
     from huggingface_hub import ModelCardData
 
     library = {"hf": "transformers", "mlx-adapter": "mlx"}.get(target, target)
@@ -179,9 +179,7 @@ def _front_matter(
         model_name=own.artifact if results else None,
         eval_results=results or None,
     )
-    values: dict[str, Any] = data.to_dict()  # type: ignore[no-untyped-call]  # huggingface_hub's has no types
-    lines = [f"{key}: {json.dumps(value, ensure_ascii=True)}" for key, value in values.items()]
-    return "\n".join(["---", *lines, "---", ""])
+    return f"---\n{data.to_yaml()}\n---\n"
 
 
 def _eval_results(report: RunReport, own: StepReport) -> Iterator[EvalResult]:
@@ -198,24 +196,14 @@ def _eval_results(report: RunReport, own: StepReport) -> Iterator[EvalResult]:
                 )  # fmt: skip
 
 
-def _scores_of(store: Store, place: Path) -> list[Path]:
-    """Return the scores of a checkpoint and of its ancestors."""
-    summaries = read_catalog(store)
-    known = by_rid(summaries)
-    rids: set[str] = set()
-    waiting = [rid for rid, summary in known.items() if summary["folder"] == place.name]
-    while waiting:
-        rid = waiting.pop()
-        if rid in rids or rid not in known:
-            continue
-        rids.add(rid)
-        waiting += [made["rid"] for role, made in known[rid]["inputs"].items() if role in ("checkpoint", "extends")]
+def _scores_of(store: Store, lineage: list[dict[str, Any]]) -> list[Path]:
+    """Return the scores of the artifacts in a checkpoint's lineage."""
+    rids = {entry["rid"] for entry in lineage if entry["kind"] == "checkpoint"}
     return [
         store.outputs / "store" / summary["folder"]
-        for summary in known.values()
-        if summary.get("kind") == "scores"
-        and any(made["rid"] in rids for made in summary["inputs"].values())
-    ]  # fmt: skip
+        for summary in read_catalog(store)
+        if summary.get("kind") == "scores" and any(made["rid"] in rids for made in summary["inputs"].values())
+    ]
 
 
 def _what_it_is(step: StepReport, chats: bool) -> str:
@@ -234,21 +222,6 @@ def _what_it_is(step: StepReport, chats: bool) -> str:
         f"A language model of nanochat's architecture that {kind}: {count} parameters, {sizes}. "
         f"It was made by the stage {step.stage} of mlxchat."
     )
-
-
-def _provenance(step: StepReport, sha256: str) -> Table:
-    manifest = step.manifest
-    git = mapping(manifest.get("git"))
-    files = {text(mapping(file).get("path")) for file in sequence(manifest.get("outputs"))}
-    weights = "adapters" if "adapters.safetensors" in files else "weights"
-    commit = text(git.get("commit"))
-    rows = [
-        ("artifact", step.artifact), ("id", step.rid), (f"sha256 of its {weights}", sha256),
-        ("made", text(manifest.get("published"))),
-        ("commit of the code", commit + (", with changes" if commit and git.get("dirty") else "")),
-        ("exported by", f"mlxchat {__version__}"),
-    ]  # fmt: skip
-    return pairs_table("What", [(name, value) for name, value in rows if value])
 
 
 def _instructions(target: str, chats: bool, how: Mapping[str, str], repository: str | None) -> str:

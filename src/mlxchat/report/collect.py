@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -213,17 +212,13 @@ def entries_of_artifacts(outputs: Path, places: list[Path]) -> list[dict[str, An
     return entries
 
 
-# It becomes a part of paths.
-_KEY = re.compile(r"[\w-]{1,100}")
-_MOST_NAME_BYTES = 255  # of a folder, on every common file system
-
-
 def _read_step(outputs: Path, entry: dict[str, Any], events: list[dict[str, Any]]) -> StepReport:
     name, artifact, key, rid = (text(entry.get(part)) for part in ("step", "artifact", "key", "rid"))
-    key = key if _KEY.fullmatch(key) else ""
     own = [e for e in events if e.get("step") == name and text(e.get("event")).startswith("step_")]
     named = [text(event.get("artifact")) for event in reversed(own)]
-    made = _find_made(outputs, key, rid)
+    made: Manifest = {}
+    with suppress(StoreError):  # a run that was killed did not note the id
+        made = Store(outputs).made(key, rid) or {}
     folder = _find_artifact(outputs / "store", text(made.get("rid")) or rid, [*named, artifact])
     manifest = made or (read_json(folder / "manifest.json") if folder else {})
     if folder and manifest:
@@ -261,20 +256,12 @@ def _read_step(outputs: Path, entry: dict[str, Any], events: list[dict[str, Any]
     )
 
 
-def _find_made(outputs: Path, key: str, rid: str) -> Manifest:
-    """Return the record of what a key gave; empty: there is none. A run that was killed did not note the id."""
-    with suppress(StoreError):
-        return Store(outputs).made(key, rid) or {}
-    return {}
-
-
 def _find_artifact(store: Path, rid: str, names: Iterable[str]) -> Path | None:
     """Return the folder of the complete artifact: of one of `names`, or else of this id."""
     short = rid[:RID_LETTERS]
     # A run that found the artifact of another one keeps that one's name, which may have another label.
     same = sorted(store.glob(f"*-{short}")) if short.isalnum() else []
-    fitting = (name for name in names if Path(name).name == name and len(name.encode()) <= _MOST_NAME_BYTES)
-    folders = [*(store / name for name in fitting if name), *same]
+    folders = [*(store / name for name in names if name and Path(name).name == name), *same]
     return next((folder for folder in folders if (folder / "manifest.json").is_file()), None)
 
 
@@ -302,12 +289,7 @@ def _run_outcome(events: list[dict[str, Any]]) -> tuple[str, str]:
 
 
 def _elapsed_seconds(events: list[dict[str, Any]]) -> float | None:
-    times = []
-    for event in events:
-        try:
-            times.append(datetime.fromisoformat(text(event.get("time"))).timestamp())
-        except ValueError:
-            continue
+    times = [datetime.fromisoformat(text(event["time"])).timestamp() for event in events if "time" in event]
     return max(times) - min(times) if len(times) > 1 else None
 
 
@@ -371,10 +353,7 @@ def count_parameters(path: Path) -> int | None:
     """Return the number of parameters in a safetensors file by its header, None if it cannot be read."""
     try:
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            # The largest header that the reference implementation reads.
-            header = mapping(json.loads(file.read(length))) if length <= 100_000_000 else {}
-        shapes = [mapping(t).get("shape") for name, t in header.items() if name != "__metadata__"]
-        return sum(math.prod(shape) for shape in shapes if isinstance(shape, list)) or None
-    except (OSError, ValueError, TypeError):
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    except (OSError, ValueError):
         return None
+    return int(sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"))

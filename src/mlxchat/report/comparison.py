@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,10 @@ from mlxchat.store.naming import called
 
 # One curve per colour.
 MOST_CURVES = len(COLOURS) - 1
-_MOST_NAMED = 8
-"""Labelled points; more labels would overlap."""
 
 
-def reports_of_sweep(outputs: Path, folder: Path) -> tuple[list[RunReport], list[str]]:
-    """Return the reports of a sweep's jobs in the order of its table, and their names.
+def reports_of_sweep(outputs: Path, folder: Path) -> list[RunReport]:
+    """Return the reports of a sweep's jobs in the order of its table.
 
     Raises:
         ConfigError: no job has artifacts.
@@ -33,56 +30,46 @@ def reports_of_sweep(outputs: Path, folder: Path) -> tuple[list[RunReport], list
     jobs = [job for job in state["jobs"].values() if job.get("steps")]
     if not jobs:
         raise ConfigError(f"{folder}: no job of it has artifacts")
-    reports = [collect_steps(outputs, job["title"], job["steps"], folder) for job in jobs]
-    return reports, [job["title"] for job in jobs]
+    return [collect_steps(outputs, job["title"], job["steps"], folder) for job in jobs]
 
 
-def comparison(
-    folder: Path, reports: Sequence[RunReport], names: Sequence[str], further: Sequence[Block] = ()
-) -> list[Block]:
+def comparison(folder: Path, reports: Sequence[RunReport], further: Sequence[Block] = ()) -> list[Block]:
     """Return the report of a sweep: its table, the curves of its jobs, and `further` blocks."""
     blocks: list[Block] = [
         f"# {escape(called(folder.name))}",
         Group("byline", [plural(len(reports), "job")]),
         "## Results",
-        Group("runs", [_table_of(folder, names)]),
+        Group("runs", [_table_of(folder, reports)]),
     ]
-    if charts := comparison_charts(reports, names):
+    if charts := comparison_charts(reports):
         blocks += ["## Curves", charts]
-    return [
-        *blocks,
-        *further,
+    written = (
         f"Written by mlxchat from {escape(folder.name)}. Every number comes from the manifests, metrics.jsonl and "
-        "scores.json of the jobs.",
-    ]
+        "scores.json of the jobs."
+    )
+    return [*blocks, *further, written]
 
 
-def _table_of(folder: Path, names: Sequence[str]) -> Table:
+def _table_of(folder: Path, reports: Sequence[RunReport]) -> Table:
     """Return the table that the sweep wrote, best job first; while it runs, the names of its jobs."""
     path = folder / "table.json"
-    rows: list[dict[str, Any]] = [{"job": name} for name in names]
+    rows: list[dict[str, Any]] = [{"job": report.name} for report in reports]
     if path.exists():
         rows = json.loads(path.read_text(encoding="utf-8"))
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    is_text = {key: any(isinstance(row.get(key), str) for row in rows) for key in columns}
-    return Table(
-        header=columns,
-        align="".join("l" if is_text[key] else "r" for key in columns),
-        rows=[[format_value(row.get(key)) for key in columns] for row in rows],
-    )
+    align = "".join("l" if any(isinstance(row.get(key), str) for row in rows) else "r" for key in columns)
+    return Table(header=columns, align=align, rows=[[format_value(row.get(key)) for key in columns] for row in rows])
 
 
-def comparison_charts(reports: Sequence[RunReport], names: Sequence[str]) -> list[Picture]:
+def comparison_charts(reports: Sequence[RunReport]) -> list[Picture]:
     """Return the scaling chart, and the curves of each training step that several runs have."""
-    charts: list[Picture] = []
-    if scaling := scaling_chart(points_of(reports, names)):
-        charts.append(scaling)
+    charts = [scaling] if (scaling := scaling_chart(points_of(reports))) else []
     for step in dict.fromkeys(step.name for report in reports for step in report.steps):
         # An artifact shared by several runs is drawn once, under the first one's name.
         found: dict[str, tuple[str, StepReport]] = {}
-        for name, report in zip(names, reports, strict=True):
+        for report in reports:
             if one := report.step(step):
-                found.setdefault(one.rid or one.key, (name, one))
+                found.setdefault(one.rid or one.key, (report.name, one))
         for key, what, unit in (
             ("val_bpb", "validation", "bits per byte"), ("val_loss", "validation", "nats per token"),
             ("loss", "training loss, smoothed", "nats per token"), ("reward", "mean reward, smoothed", "per answer"),
@@ -106,51 +93,38 @@ def _overlay(step: str, key: str, what: str, unit: str, found: list[tuple[str, S
     return [draw_curves(f"{slug(step)}-{slug(key)}", f"{step}: {what}", alt, curves, y=unit)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Point:
-    """One pretraining."""
-
-    name: str
-    flops: float
-    bpb: float
-
-
-def points_of(reports: Sequence[RunReport], names: Sequence[str]) -> list[Point]:
-    """Return a point for each pretraining that was scored, by FLOPs; the same artifact in several runs counts once.
+def points_of(reports: Sequence[RunReport]) -> dict[str, tuple[float, float]]:
+    """Return artifact → (FLOPs, held-out bits per byte) of each pretraining, by FLOPs.
 
     The score is that of an evaluation on the checkpoint's own corpus, else the training's last validation.
     """
-    found: dict[str, Point] = {}
-    for name, report in zip(names, reports, strict=True):
+    found = {}
+    for report in reports:
         for step in report.steps:
-            if step.stage != "pretrain" or not step.manifest:
-                continue
             evals = [e.scores.find("val_bpb") for e in report.evals if checkpoint_name(e) == step.name and e.scores]
             bpb = next((measure.value for measure in evals if measure), None) or step.fact("val_bpb")
             flops = step.fact("total_flops")
-            if bpb and flops:
-                found.setdefault(step.rid, Point(name=name, flops=flops, bpb=bpb))
-    return sorted(found.values(), key=lambda point: point.flops)
+            if step.stage == "pretrain" and bpb and flops:
+                found[step.rid] = (flops, bpb)
+    return dict(sorted(found.items(), key=lambda point: point[1]))
 
 
-def scaling_chart(points: Sequence[Point]) -> Picture | None:
-    """Return bits per byte against FLOPs, both logarithmic, with a power law; None with fewer than two sizes."""
-    if len({point.flops for point in points}) < 2:
+def scaling_chart(points: Mapping[str, tuple[float, float]]) -> Picture | None:
+    """Return bits per byte against FLOPs, both logarithmic, with a power law; None with fewer than three sizes."""
+    import numpy as np
+
+    xs, ys = [x for x, _ in points.values()], [y for _, y in points.values()]
+    if len(set(xs)) < 3:  # two points always fit a line
         return None
-    xs, ys = [p.flops for p in points], [p.bpb for p in points]
-    names = [p.name for p in points] if len(points) <= _MOST_NAMED else []
-    curves = [Curve(points=(xs, ys), has_line=False, names=names)]
-    said = ", ".join(f"{p.name} {p.bpb:.4f} at {p.flops:.3g} FLOPs" for p in points)
-    if len(set(xs)) >= 3:  # two points always fit a line
-        import numpy as np
-
-        centre = np.log(xs).mean()
-        exponent, at_centre = np.polyfit(np.log(xs) - centre, np.log(ys), 1)
-        label = f"{np.exp(at_centre):.3f} · (FLOPs / {np.exp(centre):.2g})^({exponent:.3f})".replace("-", "−")
-        fitted = [float(np.exp(at_centre + exponent * (np.log(x) - centre))) for x in (min(xs), max(xs))]
-        curves.append(Curve(points=([min(xs), max(xs)], fitted), label=label, colour=1))
-        said += f"; fitted: {label}"
+    centre = np.log(xs).mean()
+    exponent, at_centre = np.polyfit(np.log(xs) - centre, np.log(ys), 1)
+    label = f"{np.exp(at_centre):.3f} · (FLOPs / {np.exp(centre):.2g})^({exponent:.3f})".replace("-", "−")
+    fitted = [float(np.exp(at_centre + exponent * (np.log(x) - centre))) for x in (xs[0], xs[-1])]
+    curves = [
+        Curve(points=(xs, ys), has_line=False),
+        Curve(points=([xs[0], xs[-1]], fitted), label=label, colour=1),
+    ]
     return draw_curves(
-        "scaling", "Held-out bits per byte against FLOPs", f"Points of {said}.", curves, x="FLOPs of pretraining",
-        y="bits per byte", is_log=True,
+        "scaling", "Held-out bits per byte against FLOPs", f"{len(xs)} pretrainings; fitted: {label}.", curves,
+        x="FLOPs of pretraining", y="bits per byte", is_log=True,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from typing import Any
 from mlxchat.config.table import Table, escape
 from mlxchat.config.wording import format_bytes, format_seconds, format_time
 from mlxchat.errors import StoreError, visible
-from mlxchat.evals.scores import number
+from mlxchat.evals.scores import mapping, number
 from mlxchat.report.collect import STAGE_LABELS, RunReport, StepReport, collect
 from mlxchat.report.examples import Example, example_groups, sample_groups, telling_examples
 from mlxchat.report.plots import Picture, main_charts, more_charts, score_charts
@@ -26,14 +26,13 @@ from mlxchat.report.summary import answers, facts, print_summary, troubles
 from mlxchat.report.tables import (
     all_settings,
     artifact_table,
-    compression_tables,
+    compression_table,
     core_table,
+    format_value,
     machine_table,
     metric_table,
-    overrides,
-    published_tables,
+    pairs_table,
     source_table,
-    step_tables,
     timing_table,
 )
 from mlxchat.store.files import write_whole
@@ -52,14 +51,7 @@ class Group:
     """Title of the fold; empty: not folded."""
 
 
-@dataclass(frozen=True)
-class Pipeline:
-    """The steps and their inputs."""
-
-    report: RunReport
-
-
-Block = str | Table | Group | Pipeline | list[Picture]
+Block = str | Table | Group | list[Picture]
 
 
 def show_report(outputs: Path, run: Path) -> None:
@@ -96,13 +88,10 @@ def document(report: RunReport) -> list[Block]:
     )
     if metrics := metric_table(report):
         blocks += ["## Scores", metrics]
-        for name, table in published_tables(report):
-            blocks += [f"### Beside it: {escape(name)}", Group("published", [table])]
     blocks += _telling(report)
     if curves := [chart for step in report.steps for chart in main_charts(report, step)]:
         blocks += ["## Curves", curves]
-    blocks += ["## Pipeline", Pipeline(report), timing_table(report)]
-    blocks += ["## Details"]
+    blocks += ["## Pipeline", timing_table(report), "## Details"]
     if metrics and (charts := score_charts(report)):
         pictures: list[Block] = [charts]
         if core := core_table(report):
@@ -139,17 +128,17 @@ def _card(example: Example, name: str = "") -> Group:
 def _steps(report: RunReport) -> Iterator[Block]:
     """Yield a fold for each step with content, inputs first."""
     samples, examples = sample_groups(report), example_groups(report)
-    compression = compression_tables(report)
     for step in report.steps:
         if not (step.manifest or step.records or step.error):
             continue
-        blocks: list[Block] = [escape(f"Artifact {step.artifact}{_published(step)}") if step.manifest else ""]
+        blocks: list[Block] = [escape(f"Artifact {step.artifact}") if step.manifest else ""]
         blocks += [Group("troubles", [f"> {escape(step.error)}"])] if step.error else []
-        blocks += [table for other, table in compression if other is step]
+        blocks += [table for table in [compression_table(step)] if table]
         if charts := more_charts(report, step):
             blocks.append(charts)
-        if tables := step_tables(step):
-            blocks.append(Group("tables", tables))
+        if results := mapping(step.manifest.get("metrics")):
+            pairs = [(key, format_value(value)) for key, value in results.items()]
+            blocks.append(Group("tables", [pairs_table("Results", pairs)]))
         for name, title, texts in samples:
             if name == step.name:
                 cards = [Group("card", [fenced(f"{one.prompt}\n→ {one.text}")]) for one in texts]
@@ -173,24 +162,17 @@ def _heading(step: StepReport) -> str:
     return " · ".join(part for part in found if part)
 
 
-def _published(step: StepReport) -> str:
-    published = format_time(str(step.manifest.get("published") or "")).partition(".")[0]
-    return f", published {published}" if published else ""
-
-
 def _environment(report: RunReport) -> Iterator[Block]:
     if machine := machine_table(report):
         yield machine
     if report.command:
         yield f"Command: {_code(report.command)}"
-    for names, given in overrides(report):
-        yield f"Overrides of {escape(names)}: {' '.join(map(_code, given)) or 'none'}"
     if sources := source_table(report):
         yield from ("### Data", sources)
     yield from ("### Artifacts", artifact_table(report))
     yield (
         f"Written by mlxchat from {escape(report.folder.name)}. Every number comes from a manifest, metrics.jsonl or "
-        "scores.json of this run's artifacts, except what is marked as published."
+        "scores.json of this run's artifacts."
     )
 
 
@@ -223,8 +205,6 @@ def _markdown(block: Block) -> str:
             return block
         case Table():
             return block.markdown()
-        case Pipeline():
-            return _mermaid(block.report)
         case Group():
             inside = "\n\n".join(map(_markdown, block.blocks))
             if not block.summary:
@@ -234,33 +214,6 @@ def _markdown(block: Block) -> str:
         case charts:
             # One paragraph, so that they are side by side on wide screens.
             return " ".join(f"![{escape(chart.alt)}]({PICTURES}/{chart.name}.svg)" for chart in charts)
-
-
-def _mermaid(report: RunReport) -> str:
-    """Return the steps and their inputs as a Mermaid flowchart."""
-    ids = {step.name: f"n{position}" for position, step in enumerate(report.steps)}
-    lines = ["```mermaid", "flowchart LR"]
-    for step in report.steps:
-        time = f", {format_seconds(step.seconds)}" if step.seconds is not None else ""
-        label = f"{_mermaid_text(step.name)}<br/>{_mermaid_text(step.outcome + time)}"
-        lines.append(f'    {ids[step.name]}["{label}"]:::{step.outcome}')
-    for step in report.steps:
-        sources = dict.fromkeys(source for source in step.inputs.values() if source in ids)
-        lines += [f"    {ids[source]} --> {ids[step.name]}" for source in sources]
-    lines += [
-        "    classDef run stroke:#0072b2,stroke-width:2px",
-        "    classDef cached stroke:#009e73",
-        "    classDef failed stroke:#d55e00,stroke-width:3px",
-        "    classDef unfinished stroke:#e69f00,stroke-dasharray:5 3",
-        "    classDef missing stroke:#8c959f,stroke-dasharray:3 3",
-        "```",
-    ]
-    return "\n".join(lines)
-
-
-def _mermaid_text(words: str) -> str:
-    names = {"#": "#35;", '"': "#quot;", "<": "#lt;", ">": "#gt;", "&": "#amp;", "`": "#96;", "\\": "#92;"}
-    return "".join(names.get(character, character) for character in " ".join(words.split()))
 
 
 @cache
@@ -289,8 +242,6 @@ def _html(block: Block) -> str:
             return str(_parser().render(visible(block)))
         case Table():
             return _table_html(block)
-        case Pipeline():
-            return ""  # the table of steps says it
         case Group():
             inside = "".join(map(_html, block.blocks))
             if not block.summary:
@@ -336,20 +287,6 @@ def write_document(folder: Path, title: str, blocks: Sequence[Block]) -> Path:
     except OSError as fault:
         raise StoreError(f"the report cannot be written to {folder}: {fault}; make the folder writable") from fault
     return folder / "report.html"
-
-
-def write_page(path: Path, title: str, blocks: Sequence[Block]) -> Path:
-    """Write the page alone; return its path.
-
-    Raises:
-        StoreError: it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, render_html(title, blocks), durable=False)
-    except OSError as fault:
-        raise StoreError(f"{path} cannot be written: {fault}") from fault
-    return path
 
 
 def standalone(chart: Picture) -> str:

@@ -11,8 +11,7 @@ from typing import Any
 
 from mlxchat.config.wording import plural
 from mlxchat.errors import DataError
-from mlxchat.evals.scores import number
-from mlxchat.report.collect import RunReport, Sample, StepReport, checkpoint_name, read_jsonl, text
+from mlxchat.report.collect import RunReport, Sample, StepReport, checkpoint_name, text
 from mlxchat.tasks.answers import number_and_form
 
 # Of a suite with more tasks, such as CORE's 22, only so many are shown.
@@ -100,46 +99,19 @@ def _telling(rows: list[dict[str, Any]], measured: dict[str, float]) -> dict[str
 
 
 def example_groups(report: RunReport) -> dict[str, list[Example]]:
-    """Return step → some of its questions, for each that kept them: RL's and those of the evaluations."""
-    found = {step.name: rollout_examples(step.folder) for step in report.steps if step.folder is not None}
-    found |= {step.name: read_examples(step.folder) for step in report.evals if step.folder is not None}
+    """Return step → some of the questions of each evaluation that kept them."""
+    found = {step.name: read_examples(step.folder) for step in report.evals if step.folder is not None}
     return {name: examples for name, examples in found.items() if examples}
 
 
 def read_examples(folder: Path) -> list[Example]:
-    """Return, of each task, the first question that was answered right and the first that was not.
-
-    What is absent or damaged is left out.
-    """
+    """Return, of each task, the first question that was answered right and the first that was not."""
     chosen: dict[tuple[str, bool], dict[str, Any]] = {}
     for row in _rows(folder):
         chosen.setdefault((text(row.get("task")), _is_right(row)), row)
     tasks = list(dict.fromkeys(task for task, _ in chosen))[:MOST_TASKS]
     pairs = [(task, verdict) for task in tasks for verdict in (True, False) if (task, verdict) in chosen]
     return [_example(task, verdict, chosen[task, verdict]) for task, verdict in pairs]
-
-
-def rollout_examples(folder: Path) -> list[Example]:
-    """Return the best and the worst answer to a question of the first iteration and to one of the last.
-
-    Questions whose answers differ in reward come first. What is absent or damaged is left out.
-    """
-    questions: dict[tuple[float, float], list[dict[str, Any]]] = {}
-    for line in read_jsonl(folder / "rollouts.jsonl"):
-        iteration, question = number(line.get("iteration")), number(line.get("question"))
-        if iteration is not None and question is not None and number(line.get("reward")) is not None:
-            questions.setdefault((iteration, question), []).append(line)
-    iterations = sorted({iteration for iteration, _ in questions})
-    found = []
-    for iteration in dict.fromkeys([*iterations[:1], *iterations[-1:]]):
-        groups = [
-            sorted(group, key=lambda line: -float(line["reward"]))
-            for (of, _), group in questions.items()
-            if of == iteration
-        ]
-        answers = next((group for group in groups if group[0]["reward"] != group[-1]["reward"]), groups[0])
-        found += [_rollout_example(line) for line in (answers[0], answers[-1])]
-    return found
 
 
 def sample_groups(report: RunReport) -> list[tuple[str, str, list[Sample]]]:
@@ -162,13 +134,6 @@ def cut(body: str, most: int = _SAMPLE_CHARACTERS) -> str:
 def _excerpt(sample: Sample) -> Sample:
     body = sample.text.removeprefix(sample.prompt).strip("\n")
     return replace(sample, prompt=cut(sample.prompt.strip("\n")), text=cut(body))
-
-
-def _rollout_example(line: dict[str, Any]) -> Example:
-    advantage = number(line.get("advantage"))
-    told = f"iteration {line['iteration']:g}, reward {line['reward']:.3g}"
-    told += f", advantage {advantage:+.3g}" if advantage is not None else ""
-    return _example(told, bool(line.get("right")), line | {"prompt": with_calls(text(line.get("prompt")))})
 
 
 def _question(row: dict[str, Any]) -> str:

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlxchat.config.wording import format_count, format_share
 from mlxchat.errors import visible
-from mlxchat.evals.scores import Measure
 from mlxchat.report.collect import RunReport, StepReport, checkpoint_name
-from mlxchat.report.tables import Column, baseline_label, columns, passes, published_core
+from mlxchat.report.tables import PUBLISHED_CORE, baseline_label, columns, passes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,6 +34,7 @@ SMOOTH_FROM_POINTS = 30
 INK, SOFT, LINE, PANEL = "#1f2328", "#59636e", "#d8dde3", "#f6f8fa"
 # Okabe and Ito's palette, safe for colour blindness; the last colour is for published results.
 COLOURS = ("#0072b2", "#b94a00", "#00825f", "#b5478f", "#8a6a00", "#5b5fc7", "#8c959f")
+_RUN_COLOURS = len(COLOURS) - 1
 _VARIABLES = {INK: "ink", SOFT: "soft", LINE: "line", PANEL: "panel"} | {c: f"c{i}" for i, c in enumerate(COLOURS)}
 _STYLE: Any = {
     "svg.fonttype": "none", "text.parse_math": False, "font.size": 12, "text.color": INK,
@@ -82,8 +82,6 @@ class Curve:
     is_smoothed: bool = False
     """Draw a long curve faint, with a smoothed one over it."""
     has_line: bool = True
-    names: list[str] = field(default_factory=list)
-    """Labels of the points."""
 
     def drawn(self) -> list[float]:
         """Return the values of the drawn line."""
@@ -123,13 +121,6 @@ def one_line(words: str, letters: int = LABEL_LETTERS) -> str:
 def slug(name: str) -> str:
     """Return a name as part of a file's name."""
     return re.sub(r"[^A-Za-z0-9_-]", "-", name)
-
-
-def render_png(figure: Figure) -> bytes:
-    """Return a figure as the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
 
 
 def make_panels(count: int, height: float = 3.1) -> tuple[Figure, list[Axes]]:
@@ -218,8 +209,6 @@ def _draw_curve(curve: Curve, axes: Axes) -> None:
     line = "-" if curve.has_line else "none"
     label = one_line(curve.label) or "_"
     axes.plot(xs, drawn, linestyle=line, marker="o" if is_dotted else "", label=label, **style)
-    for point_x, point_y, name in zip(xs, drawn, curve.names, strict=False):
-        axes.annotate(one_line(name), (point_x, point_y), (6, 6), textcoords="offset points", color=colour)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +246,7 @@ def draw_bars(
                                       textcoords="offset points", color=SOFT)  # fmt: skip
             axes.vlines(marks, position - 0.45, position + 0.45, color=INK, linestyle=(0, (1.5, 1.5)))
         for at, label in enumerate(labels):
-            axes.barh([0], [0], color=COLOURS[at % (len(COLOURS) - 1)], label=one_line(label))
+            axes.barh([0], [0], color=COLOURS[at % _RUN_COLOURS], label=one_line(label))
         if mark and any(marks for *_, marks in rows):
             axes.plot([], [], color=INK, linestyle=(0, (1.5, 1.5)), label=mark)
         axes.set_yticks(range(len(rows)), [one_line(label, 26) for label, *_ in rows])
@@ -312,7 +301,7 @@ def _svg(figure: Figure, name: str, alt: str) -> str:
     return f'<svg class="chart" {box} role="img" aria-label="{escape(visible(alt))}">\n{body}'
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Series:
     """A logged metric and how it is drawn."""
 
@@ -328,30 +317,28 @@ class _Series:
 
 
 _SERIES = (
-    _Series(key="reward", title="mean reward", y="per sampled answer", is_smoothed=True, from_zero=False, is_main=True),
-    _Series(key="loss", title="training loss", y="nats per token", is_smoothed=True, from_zero=False, is_main=True),
-    _Series(key="val_bpb", title="validation", y="bits per byte", from_zero=False, is_main=True),
-    _Series(key="val_loss", title="validation", y="nats per token", from_zero=False, is_main=True),
-    _Series(key="val_perplexity", title="validation", y="perplexity", from_zero=False, is_main=True),
-    _Series(key="core_estimate", title="CORE estimate", y="mean centred accuracy", show="{:.4f}".format,
-            from_zero=False, is_main=True),
-    _Series(key="mean_centered", title="accuracy on tasks", y="mean centred accuracy", from_zero=False, is_main=True),
-    _Series(key="val_pair_accuracy", title="held-out pairs whose chosen answer is preferred", y="% of the pairs",
-            scale=100, show="{:.0f}%".format, from_zero=False, is_main=True),
-    _Series(key="val_chosen_log_prob", title="held-out chosen answers", y="log-probability, nats", from_zero=False),
-    _Series(key="val_rejected_log_prob", title="held-out rejected answers", y="log-probability, nats", from_zero=False),
-    _Series(key="held_out_reward", title="held-out reward", y="per sampled answer", from_zero=False),
-    _Series(key="ce", title="cross-entropy", y="nats per token", is_smoothed=True, from_zero=False),
-    _Series(key="kl", title="divergence from the teacher", y="nats per token", is_smoothed=True),
-    _Series(key="teaching_frac", title="questions with answers of unequal reward", y="% of the asked", is_smoothed=True,
-            scale=100, show="{:.0f}%".format),
-    _Series(key="completion_tokens", title="length of answers", y="tokens", is_smoothed=True, show="{:.1f}".format),
-    _Series(key="entropy", title="entropy of the policy", y="nats per token"),
-    _Series(key="clip_frac", title="clipped tokens", y="% of the sampled", scale=100, show="{:.1f}%".format),
-    _Series(key="lr_multiplier", title="learning rate", y="× the peak rate"),
-    _Series(key="grad_norm", title="gradient norm", y="before clipping", is_smoothed=True),
-    _Series(key="tokens_per_second", title="throughput", y="tokens/s", show=lambda v: f"{format_count(v)}/s"),
-    _Series(key="data_wait_frac", title="waiting for data", y="% of the time", scale=100, show="{:.1f}%".format),
+    _Series("reward", "mean reward", "per sampled answer", is_smoothed=True, from_zero=False, is_main=True),
+    _Series("loss", "training loss", "nats per token", is_smoothed=True, from_zero=False, is_main=True),
+    _Series("val_bpb", "validation", "bits per byte", from_zero=False, is_main=True),
+    _Series("val_loss", "validation", "nats per token", from_zero=False, is_main=True),
+    _Series("val_perplexity", "validation", "perplexity", from_zero=False, is_main=True),
+    _Series("core_estimate", "CORE estimate", "mean centred accuracy", from_zero=False, is_main=True),
+    _Series("mean_centered", "accuracy on tasks", "mean centred accuracy", from_zero=False, is_main=True),
+    _Series("val_pair_accuracy", "held-out pairs whose chosen answer is preferred", "% of the pairs", "{:.0f}%".format,
+            scale=100, from_zero=False, is_main=True),
+    _Series("val_chosen_log_prob", "held-out chosen answers", "log-probability, nats", from_zero=False),
+    _Series("val_rejected_log_prob", "held-out rejected answers", "log-probability, nats", from_zero=False),
+    _Series("held_out_reward", "held-out reward", "per sampled answer", from_zero=False),
+    _Series("ce", "cross-entropy", "nats per token", is_smoothed=True, from_zero=False),
+    _Series("kl", "divergence from the teacher", "nats per token", is_smoothed=True),
+    _Series("teaching_frac", "questions with answers of unequal reward", "% of the asked", "{:.0f}%".format,
+            scale=100, is_smoothed=True),
+    _Series("completion_tokens", "length of answers", "tokens", "{:.1f}".format, is_smoothed=True),
+    _Series("entropy", "entropy of the policy", "nats per token"),
+    _Series("clip_frac", "clipped tokens", "% of the sampled", "{:.1f}%".format, scale=100),
+    _Series("lr_multiplier", "learning rate", "× the peak rate"),
+    _Series("grad_norm", "gradient norm", "before clipping", is_smoothed=True),
+    _Series("tokens_per_second", "throughput", "tokens/s", format_count),
 )  # fmt: skip
 # One of these suffices.
 _VALIDATION = ("val_bpb", "val_loss", "val_perplexity")
@@ -369,24 +356,37 @@ def more_charts(report: RunReport, step: StepReport) -> list[Picture]:
 
 
 def score_charts(report: RunReport) -> list[Picture]:
-    """Return the charts of scores."""
+    """Return the charts of scores: accuracy on each task, and CORE beside GPT-2's."""
     chosen = columns(report)
-    tasks = [(column.label, column.scores.tasks) for column in chosen if column.scores.tasks]
-    core = [(column.label, column.scores.core_tasks) for column in chosen if column.scores.core_tasks]
     found = []
-    if rows := _task_rows(tasks, is_centered=False):
+    if scored := [column for column in chosen if column.scores.tasks]:
+        rows: Bars = []
+        for task in dict.fromkeys(task for column in scored for task in column.scores.tasks):
+            measures = [column.scores.tasks.get(task) for column in scored]
+            bars = [
+                None
+                if measure is None
+                else Bar(value=100 * measure.value, error=100 * (measure.stderr or 0), colour=at % _RUN_COLOURS)
+                for at, measure in enumerate(measures)
+            ]
+            # Chance 0 coincides with the axis.
+            rows.append((task, bars, sorted({100 * each.chance for each in measures if each and each.chance})))
         found.append(draw_bars(
             "accuracy", "Accuracy on each task",
             "Bars of the accuracy on each task, with chance marked; the numbers are in the table of scores.", rows,
-            x="% of questions right, ± one standard error", labels=[label for label, _ in tasks], mark="chance",
+            x="% of questions right, ± one standard error", labels=[column.label for column in scored], mark="chance",
         ))  # fmt: skip
-    found += _core_ladder(chosen)
-    if rows := _task_rows(core, is_centered=True):
+    ours = [(column.label, measure) for column in chosen if (measure := column.scores.find("core"))]
+    if ours:
+        ladder = [(label, Bar(value=core.value, error=core.stderr or 0)) for label, core in ours]
+        ladder += [
+            (f"{name} (published)", Bar(value=core, colour=_RUN_COLOURS)) for name, core in PUBLISHED_CORE.items()
+        ]
+        ladder.sort(key=lambda row: row[1].value)
+        said = ", ".join(f"{name} {bar.value:.4f}" for name, bar in ladder)
         found.append(draw_bars(
-            "core-tasks", "CORE, task by task",
-            "Bars of the centred accuracy on each of CORE's tasks; the numbers are in its table.", rows,
-            x="centred accuracy: 0 is guessing, 1 is perfect",
-            labels=[label for label, _ in core] if len(core) > 1 else [],
+            "core", "CORE beside GPT-2", f"Bars of CORE: {said}.", [(name, [bar], []) for name, bar in ladder],
+            x="CORE; grey: published elsewhere, not measured here",
         ))  # fmt: skip
     return found
 
@@ -410,9 +410,7 @@ def _charts(report: RunReport, step: StepReport, *, is_main: bool) -> Iterator[P
     for series in _SERIES:
         xs, ys = step.series(series.key)
         is_said = series.key in _VALIDATION and series.key != validation
-        # A training that never waited for data except at its start.
-        is_empty = series.key == "data_wait_frac" and max(ys[max(1, len(ys) // 10) :], default=0.0) < 0.02
-        if not xs or series.is_main is not is_main or is_said or is_empty or (is_rl and series.key == "loss"):
+        if not xs or series.is_main is not is_main or is_said or (is_rl and series.key == "loss"):
             continue
         end_of_errors, errors = step.series(f"{series.key}_stderr")
         curve = Curve(points=(xs, [y * series.scale for y in ys]), is_smoothed=series.is_smoothed,
@@ -436,7 +434,7 @@ def _pass_chart(step: StepReport) -> Iterator[Picture]:
         xs, ys = step.series(f"pass_at_{k}")
         of_errors, errors = step.series(f"pass_at_{k}_stderr")
         known = [100 * error for error in errors] if of_errors == xs else []
-        curves.append(Curve(points=(xs, [100 * y for y in ys]), errors=known, colour=position % (len(COLOURS) - 1),
+        curves.append(Curve(points=(xs, [100 * y for y in ys]), errors=known, colour=position % _RUN_COLOURS,
                             label=f"@{k} {100 * ys[-1]:.0f}%"))  # fmt: skip
         said.append(f"pass@{k} ends at {format_share(ys[-1])}" + (f" ± {known[-1]:.1f}" if known else ""))
     if curves:
@@ -445,38 +443,3 @@ def _pass_chart(step: StepReport) -> Iterator[Picture]:
             f"{slug(step.name)}-pass", f"{step.name}: pass@k on held-out problems",
             f"Curves of step {step.name}: {'; '.join(said)}.", curves, y=f"% of problems{band}", from_zero=True,
         )  # fmt: skip
-
-
-def _task_rows(chosen: list[tuple[str, dict[str, Measure]]], *, is_centered: bool) -> Bars:
-    """Return a row of bars for each task, a colour for each (label, measures)."""
-    rows: Bars = []
-    for task in dict.fromkeys(task for _, tasks in chosen for task in tasks):
-        found = [tasks.get(task) for _, tasks in chosen]
-        bars = [_bar(measure, position % (len(COLOURS) - 1), is_centered) for position, measure in enumerate(found)]
-        # Chance 0 coincides with the axis.
-        chances = [] if is_centered else sorted({100 * each.chance for each in found if each and each.chance})
-        rows.append((task, bars, chances))
-    return rows
-
-
-def _bar(measure: Measure | None, colour: int, is_centered: bool) -> Bar | None:
-    if measure is None or (is_centered and measure.centered is None):
-        return None
-    if is_centered:
-        return Bar(value=measure.centered or 0, error=measure.centered_stderr or 0, colour=colour)
-    return Bar(value=100 * measure.value, error=100 * (measure.stderr or 0), colour=colour)
-
-
-def _core_ladder(chosen: list[Column]) -> Iterator[Picture]:
-    ours = [(column.label, measure) for column in chosen if (measure := column.scores.find("core"))]
-    if not ours:
-        return
-    rows = [(label, Bar(value=core.value, error=core.stderr or 0)) for label, core in ours]
-    published = [(f"{name} (published)", value) for name, value in published_core().items()]
-    rows += [(name, Bar(value=value, colour=len(COLOURS) - 1)) for name, value in published]
-    rows.sort(key=lambda row: row[1].value)
-    said = ", ".join(f"{name} {bar.value:.4f}" for name, bar in rows)
-    yield draw_bars(
-        "core", "CORE beside GPT-2", f"Bars of CORE: {said}.", [(name, [bar], []) for name, bar in rows],
-        x="CORE; grey: published elsewhere, not measured here",
-    )  # fmt: skip

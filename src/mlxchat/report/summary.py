@@ -20,8 +20,7 @@ from mlxchat.config.wording import (
 from mlxchat.errors import visible
 from mlxchat.evals.scores import Measure, Scores, mapping, number
 from mlxchat.report.collect import STAGE_LABELS, RunReport, StepReport, checkpoint_name, text
-from mlxchat.report.tables import baseline_label, columns, computing_seconds, metric_table, published_core, shown
-from mlxchat.report.target import describe_target
+from mlxchat.report.tables import PUBLISHED_CORE, baseline_label, columns, computing_seconds, metric_table, shown
 
 # Relative change of the validation loss over the last quarter that counts as flat.
 _FLAT = 0.01
@@ -79,24 +78,13 @@ def troubles(report: RunReport) -> list[str]:
 
 def trained_tokens(step: StepReport) -> float | None:
     """Return the tokens of a training step, None if unknown."""
-    if (tokens := step.fact("total_tokens")) is not None:
-        return tokens
-    batch, iterations = step.fact("tokens_per_iteration"), num_iterations(step)
-    return batch * iterations if batch and iterations else None
-
-
-def num_iterations(step: StepReport) -> int | None:
-    """Return the iterations of a training step; while it runs, those logged."""
-    planned = step.fact("num_iterations")
-    logged = max((number(record.get("iteration")) or 0 for record in step.records), default=0)
-    count = planned if planned is not None else logged
-    return int(count) or None
+    batch, iterations = step.fact("tokens_per_iteration"), step.fact("num_iterations")
+    return step.fact("total_tokens") or (batch * iterations if batch and iterations else None)
 
 
 def num_parameters(step: StepReport) -> float | None:
     """Return the parameters of a checkpoint, from the manifest or counted in the weights."""
-    derived = step.fact("num_parameters")
-    return step.num_parameters if derived is None else derived
+    return step.fact("num_parameters") or step.num_parameters
 
 
 def print_summary(report: RunReport) -> None:
@@ -131,7 +119,7 @@ def _learnt(report: RunReport) -> Iterator[str]:
     for step in report.steps:
         if step.stage == "pretrain" and step.manifest:
             yield _trained(step)
-            yield describe_target(step, report.cost_per_hour)
+            yield _target(step)
     texts = [(scores, bpb) for _, scores in _own_scores(report) if (bpb := scores.find("val_bpb"))]
     if texts:
         scores, bpb = min(texts, key=lambda each: each[1].value)
@@ -161,6 +149,17 @@ def _trained(step: StepReport) -> str:
     return f"Step {step.name} trained a {size}{depth}{data}{time}."
 
 
+def _target(step: StepReport) -> str:
+    """Return a sentence about the target of a pretraining (pretrain.target_bpb); "" if it had none."""
+    metrics = mapping(step.manifest.get("metrics"))
+    if "reached_target" not in metrics:
+        return ""
+    iterations, seconds = (number(metrics.get(name)) for name in ("iterations", "seconds_to_target"))
+    if not metrics["reached_target"] or iterations is None or seconds is None:
+        return "It did not reach its target."
+    return f"It reached its target after {plural(int(iterations), 'iteration')}, {format_seconds(seconds)} of training."
+
+
 def _how_well(report: RunReport) -> Iterator[str]:
     scored = _own_scores(report)
     for metric in ("core", "chatcore", "mean_centered"):
@@ -170,7 +169,7 @@ def _how_well(report: RunReport) -> Iterator[str]:
         name, scores, best = max(found, key=lambda each: each[2].value)
         said = _said(best)
         if metric == "core":
-            yield f"CORE is {said}, after {name} (GPT-2 XL, as published: {published_core()['GPT-2 XL 1.6B']:.4f})."
+            yield f"CORE is {said}, after {name} (GPT-2 XL, as published: {PUBLISHED_CORE['GPT-2 XL 1.6B']:.4f})."
         elif metric == "chatcore":
             yield f"The best ChatCORE is {said}, after {name}."
         else:
@@ -202,8 +201,8 @@ def _cost(report: RunReport) -> Iterator[str]:
     phases = []
     for step in report.steps:
         if _is_training(step) and step.stage != "pretrain" and step.manifest and step.seconds is not None:
-            count = num_iterations(step)
-            iterations = f"{plural(count, 'iteration')}, " if count else ""
+            count = step.fact("num_iterations")
+            iterations = f"{plural(int(count), 'iteration')}, " if count else ""
             phases.append(f"{step.name} ({iterations}{format_seconds(step.seconds)})")
     if phases:
         yield f"Of this: {join(phases)}."

@@ -195,7 +195,7 @@ def _write_report(folder: Path, store: Store, laws: Sequence[Any]) -> Path:
     from mlxchat.report.comparison import comparison, reports_of_sweep
     from mlxchat.report.document import write_document
 
-    blocks = comparison(folder, *reports_of_sweep(store.outputs, folder), further=laws)
+    blocks = comparison(folder, reports_of_sweep(store.outputs, folder), further=laws)
     return write_document(folder, called(folder.name), blocks)
 
 
