@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from kit.artifacts import contents, find_faults
-from kit.commands import run_here
 from kit.toys import PIPELINE
 from mlxchat.errors import StoreError
 from mlxchat.hub.places import export_to, import_from, open_place
@@ -50,14 +49,6 @@ def test_export_and_import_keep_every_byte(made, tmp_path):
     assert latest(other).startswith("imported-")
     names = {step: place.name for step, place in refs_of(other).items()}
     assert names == {step: resolve(made.store, step).name for step in PIPELINE}
-
-
-@pytest.mark.parametrize("form", ["folder", "artifact"])
-def test_store_folder_or_single_artifact_is_pulled(form, made, tmp_path):
-    place = exported(made, tmp_path / "folder") / "store"
-    source = place if form == "folder" else next(place.glob("copy-*"))
-    assert run_here("pull", source, f"outputs={tmp_path}/other") == 0
-    assert contents(tmp_path / "other" / "store") == contents(made.store.outputs / "store")
 
 
 def test_import_includes_inputs_that_differ_here(made, tmp_path):

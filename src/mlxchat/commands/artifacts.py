@@ -13,7 +13,7 @@ from mlxchat.config.table import aligned
 from mlxchat.config.wording import format_bytes, plural
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.store.gc import Collection, collect, collect_removal, find_garbage, find_removal, runs_in_progress
-from mlxchat.store.manifest import MANIFEST, read_manifest
+from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import MODEL, PINS, Run, find_all, links, meaning, resolve
 from mlxchat.store.store import Store
 from mlxchat.store.transfer import closure
@@ -132,7 +132,7 @@ def _rm(options: Namespace) -> int:
 
 _PUSH_PLACE = """PLACE: a folder (which rsync can copy further), hf://[datasets/]ORGANISATION/NAME[/PATH], s3://BUCKET/PATH,
 or another URL that fsspec supports"""
-_PULL_PLACE = """PLACE: where `mlxchat push` wrote, a copy of a folder store/, or an artifact's folder
+_PULL_PLACE = """PLACE: where `mlxchat push` wrote, or an outputs folder
 ARTIFACT: its folder there, or the start of its id; what it was made from comes along. Without any: everything"""
 
 
@@ -179,12 +179,8 @@ def _pull(options: Namespace) -> int:
 
     source, *wanted = options.names
     store = Store(options.outputs)
-    if "://" not in source:
-        if not Path(source).is_dir():
-            raise ConfigError(f"{source} is no folder: expected one that `mlxchat push` wrote, or a URL")
-        if (Path(source) / MANIFEST).is_file():
-            path = Path(source).resolve()
-            source, wanted = str(path.parent), [path.name, *wanted]
+    if "://" not in source and not Path(source).is_dir():
+        raise ConfigError(f"{source} is no folder: expected one that `mlxchat push` wrote, or a URL")
     new, known = import_from(store, open_place(source), wanted)
     for place in new:
         print(f"pulled {place.name}")

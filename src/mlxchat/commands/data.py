@@ -68,7 +68,7 @@ def _fetch(options: Namespace) -> int:
     if options.dry_run:
         return 0
     every = list({file: None for files in groups.values() for file in files or ()})
-    fetch_files(every, workers=_WORKERS)
+    fetch_files(every)
     faults = []
     for url, sha256 in urls.items():
         try:
@@ -83,8 +83,6 @@ def _fetch(options: Namespace) -> int:
     print(f"everything is there: {fetched}" if fetched else "nothing to download")
     return 0
 
-
-_WORKERS = 4
 
 _STAGES = ("midtrain", "sft", "preference", "rl", "eval")
 _EXAMPLES = """\

@@ -23,7 +23,6 @@ from mlxchat.store.files import write_whole
 
 # Left free on a disk that is fetched to.
 SPARE_BYTES = 256 << 20
-_BLOCK_BYTES = 1 << 20
 _COMMIT, _CHECKSUM = re.compile(r"\w[\w.-]{0,99}"), re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
@@ -57,12 +56,11 @@ def read_json(path: Path) -> Any:
 
 def checksum_of(path: Path, like: str | None = None) -> str:
     """Return a file's sha256 in hex, or git's blob id if `like` has 40 digits."""
-    is_git = like is not None and len(like) == 40
-    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False) if is_git else hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        if like is not None and len(like) == 40:
+            content = b"blob %d\0%b" % (path.stat().st_size, file.read())
+            return hashlib.sha1(content, usedforsecurity=False).hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_verified(checksum: str, path: Path) -> bool:
@@ -102,9 +100,7 @@ def check_space(folder: Path, needed: int, what: str) -> None:
     if needed and needed + SPARE_BYTES > free:
         raise DataError(
             f"{what} needs {format_bytes(needed)}, but the disk of {folder} has {format_bytes(free)} free. Make room "
-            "(hf cache ls lists downloads, hf cache rm removes them; mlxchat gc lists unused artifacts), "
-            "or use another disk: HF_HOME=FOLDER for data of the Hub, MLXCHAT_CACHE=FOLDER for other downloads, "
-            "outputs=FOLDER for artifacts."
+            "(hf cache ls, hf cache rm, mlxchat gc), or use another disk: HF_HOME, MLXCHAT_CACHE, outputs=FOLDER."
         )
 
 
@@ -136,12 +132,12 @@ class HubFile:
     def __post_init__(self) -> None:
         """Reject paths outside the cache and malformed values: they come from a server or a third-party artifact."""
         parts = PurePosixPath(self.path).parts
-        if not parts or ".." in parts or self.path.startswith("/") or not self.path.isprintable() or "\\" in self.path:
-            raise DataError(f"{self.repository} lists {self.path[:200]!r}, which is not a path inside the repository")
-        if not (_COMMIT.fullmatch(str(self.revision)) and _CHECKSUM.fullmatch(self.etag)):
+        is_inside = parts and ".." not in parts and not self.path.startswith("/") and "\\" not in self.path
+        is_sound = _COMMIT.fullmatch(str(self.revision)) and _CHECKSUM.fullmatch(self.etag)
+        if not (is_inside and is_sound and self.path.isprintable()):
             raise DataError(
-                f"{self.repository} lists {self.path} at commit {self.revision!r} with the checksum {self.etag!r}, "
-                "expected hexadecimal digits"
+                f"{self.repository} lists {self.path[:200]!r} at commit {self.revision!r} with the checksum "
+                f"{self.etag!r}: expected a path inside the repository and hexadecimal digits"
             )
 
     @property
@@ -150,18 +146,18 @@ class HubFile:
         return self.sha256 or self.git_sha1 or ""
 
     @property
-    def folder(self) -> Path:
-        """Folder of the repository in the Hub's cache."""
-        return hub_cache() / folder_name(self.repository, self.kind)
-
-    @property
     def place(self) -> Path:
         """Path of the file by name: a symlink to the content."""
-        return self.folder / "snapshots" / self.revision / self.path
+        return hub_cache() / folder_name(self.repository, self.kind) / "snapshots" / self.revision / self.path
 
     def is_there(self) -> bool:
         """Return whether the file is in the cache and verified; nothing is hashed."""
         return is_verified(self.etag, self.place)
+
+    def discard(self) -> None:
+        """Remove the file's name and its content from the cache."""
+        for path in (self.place.resolve(), self.place):
+            path.unlink(missing_ok=True)
 
 
 def hub_cache() -> Path:
@@ -176,9 +172,3 @@ def hub_cache() -> Path:
 def folder_name(repository: str, kind: str) -> str:
     """Return the name of a repository's folder in the cache."""
     return f"{kind}s--{repository.replace('/', '--')}"
-
-
-def discard(file: HubFile) -> None:
-    """Remove a file's name and its content from the cache."""
-    for path in (file.place.resolve(), file.place):
-        path.unlink(missing_ok=True)
