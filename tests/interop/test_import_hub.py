@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from mlxchat.cli import dispatch
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.hub import listings
 from mlxchat.interop.importing import import_model, model_sizes, pins_of
@@ -61,28 +60,10 @@ def test_planning_works_offline_after_an_import(hub, twin, tmp_path, monkeypatch
         import_model(config, tmp_path / "out", lambda: None)
 
 
-@pytest.fixture
-def another(twin: Twins, tmp_path: Path) -> Path:
-    """A folder that mlx-lm opens."""
-    folder = tmp_path / "another"
-    folder.mkdir()
-    import_model(twin().config(), folder, lambda: None)
-    return folder
-
-
-def test_third_party_model_chats(another, capsys):
-    pytest.importorskip("mlx_lm")
-    arguments = ["chat", "--model", f"hf:{another}", "-p", "hello", "--max-tokens", "3", "--system", "be brief"]
-    assert dispatch(arguments) == 0
-    first = capsys.readouterr().out
-    dispatch(arguments)
-    assert first == capsys.readouterr().out != "\n"
-    with pytest.raises(ConfigError, match="--bits requires a model of mlxchat"):
-        dispatch(["chat", "--model", f"hf:{another}", "-p", "hello", "--bits", "4"])
-
-
-def test_no_code_is_downloaded(hub, another):
-    files = files_of(another) | {"modeling.py": b"raise SystemExit", "pytorch_model.bin": b"\x80\x04."}
+def test_no_code_is_downloaded(hub, twin, tmp_path):
+    (tmp_path / "another").mkdir()
+    import_model(twin().config(), tmp_path / "another", lambda: None)
+    files = files_of(tmp_path / "another") | {"modeling.py": b"raise SystemExit", "pytorch_model.bin": b"\x80\x04."}
     hub.add("org/other", files, kind="model", lfs=(".safetensors",))
     folder = outside_folder("hf:org/other")
     assert {path.name for path in folder.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}

@@ -67,14 +67,6 @@ def test_rl_key_does_not_depend_on_the_reference(twin):
     assert from_name["rl"].title == "rl-d2"
 
 
-def test_unknown_import_is_refused_before_the_run(twin):
-    with pytest.raises(ConfigError, match=r"pipeline\.rl\.checkpoint: there is no import.*Nothing was imported"):
-        plan(*wired("d32"))
-    take(str(twin().folder), "--name", "nanochat-d32")
-    with pytest.raises(ConfigError, match=r'Did you mean "nanochat-d32"\? To import it: mlxchat import nanochat'):
-        plan(*wired("nanochat-d23"))
-
-
 def test_import_name_can_be_replaced_and_removed(twin):
     first, second = twin("first", seed=1), twin("second", seed=2)
     take(str(first.folder), "--name", "x")

@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 
 from mlxchat.config.schema import ImportConfig
-from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.interop.importing import import_model
 from mlxchat.model.checkpoint import load_checkpoint
-from mlxchat.model.gpt import GPT
 from mlxchat.model.parameters import flatten_parameters
 
 HUB = Path(__file__).resolve().parents[3] / "shared" / "hub"
@@ -30,13 +28,8 @@ def imported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return {"loaded": load_checkpoint(out), "expected": json.loads(EXPECTED.read_text())["models"][request.param]}
 
 
-def loaded(imported: dict[str, Any]) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    model, tokenizer, facts = imported["loaded"]
-    return model, tokenizer, facts
-
-
 def test_tensors_are_nanochats(imported):
-    model, _, facts = loaded(imported)
+    model, _, facts = imported["loaded"]
     parameters = flatten_parameters(model)
     wanted = imported["expected"]["tensors"]
     assert parameters.keys() == wanted.keys()
@@ -52,7 +45,7 @@ def test_tensors_are_nanochats(imported):
 
 
 def test_token_ids_are_nanochats(imported):
-    _, tokenizer, _ = loaded(imported)
+    _, tokenizer, _ = imported["loaded"]
     expected = imported["expected"]
     assert len(expected["tokenizer"]) == 20
     for each in expected["tokenizer"]:
@@ -64,7 +57,7 @@ def test_token_ids_are_nanochats(imported):
 
 
 def test_greedy_text_is_nanochats(imported):
-    model, tokenizer, _ = loaded(imported)
+    model, tokenizer, _ = imported["loaded"]
     for prompt in imported["expected"]["prompts"]:
         # Each of nanochat's greedy tokens is the most likely one after those before it.
         ids = [*prompt["ids"], *prompt["greedy"]]

@@ -50,8 +50,5 @@ def test_unanswered_messages_are_not_sent(node):
 def test_long_conversation_is_cut_at_a_turn(node):
     """The server refuses bodies above 1 MB, so without this every further message would fail."""
     long = "a" * 100_000
-    told = run(
-        node, ["say", "u1", -1], ["answer", long, 0], ["say", "u2", 1], ["answer", long, 2], ["say", "u3", 3], ["read"]
-    )
-    assert told == [["u2 " + "a" * 37, 1]]
-    assert run(node, ["say", "u1", -1], ["answer", "a1", 0], ["say", "u" * 200_000, 1], ["read"]) == [["u" * 40, 1]]
+    steps = [["say", "u1", -1], ["answer", long, 0], ["say", "u2", 1], ["answer", long, 2], ["say", "u3", 3], ["read"]]
+    assert run(node, *steps) == [["u2 " + "a" * 37, 1]]
