@@ -1,7 +1,6 @@
 """The whole pipeline on bundled text: artifacts, determinism, and what a change reruns."""
 
 import json
-import math
 from typing import Any
 
 import pytest
@@ -22,39 +21,11 @@ INPUTS = {
     "eval_base": {"checkpoint": "pretrain", "corpus": "corpus"}, "eval_mid": {"checkpoint": "midtrain"},
     "eval_sft": {"checkpoint": "sft"}, "eval_rl": {"checkpoint": "rl"},
 }  # fmt: skip
-CONTRACT = {
-    "schema", "key", "rid", "name", "stage", "step", "kind", "version", "config", "excluded", "overrides", "inputs",
-    "outputs", "tree", "externals", "metrics", "derived", "seed", "attempts", "code", "git", "versions", "device",
-    "peak_memory_bytes", "peak_array_bytes", "seconds", "tokens_per_second", "argv", "published",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def manifests(finished: Any) -> dict[str, dict[str, Any]]:
     return {step: read_manifest(place) for step, place in refs_of(Store(finished.outputs)).items()}
-
-
-def test_manifests_have_every_field_of_the_contract(manifests):
-    for step, manifest in manifests.items():
-        assert manifest.keys() >= CONTRACT
-        assert manifest["peak_memory_bytes"] > 10e6
-        assert (manifest["peak_array_bytes"] or 0) < manifest["peak_memory_bytes"]
-        assert (manifest["tokens_per_second"] is not None) == (step in ("pretrain", "midtrain", "sft", "rl"))
-        assert all(isinstance(value, int | float) and math.isfinite(value) for value in manifest["metrics"].values())
-
-
-def test_scores_depend_on_the_model_format(manifests, finished):
-    def scores(step: str) -> dict[str, Any]:
-        return dict(json.loads((finished.outputs / "store" / manifests[step]["name"] / "scores.json").read_text()))
-
-    base, chat = scores("eval_base"), scores("eval_rl")
-    assert (base["tasks"], base["mean_centered"]) == ({}, None)
-    assert 0 < base["bpb"]["ngram_order2"] < base["bpb"]["untrained"]
-    assert chat["bpb"] is None
-    suite = manifests["eval_rl"]["config"]["suite"]
-    assert {name: task["num_examples"] for name, task in chat["tasks"].items()} == dict.fromkeys(suite, 3)
-    for step in ("eval_base", "eval_rl"):
-        assert len(Records(finished.outputs / "store" / manifests[step]["name"] / "samples.jsonl").read()) == 3
 
 
 def test_run_folder_records_plan_and_events(finished, tiny, manifests):

@@ -188,7 +188,6 @@ def test_pruned_trial_resumes_when_run_alone(halving, tiny, say):
         (["sweep=tpe", "seed=interval(2,1)"], "interval.2,1.: "),
         (["sweep=tpe", "optimizer.matrx_lr=interval(0,1)"], 'Did you mean "optimizer.matrix_lr"'),
         (["sweep=tpe", "seed=1,2", "sweep.metric=pretran.val_bpb"], 'Did you mean "pretrain.val_bpb"'),
-        (["sweep=tpe", "seed=1,2", "hydra/launcher=joblib"], "submitit_local runs jobs elsewhere"),
         (["sweep=halving", "seed=1,2", "sweep.metric=pretrain.tokens_per_second"], "(?s)only at the end.*val_bpb"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
