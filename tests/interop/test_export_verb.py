@@ -27,10 +27,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=")
 HOSTILE = "x\n---\nlicense: mit\n<script>alert(1)</script>\n# {{ 7 * 7 }} | `rm` \u202e\x1b[2J"
 
 
-def publish_model(outputs: Path, name: str, architecture: str, *, chats: bool = True, **sizes: Any) -> Path:
+def publish_model(outputs: Path, name: str, architecture: str, **sizes: Any) -> Path:
     """Publish a checkpoint whose manifest holds hostile text, and return its folder."""
     model, tokenizer = make_model(architecture, **sizes), make_tokenizer()
-    facts = {"stage": "sft", "format": "chat" if chats else "base"}
+    facts = {"stage": "sft", "format": "chat"}
     return publish(
         outputs, name, lambda out: save_checkpoint(out, model, tokenizer, facts),
         config={"sft": {"mixture": HOSTILE}},
@@ -47,7 +47,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     outputs = tmp_path_factory.mktemp("export") / "outputs"
     publish_model(outputs, "oct", "oct2025")
     publish_model(outputs, "jul", "jul2026")
-    publish_model(outputs, "base", "oct2025", chats=False)
     publish_model(outputs, "odd", "oct2025", rope_theta=5000.0)
     return outputs
 
@@ -75,7 +74,9 @@ def test_mlx_export_has_our_logits_in_mlx_lm(export, made, tmp_path, name):
     model, tokenizer = mlx_lm.load(str(tmp_path / "out"), trust_remote_code=name == "jul")
     ids = np.asarray(some_ids())
     np.testing.assert_allclose(np.asarray(model(mx.array(ids))), logits_of_ours(made, name, ids), atol=1e-3)
-    assert tokenizer.has_chat_template
+    messages = [{"role": "user", "content": "Why?\n"}]
+    expected = render_for_completion(load_checkpoint(artifact(made, name))[1], {"messages": messages})
+    assert list(tokenizer.apply_chat_template(messages, add_generation_prompt=True)) == list(expected)
 
 
 @pytest.mark.parametrize(("name", "bits"), [("oct", 8), ("jul", 4)])

@@ -9,7 +9,6 @@ import pytest
 
 from kit.artifacts import make_tokenizer
 from kit.models import make_model
-from mlxchat.data.conversation import render_for_completion
 from mlxchat.model.checkpoint import MODEL_FILE, save_checkpoint
 from mlxchat.model.gpt import GPT
 
@@ -39,20 +38,6 @@ def test_logits_agree_with_and_without_a_cache(tmp_path, architecture, context_t
     pieces += [theirs(ids[:, at : at + 1], cache) for at in range(297, 300)]
     for found in (theirs(ids), mx.concatenate(pieces, axis=1)):
         np.testing.assert_allclose(np.asarray(found), np.asarray(model(ids)), atol=1e-3)
-
-
-def test_chat_template_renders_the_trained_ids(tmp_path):
-    saved(tmp_path, "oct2025")
-    theirs, tokenizer = mlx_lm.load(str(tmp_path))[1], make_tokenizer()
-    messages = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "How many windows had it?  It isn't 12!"},
-        {"role": "assistant", "content": "12."},
-        {"role": "user", "content": "Why?\n"},
-    ]
-    expected = render_for_completion(tokenizer, {"messages": messages})
-    assert list(theirs.apply_chat_template(messages, add_generation_prompt=True)) == list(expected)
-    assert theirs.eos_token_ids == {tokenizer.assistant_end}
 
 
 @pytest.mark.parametrize("feature", [{"query_key_scale": 1.2}, {"window_pattern": "SL"}])

@@ -75,12 +75,6 @@ HOSTILE = {
     # The verdict
     "closing all files": "import os\nos.closerange(0, 64)",
     "saying passed everywhere": TRY_ALL_FILES.format(what="os.write(fd, b'passed\\n')"),
-    "repeating what it reads everywhere": (
-        "import os\nfor fd in range(64):\n    try:\n        os.set_blocking(fd, False)\n"
-        "        text = os.read(fd, 99)\n"
-        "        for other in range(64):\n            try:\n                os.write(other, text)\n"
-        "            except OSError:\n                pass\n    except OSError:\n        pass\nos._exit(0)"
-    ),
     "asking the question itself": (
         "import gc, os, sys\nframe, holders = sys._getframe(), gc.get_objects()\nwhile frame:\n"
         "    holders += [frame.f_locals, frame.f_globals]\n    frame = frame.f_back\n"

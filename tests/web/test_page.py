@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kit.pages import weakest_contrast
-from kit.serving import BASE, CHAT
+from kit.serving import CHAT
 
 pytestmark = pytest.mark.slow
 MARKDOWN = (
@@ -186,33 +186,24 @@ def test_conversations_are_kept_and_deleted_on_confirmation(show):
     assert page.locator("#list .name").all_inner_texts() == ["the second one"]
 
 
-def test_model_dialog_shows_the_manifest(show):
-    page = show(seconds=0.001)
+def test_model_and_settings_are_kept_and_sent(show):
+    page = show(says="yes")
     known(page)
     page.get_by_role("button", name="Model:").click()
     page.wait_for_selector("#model-facts details")
     assert CHAT in page.locator("#model-facts").inner_text()
-    page.select_option("#model-choice", BASE)
     page.keyboard.press("Escape")
-    assert ask(page, "a").inner_text().startswith("abc"), "a base model continues what was written"
-
-
-def test_settings_are_kept_and_sent(show):
-    page = show(says="yes")
     page.get_by_role("button", name="Settings").click()
-    page.fill("#set-top_k", "7")
     page.fill("#set-seed", "3")
     page.fill("#set-system", "be brief")
     page.keyboard.press("Escape")
+    page.reload()
     known(page)
     with page.expect_request("**/v1/chat/completions") as caught:
         ask(page, "well?")
     body = caught.value.post_data_json
-    assert (body["top_k"], body["seed"]) == (7, 3)
+    assert (body["model"], body["seed"]) == (CHAT, 3)
     assert body["messages"][0] == {"role": "system", "content": "be brief"}
-    page.reload()
-    page.get_by_role("button", name="Settings").click()
-    assert page.input_value("#set-top_k") == "7"
 
 
 def test_missing_key_opens_the_key_dialog(show):
