@@ -8,13 +8,7 @@ import httpx2 as httpx
 import pytest
 
 from kit.serving import CHAT
-from mlxchat.errors import ConfigError
-from mlxchat.model.sizes import count_parameters
-from mlxchat.planning.inputs import sizes_of_folder
-from mlxchat.planning.memory import Decoding, Device
-from mlxchat.serve.models import Models, rows_that_fit
-from mlxchat.serve.security import Limits
-from mlxchat.store.store import Store
+from mlxchat.planning.memory import Device
 
 
 def test_serve_prints_its_address_answers_and_stops(served, start_mlxchat):
@@ -36,17 +30,6 @@ def test_serve_prints_its_address_answers_and_stops(served, start_mlxchat):
         process.kill()
         process.stdout.close()
         process.wait()
-
-
-def test_cached_tokens_are_bounded_by_memory(served, monkeypatch):
-    model, limits = Models(Store(served), served / "store" / CHAT).find(None), Limits(kept_tokens=0)
-    sizes = sizes_of_folder(model.folder)
-    needed = Decoding(sizes=sizes, device=Device(), row_tokens=model.context_tokens).bytes_beside_weights(6)
-    room = needed + 4 * count_parameters(sizes)["total"]
-    monkeypatch.setattr("mlxchat.serve.models.find_device", lambda **options: Device(limit_bytes=room))
-    assert rows_that_fit(model, limits) == 6
-    with pytest.raises(ConfigError, match="max-models 1"):
-        rows_that_fit(model, limits, held_bytes=room)
 
 
 def test_model_beyond_memory_is_refused_before_its_weights_are_read(served, command, monkeypatch):
