@@ -13,7 +13,7 @@ import pytest
 
 from mlxchat.errors import DataError, PassingError
 from mlxchat.hub import listings
-from mlxchat.hub.cache import HubFile, hub_cache
+from mlxchat.hub.cache import HubFile
 from mlxchat.hub.client import fetch_files, fetch_url, list_files, record
 
 NAME = "org/texts"
@@ -66,16 +66,6 @@ def test_corrupt_file_is_downloaded_again(hub, texts):
     assert [transfers(hub, path) for path in CONTENT] == [2] * len(CONTENT)
 
 
-def test_files_of_the_official_client_are_used(hub, texts):
-    from huggingface_hub import hf_hub_download
-
-    hf_hub_download(
-        NAME, "data/1.parquet", repo_type="dataset", revision=texts.commit, endpoint=hub.url, cache_dir=hub_cache()
-    )
-    assert fetch() == CONTENT
-    assert transfers(hub, "data/1.parquet") == 1
-
-
 def test_altered_file_in_the_cache_is_downloaded_again(hub, texts):
     fetch()
     (file,) = list_files(NAME, pattern="data/2.parquet")
@@ -86,11 +76,6 @@ def test_altered_file_in_the_cache_is_downloaded_again(hub, texts):
 
 
 # Faults
-
-
-def test_cut_download_is_completed(hub, texts):
-    hub.faults.truncate = "data/0.parquet"
-    assert fetch("data/0.parquet") == {"data/0.parquet": CONTENT["data/0.parquet"]}
 
 
 def test_permanently_corrupt_file_is_refused_and_others_kept(hub, texts):
@@ -108,24 +93,6 @@ def test_busy_server_is_retried(hub, texts, status, monkeypatch):
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     hub.faults.fail_first, hub.faults.status = 4, status
     assert fetch() == CONTENT
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            lambda hub: hub.repositories[NAME].files.pop("data/0.parquet"),
-            r"data/0\.parquet: the Hub at .* has no such file .*404",
-        ),
-        (lambda hub: setattr(hub.faults, "denied", "data/*"), r"has no such file .*403.*HF_TOKEN"),
-    ],
-)
-def test_permanent_errors_are_not_retried(hub, texts, change, message):
-    files = list_files(NAME)
-    change(hub)
-    with pytest.raises(DataError, match=message):
-        fetch_files(files)
-    assert len(hub.requests("data/0.parquet")) == 1
 
 
 def test_full_disk_is_refused_before_the_download(hub, texts, monkeypatch):
@@ -269,20 +236,6 @@ def test_listing_that_leaves_the_cache_is_refused(changed):
     facts = {"revision": COMMIT, "path": "a.parquet", "bytes": 0, "sha256": None, "git_sha1": GIT}
     with pytest.raises(DataError, match="org/name "):
         HubFile("org/name", "dataset", **{**facts, **changed})
-
-
-@pytest.mark.parametrize("path", ["data/train-00000-of-00001.parquet", "données/a b.parquet", "..a/b..c"])
-@pytest.mark.parametrize("sums", [(SHA256, None), (None, GIT)], ids=["lfs", "git"])
-def test_ordinary_paths_are_inside_the_cache(path, sums):
-    file = HubFile("org/name", "dataset", COMMIT, path, 0, *sums)
-    assert file.place.resolve().is_relative_to(hub_cache().resolve())
-
-
-def test_equal_contents_are_downloaded_once_and_empty_files_exist(hub):
-    files = {"a.parquet": content(1), "b.parquet": content(1), "empty.parquet": b""}
-    hub.add(NAME, files)
-    assert fetch() == files
-    assert hub.sent("parquet") == 200_000
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """nanochat's report card: CORE with its error, third-party models, examples."""
 
-import pytest
-
 from mlxchat.evals.examples import write_examples
 from mlxchat.report.document import document, render_html, render_markdown
 from mlxchat.report.examples import read_examples, telling_examples
@@ -68,20 +66,6 @@ def test_good_bad_and_typical_answers_are_shown(make):
         "Good": ("easy", True), "Bad": ("hard", False), "Typical": ("middle", True)
     }  # fmt: skip
     assert found["Good"].output == "answer xxxx", "the one of median length"
-
-
-@pytest.mark.parametrize(("right", "names"), [(2, ["Good", "Typical"]), (1, ["Good"])])
-def test_good_and_typical_answers_are_of_different_questions(make, right, names):
-    fake = make()
-    rows = [
-        {"task": "sums", "index": i, "seed": None, "prompt": f"{i}?", "output": "It is 8.", "expected": "8",
-         "verdict": True, "tokens": 1, "details": {}}
-        for i in range(right)
-    ]  # fmt: skip
-    write_examples(fake.folder("eval_rl") / "examples.parquet", rows)
-    _, found = telling_examples(fake.read())
-    assert list(found) == names
-    assert len({each.prompt for each in found.values()}) == len(names)
 
 
 def test_report_names_a_wrong_form(make):

@@ -6,7 +6,6 @@ from xml.etree import ElementTree
 
 import pytest
 
-from mlxchat.errors import StoreError
 from mlxchat.report.summary import print_summary
 
 HOSTILE = '</pre><script>alert("x")</script> | [red]no[/red] ``` \x1b[31m \u202eevil \ud800 *a* $x$ {{ 7*7 }}'
@@ -59,12 +58,6 @@ def test_report_writes_page_markdown_and_pictures(reported):
     for name in pictures:
         ElementTree.fromstring((reported.run / "report" / name).read_text(encoding="utf-8"))
         assert f"(report/{name})" in markdown
-
-
-def test_unwritable_folder_is_reported(small):
-    (small.run / "report.html").mkdir()  # a folder where a file should be
-    with pytest.raises(StoreError, match="cannot be written to"):
-        small.write_report()
 
 
 def test_hostile_text_stays_text_in_html(hostile):

@@ -6,13 +6,11 @@ from typing import Any
 
 import pytest
 
-from mlxchat.evals.scores import read_scores
 from mlxchat.report.summary import answers
 from mlxchat.report.tables import (
     artifact_table,
     machine_table,
     metric_table,
-    shown,
     source_table,
 )
 
@@ -105,18 +103,11 @@ def next_steps(make: Any, losses: dict[int, float], accuracy: float | None = Non
     ("losses", "advice"),
     [
         (FALLING, "Train longer: validation still fell at the end of sft (by 7.7% over its last quarter)"),
-        # Noise of 1% around the same line does not change the advice.
-        ({x: y * (1.01 if x % 10 else 0.99) for x, y in FALLING.items()}, "Train longer: validation still fell"),
         ({x: max(y, 3.26) for x, y in FALLING.items()}, ""),
         # One noisy value at the end of a flat curve is no trend.
         ({x: 3.0 if x < 100 else 2.8 for x in FALLING}, ""),
-        # Validations at 0, 100 and 175 of 175 iterations: the last quarter has one value.
-        ({0: 5.0, 25: 4.0, 100: 1.2, 175: 0.1}, ""),
         ({x: abs(x - 40) / 100 + 2 for x in FALLING}, "lowest at iteration 40 and rose since: train it less"),
-        # A curve that falls again after it rose is not called falling.
-        ({**FALLING, **dict(zip((80, 85, 90, 95, 100), (5.0, 4.8, 4.6, 4.4, 4.2), strict=True))}, "at iteration 75"),
         ({x: 2 - abs(x - 60) / 100 for x in FALLING}, "sft did not lower its validation"),
-        ({0: 2.0, 10: 1.0}, ""),
     ],
 )  # fmt: skip
 def test_advice_follows_from_the_validation_curve(make, losses, advice):
@@ -136,12 +127,6 @@ def test_input_from_another_artifact_than_planned_is_named(whole):
     whole.edit_json("sft", "manifest.json", inputs=other)
     (found,) = (row for row in artifact_table(whole.read()).rows if row[0] == "sft")
     assert found[-1] == "checkpoint: midtrain-old-1"
-
-
-def test_any_right_of_several_samples_is_shown():
-    raw = {"accuracy": 0.5, "stderr": 0.1, "any_right": 0.75, "seeds": 2}
-    cell = shown(read_scores({"tasks": {"gsm8k": raw}}).measures["gsm8k"])
-    assert (cell.text, cell.detail) == ("50.0%", "± 10.0, any of 2: 75.0%")
 
 
 def test_shares_of_numbers_and_forms_are_rows_where_form_costs(whole):

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlxchat import trackers
 from mlxchat.config.schema import TrackerConfig
-from mlxchat.trackers import Tracker, numbers_of
+from mlxchat.trackers import Tracker
 from mlxchat.trackers.services import Results, TrackedRun
 
 
@@ -57,16 +57,11 @@ def test_records_arrive_in_order(tmp_path):
     tracker = start(tmp_path, "1", notebook)
     for iteration in range(1, 50):
         tracker.log("pretrain", {"iteration": iteration, "loss": 1.0 / iteration})
-    tracker.log("pretrain", {"iteration": 49, "val_loss": 2.0})
+    tracker.log("pretrain", {"iteration": 49, "val_loss": 2.0, "a": float("nan"), "b": "spike", "c": True})
     tracker.finish(Results(numbers={"pretrain": {"loss": 0.02}}))
     expected = [("pretrain", i, {"loss": 1.0 / i}) for i in range(1, 50)]
     assert notebook.logged == [*expected, ("pretrain", 49, {"val_loss": 2.0})]
     assert notebook.results.numbers == {"pretrain": {"loss": 0.02}}
-
-
-def test_only_finite_numbers_are_sent():
-    record = {"iteration": 3, "loss": float("nan"), "norm": 1.5, "warning": "spike", "flag": True, "count": 2}
-    assert numbers_of(record, without="iteration") == {"norm": 1.5, "count": 2}
 
 
 def test_interrupted_run_continues_its_tracked_run(tmp_path):

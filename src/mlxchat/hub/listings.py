@@ -14,9 +14,6 @@ from mlxchat.errors import DataError, PassingError
 from mlxchat.hub.cache import HubFile, cache_folder, folder_name, is_offline, read_json, write_json
 from mlxchat.hub.downloads import TRIES, endpoint, hub_client, retried
 
-# Requests for a commit where a recorded answer exists.
-_TRIES_WITH_RECORD = 2
-_PLAN_SECONDS, _ANSWER_SECONDS = 10.0, 60.0
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 # (Hub, repository, revision, kind) → commit: a run uses one commit even if a new one is uploaded meanwhile.
@@ -88,14 +85,12 @@ def _resolve(repository: str, revision: str, kind: str, *, is_plan: bool = False
     if is_offline() and commit is None:
         raise DataError(_unknown_message(repository, revision, kind))
     if not is_offline() and revision != commit:  # not a commit itself
-        tries = 1 if is_plan else _TRIES_WITH_RECORD if commit else TRIES
-        seconds = _PLAN_SECONDS if is_plan else _ANSWER_SECONDS
         try:
             if is_plan and hub in _silent:
                 raise PassingError(f"{repository}: the Hub at {hub} did not answer before.")
             info = retried(
-                lambda: hub_client().repo_info(repository, revision=revision, repo_type=kind, timeout=seconds),
-                repository, f"{kind} or revision", tries=tries,
+                lambda: hub_client().repo_info(repository, revision=revision, repo_type=kind, timeout=10),
+                repository, f"{kind} or revision", tries=1 if is_plan or commit else TRIES,
             )  # fmt: skip
         except PassingError as error:
             _silent.add(hub)
@@ -113,8 +108,7 @@ def _resolve(repository: str, revision: str, kind: str, *, is_plan: bool = False
 def _list_commit(repository: str, commit: str, kind: str) -> list[HubFile]:
     """Return all files of a commit, sorted by path; they never change, so each commit is listed once per machine."""
     path = _record(repository, kind, f"{commit}.json")
-    files = _read_listing(path)
-    if files is not None:
+    if (files := _read_listing(path)) is not None:
         return files
     if is_offline():
         raise DataError(_unknown_message(repository, commit, kind))
@@ -128,9 +122,8 @@ def _list_commit(repository: str, commit: str, kind: str) -> list[HubFile]:
         [entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None, None if entry.lfs else entry.blob_id]
         for entry in retried(request, repository, f"{kind} or revision")
     ]
-    files = [HubFile(repository, kind, commit, *row) for row in sorted(rows, key=lambda row: row[0])]
     write_json(path, {"repository": repository, "kind": kind, "commit": commit, "files": rows})
-    return files
+    return _read_listing(path) or []
 
 
 def _read_listing(path: Path) -> list[HubFile] | None:

@@ -20,12 +20,11 @@ from typing import Any
 from mlxchat.config.secrets import redact
 from mlxchat.config.wording import format_bytes
 from mlxchat.errors import ConfigError, MlxchatError, PassingError, StoreError
-from mlxchat.hub.cache import check_space
 from mlxchat.hub.downloads import endpoint, hub_client
 from mlxchat.store import locks
 from mlxchat.store.catalog import references
 from mlxchat.store.crash import crash_point
-from mlxchat.store.files import sync
+from mlxchat.store.files import sync, write_whole
 from mlxchat.store.manifest import (
     MANIFEST,
     Manifest,
@@ -33,13 +32,19 @@ from mlxchat.store.manifest import (
     find_damage,
     is_plain,
     parse_manifest,
-    read_manifest,
 )
 from mlxchat.store.store import Store
 from mlxchat.store.transfer import take_in
 
 # The commit deletes older weights of these names, because loaders would read them as part of the model.
-_FORMER = ["model*.safetensors", "model*.safetensors.index.json", "model_*.pt", "meta_*.json", "adapter*"]
+_FORMER = [
+    "model*.safetensors",
+    "model*.safetensors.index.json",
+    "model_*.pt",
+    "meta_*.json",
+    "adapter*.safetensors",
+    "adapter_config.json",
+]
 
 
 @dataclass(frozen=True)
@@ -55,27 +60,22 @@ class Place:
         """Return a path in the store."""
         return "/".join((self.root.rstrip("/"), "store", *parts))
 
-    def manifest(self, name: str) -> Manifest | None:
-        """Return the manifest of an artifact, or None if there is none; StoreError if it is damaged."""
+    def names(self) -> list[str]:
+        """Return the names of all complete artifacts."""
+        self.files.invalidate_cache()
+        found = (path.split("/")[-2] for path in self.files.glob(self.path("*", MANIFEST)))
+        return sorted(name for name in found if is_plain(name))
+
+    def manifest(self, name: str) -> Manifest:
+        """Return the manifest of an artifact; StoreError if it is damaged."""
         try:
             manifest = parse_manifest(self.files.cat_file(self.path(name, MANIFEST)))
             faults = [*check_manifest(name, manifest)]
-        except FileNotFoundError:
-            return None
         except ValueError as error:
             faults = [str(error)]
         if faults:
             raise StoreError(f"{self.url}: the manifest of {name} is damaged ({'; '.join(faults)})")
         return manifest
-
-    def names(self) -> list[str]:
-        """Return the names of all artifact folders, complete or not."""
-        self.files.invalidate_cache()
-        try:
-            found = self.files.ls(self.path(), detail=True)
-        except FileNotFoundError:
-            return []
-        return sorted(entry["name"].rstrip("/").rpartition("/")[2] for entry in found if entry["type"] == "directory")
 
 
 def open_place(url: str) -> Place:
@@ -114,8 +114,8 @@ def _place_errors(url: str) -> Iterator[None]:
 def export_to(place: Place, folders: Sequence[Path]) -> int:
     """Copy artifacts to a place, inputs first; return the number of copied ones."""
     with _place_errors(place.url):
-        place.files.invalidate_cache()
-        missing = _check_whole(f for f in folders if not place.files.exists(place.path(f.name, MANIFEST)))
+        there = set(place.names())
+        missing = [folder for folder in folders if folder.name not in there]
         for folder in missing:
             if place.files.exists(place.path(folder.name)):  # of an interrupted transfer
                 place.files.rm(place.path(folder.name), recursive=True)
@@ -128,15 +128,6 @@ def export_to(place: Place, folders: Sequence[Path]) -> int:
                 place.files.put_file(str(path), target, callback=_progress(path.name))
                 crash_point("send.file")
     return len(missing)
-
-
-def _check_whole(folders: Iterator[Path]) -> list[Path]:
-    """Return artifacts; StoreError if one is damaged."""
-    found = list(folders)
-    for folder in found:
-        if damage := list(find_damage(folder, read_manifest(folder))):
-            raise StoreError(f"{folder.name} is damaged: {damage[0]}. Nothing of it was sent")
-    return found
 
 
 def _progress(name: str) -> Any:
@@ -186,7 +177,7 @@ def import_from(store: Store, place: Place, wanted: Sequence[str]) -> tuple[list
 
 def _choose(store: Store, place: Place, wanted: Sequence[str]) -> dict[str, Manifest]:
     """Return name → manifest of the wanted artifacts and all their inputs; unfinished ones are left out."""
-    names = [name for name in place.names() if is_plain(name)]
+    names = place.names()
     by_rid = {name[-16:]: name for name in names}
     queue: list[str] = []
     for word in wanted:
@@ -199,9 +190,9 @@ def _choose(store: Store, place: Place, wanted: Sequence[str]) -> dict[str, Mani
     chosen: dict[str, Manifest] = {}
     while queue:
         name = queue.pop()
-        if name not in chosen and (manifest := place.manifest(name)) is not None:
-            chosen[name] = manifest
-            rids = references(manifest)
+        if name not in chosen:
+            chosen[name] = place.manifest(name)
+            rids = references(chosen[name])
             queue += [by_rid[rid[:16]] for rid in rids if rid[:16] in by_rid and store.find(rid) is None]
     if not chosen:
         raise ConfigError(f"{place.url} holds no complete artifact: expected {place.path('ARTIFACT', MANIFEST)}")
@@ -210,9 +201,7 @@ def _choose(store: Store, place: Place, wanted: Sequence[str]) -> dict[str, Mani
 
 def _fetch(place: Place, manifests: dict[str, Manifest], base: Path) -> None:
     """Download artifacts to base/store/ and verify each; whole ones of an interrupted transfer are kept."""
-    total = sum(file["bytes"] for manifest in manifests.values() for file in manifest["outputs"])
     base.mkdir(parents=True, exist_ok=True)
-    check_space(base, total, f"The import from {place.url}")
     for left in (base / "store").glob("*"):
         if left.name not in manifests:  # by an import with other names
             shutil.rmtree(left)
@@ -224,18 +213,14 @@ def _fetch(place: Place, manifests: dict[str, Manifest], base: Path) -> None:
         for file in manifest["outputs"]:
             path = target / file["path"]
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                place.files.get_file(place.path(name, file["path"]), str(path), callback=_progress(file["path"]))
-            except FileNotFoundError:
-                raise StoreError(f"{place.url}: {name} lacks {file['path']}. Nothing was imported") from None
+            place.files.get_file(place.path(name, file["path"]), str(path), callback=_progress(file["path"]))
             sync(path)
             crash_point("fetch.file")
         if damage := list(find_damage(target, manifest)):
             shutil.rmtree(base)
             raise StoreError(f"{place.url}: {name} differs from its manifest: {damage[0]}. Nothing was imported")
         target.mkdir(parents=True, exist_ok=True)
-        (target / MANIFEST).write_bytes(place.files.cat_file(place.path(name, MANIFEST)))
-        sync(target / MANIFEST)
+        write_whole(target / MANIFEST, place.files.cat_file(place.path(name, MANIFEST)))
         crash_point("fetch.artifact")
 
 
@@ -294,7 +279,7 @@ def push_artifacts(place: Place, folders: Sequence[Path], *, public: bool) -> in
         client.create_repo(repository, private=not public, repo_type=kind, exist_ok=True)
         there = set(client.list_repo_files(repository, repo_type=kind))
         below = f"{inside.rstrip('/')}/store".lstrip("/")
-        missing = _check_whole(f for f in folders if f"{below}/{f.name}/{MANIFEST}" not in there)
+        missing = [each for each in folders if f"{below}/{each.name}/{MANIFEST}" not in there]
         if missing:
             client.upload_folder(
                 repo_id=repository, folder_path=folders[0].parent, path_in_repo=below, repo_type=kind,

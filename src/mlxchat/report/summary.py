@@ -262,4 +262,4 @@ def _fall(xs: list[float], ys: list[float]) -> float:
 
 
 def _sentence(claim: str, detail: str) -> str:
-    return f"{claim}: {detail.strip().rstrip('.')}." if detail.strip() else f"{claim}."
+    return f"{claim}: {detail.strip()}".rstrip(" .:") + "."

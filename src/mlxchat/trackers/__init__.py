@@ -4,14 +4,12 @@ A tracker never fails or delays a training: it runs in a thread, and its first f
 error) gives one warning, after which the run continues without it.
 
 runs/<run>/tracker.json records the tracked run and what was sent. The same command after a crash or Ctrl-C plans the
-same ids, so an unfinished tracked run with the same ids is continued. A finished one is not: `force=[sft]` starts a new
-one.
+same ids, so an unfinished tracked run with the same ids is continued; after a finished one a new one starts.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import math
 import queue
@@ -19,6 +17,8 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,9 @@ class Tracker:
             folder: folder of the run, below outputs/runs.
             ids: ids of all steps of the plan.
             settings: the configuration, without secrets.
-            records: returns the path of a running step's metrics. A service that lost some in a crash, or was chosen
-                after the step started, gets them before the first new record.
+            records: returns the path of a running step's metrics; earlier records are sent before the first new one.
             say: prints a warning.
-            open_service: opens the service in place of `config.kind`.
+            open_service: in place of that of `config.kind`.
         """
         self._kind, self._say, self._records = config.kind, say, records
         self._begun: set[str] = set()
@@ -69,7 +68,10 @@ class Tracker:
             is_continued=self._journal.is_continued,
         )  # fmt: skip
         self._thread = threading.Thread(
-            target=self._work, args=(run, open_service or _open_service(config.kind)), name="tracker", daemon=True
+            target=self._work,
+            args=(run, open_service or partial(_open_service, config.kind)),
+            name="tracker",
+            daemon=True,
         )
         self._thread.start()
 
@@ -119,9 +121,7 @@ class Tracker:
         if not self._is_broken:
             self._is_broken = True
             line = " ".join(problem.split())
-            self._say(redact(
-                f"warning: tracker={self._kind} failed ({line}); the run continues without it"
-            ))  # fmt: skip
+            self._say(redact(f"warning: tracker={self._kind} failed ({line}); the run continues without it"))
 
 
 def numbers_of(record: Mapping[str, Any], *, without: str = "") -> dict[str, float]:
@@ -133,17 +133,11 @@ def numbers_of(record: Mapping[str, Any], *, without: str = "") -> dict[str, flo
     }
 
 
-def _open_service(kind: str) -> Callable[[TrackedRun], Service]:
-    """Return the class or function that opens the service; imports only its package."""
-
-    def begin(run: TrackedRun) -> Service:
-        if is_own(kind):
-            own: Service = load_part(kind)(run)
-            return own
-        service: Service = getattr(importlib.import_module("mlxchat.trackers.services"), _SERVICES[kind])(run)
-        return service
-
-    return begin
+def _open_service(kind: str, run: TrackedRun) -> Service:
+    """Open a service; imports only its package."""
+    part = load_part(kind) if is_own(kind) else getattr(import_module("mlxchat.trackers.services"), _SERVICES[kind])
+    service: Service = part(run)
+    return service
 
 
 class Journal:
@@ -186,11 +180,8 @@ class Journal:
 def _unfinished(folder: Path, same: str) -> dict[str, Any] | None:
     """Return the note of the newest unfinished other run with the same ids."""
     for path in sorted(folder.parent.glob(f"*/{NOTE}"), reverse=True):
-        if path.parent == folder:
-            continue
         with suppress(OSError, ValueError):
-            note = json.loads(path.read_text(encoding="utf-8"))
-            if isinstance(note, dict) and note.get("same") == same:
-                is_usable = isinstance(note.get("name"), str) and isinstance(note.get("passed"), dict)
-                return None if note.get("ended") or not is_usable else note
+            note: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if path.parent != folder and note["same"] == same:
+                return None if note["ended"] else note
     return None

@@ -78,12 +78,7 @@ class WandbService:
     package = "wandb"
 
     def __init__(self, run: TrackedRun) -> None:
-        """Begin the run, or continue it.
-
-        Raises:
-            ImportError: the package is not installed.
-            Exception: raised by the package, for instance without a key or a network.
-        """
+        """Begin the run, or continue it; ImportError without the package, or the package's own error."""
         self._library: Any = import_module(self.package)
         self._run = self._begin(run)
         self._steps: set[str] = set()
@@ -115,11 +110,8 @@ class WandbService:
             about = {"id": published.id, "step": step}
             artifact = self._library.Artifact(f"{step}-{published.id}", type=published.kind, metadata=about)
             artifact.add_reference(published.folder.absolute().as_uri(), checksum=False)
-            self._link(artifact)
+            self._library.log_artifact(artifact)
         self._end(is_done=results.is_done)
-
-    def _link(self, artifact: Any) -> None:
-        self._run.log_artifact(artifact)
 
     def _end(self, *, is_done: bool) -> None:
         self._run.finish(exit_code=0 if is_done else 1)
@@ -142,9 +134,6 @@ class TrackioService(WandbService):
         """Add a point to each of the step's curves."""
         self._run.log({f"{step}/{name}": value for name, value in numbers.items()}, step=iteration)
 
-    def _link(self, artifact: Any) -> None:
-        self._library.log_artifact(artifact)
-
     def _end(self, *, is_done: bool) -> None:
         self._run.finish()
 
@@ -157,30 +146,21 @@ class TensorBoardService:
     """
 
     def __init__(self, run: TrackedRun) -> None:
-        """Create the folder.
-
-        Raises:
-            ImportError: tensorboardX is not installed.
-        """
+        """Create the folder; ImportError without tensorboardX."""
         from tensorboardX import SummaryWriter
 
         self._open: Any = SummaryWriter
         self._folder = run.outputs / "tensorboard" / run.name
         self._writers: dict[str, Any] = {}
         self._is_continued = run.is_continued
-        self._tags = run.tags
 
     def log(self, step: str, iteration: int, numbers: Numbers) -> None:
         """Write one scalar for each number."""
-        for name, value in numbers.items():
-            self._writer(step, iteration).add_scalar(name, value, iteration)
-
-    def _writer(self, step: str, iteration: int) -> Any:
         if step not in self._writers:
             # A killed run's records of later iterations are computed again; the viewer drops the old ones.
-            purge = {"purge_step": iteration} if self._is_continued else {}
-            self._writers[step] = self._begin(step, **purge)
-        return self._writers[step]
+            self._writers[step] = self._begin(step, **({"purge_step": iteration} if self._is_continued else {}))
+        for name, value in numbers.items():
+            self._writers[step].add_scalar(name, value, iteration)
 
     def _begin(self, name: str, **options: Any) -> Any:
         # Without the pid in its name, the file of a run that continues within a second would overwrite the old one.
@@ -190,18 +170,12 @@ class TensorBoardService:
 
     def finish(self, results: Results) -> None:
         """Write final numbers and the report, and close the files."""
-        texts = {
-            "artifacts": "\n".join(f"- {step}: {each.kind} {each.folder}" for step, each in results.artifacts.items()),
-            "report": results.report.with_suffix(".md").read_text("utf-8") if results.report is not None else "",
-            "tags": ", ".join(self._tags),
-        }
-        if results.numbers or results.artifacts:
+        if results.numbers or results.report is not None:
             with self._begin("results") as writer:
                 for step, numbers in results.numbers.items():
                     for name, value in numbers.items():
                         writer.add_scalar(f"{step}/{name}", value, 0)
-                for name, text in texts.items():
-                    if text:
-                        writer.add_text(name, text, 0)
+                if results.report is not None:
+                    writer.add_text("report", results.report.with_suffix(".md").read_text("utf-8"), 0)
         for writer in self._writers.values():
             writer.close()
