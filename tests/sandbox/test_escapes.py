@@ -225,6 +225,18 @@ def test_files_beside_a_venv_cannot_be_read(protections, tmp_path):
     assert done.stdout.split() == ["no"], done
 
 
+def test_program_has_no_capabilities():
+    """Also without namespaces and as root."""
+    need("landlock")
+    code = f"""
+import struct
+header, data = struct.pack("Ii", 0x20080522, 0), ctypes.create_string_buffer(24)
+assert call({(125, 90)[COLUMN]}, header, data) == 0
+print(data.raw == bytes(24))
+"""
+    assert run_program(PRELUDE + code, protections=[]).output == "True\n"
+
+
 def test_program_inherits_no_files():
     """It has its standard files and the pipes of the verdict."""
     kinds = """
