@@ -38,8 +38,3 @@ def test_shared_steps_are_drawn_once(training):
     charts = {chart.name: chart for chart in comparison_charts(jobs)}
     assert "seed=1: 3.200, seed=3: 2.200." in charts["pretrain-val_bpb"].alt
     assert "seed=2: 1.457" in charts["sft-loss"].alt
-
-
-def test_curves_that_are_left_out_are_counted(training):
-    charts = {each.name: each for each in comparison_charts([job(f"s{n}", training(f"r{n}")) for n in range(8)])}
-    assert charts["pretrain-val_bpb"].title == "pretrain: validation (the first 6 of 8)"

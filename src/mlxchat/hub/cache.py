@@ -28,10 +28,8 @@ _COMMIT, _CHECKSUM = re.compile(r"\w[\w.-]{0,99}"), re.compile(r"[0-9a-f]{40}|[0
 
 def cache_folder() -> Path:
     """Return the folder of listings, plain downloads and verification notes: $MLXCHAT_CACHE or ~/.cache/mlxchat."""
-    chosen = os.environ.get("MLXCHAT_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlxchat"
+    default = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/mlxchat"
+    return Path(os.environ.get("MLXCHAT_CACHE") or default).expanduser()
 
 
 def is_offline() -> bool:
@@ -162,11 +160,8 @@ class HubFile:
 
 def hub_cache() -> Path:
     """Return the official client's cache folder by the current environment; the client reads it only at import."""
-    chosen = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    if chosen:
-        return Path(os.path.expandvars(chosen)).expanduser()
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    return Path(os.path.expandvars(home)).expanduser() / "hub"
+    home = os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+    return Path(os.path.expandvars(os.environ.get("HF_HUB_CACHE") or f"{home}/hub")).expanduser()
 
 
 def folder_name(repository: str, kind: str) -> str:

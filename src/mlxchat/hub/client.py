@@ -192,14 +192,13 @@ def _receive(url: str, part: Path, sha256: str | None, check: Check) -> str:
 
 def find_content(url: str, sha256: str | None) -> str | None:
     """Return the sha256 of what `fetch_url` returns: `sha256` if given, else that of the download; None: unknown."""
-    place = url_place(url)
-    return sha256 or (_sha256_of(place) if place.exists() else None)
+    return sha256 or _sha256_of(url_place(url))
 
 
 def _sha256_of(place: Path) -> str | None:
     """Return the recorded sha256 of a plain download; None: it was not completed."""
-    found: str | None = (read_json(place.with_name("source.json")) or {}).get("sha256")
-    return found
+    found = read_json(place.with_name("source.json")) if place.exists() else None
+    return str(found["sha256"]) if found else None
 
 
 def url_place(url: str) -> Path:

@@ -24,8 +24,6 @@ from mlxchat.store.manifest import Manifest
 from mlxchat.store.store import Store
 
 STAGE_LABELS = {"pretrain": "BASE", "midtrain": "MID", "sft": "SFT", "preference": "PREF", "rl": "RL"}
-# How much of an id the name of an artifact's folder carries.
-RID_LETTERS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +256,7 @@ def _read_step(outputs: Path, entry: dict[str, Any], events: list[dict[str, Any]
 
 def _find_artifact(store: Path, rid: str, names: Iterable[str]) -> Path | None:
     """Return the folder of the complete artifact: of one of `names`, or else of this id."""
-    short = rid[:RID_LETTERS]
+    short = rid[:16]  # as in the names of folders
     # A run that found the artifact of another one keeps that one's name, which may have another label.
     same = sorted(store.glob(f"*-{short}")) if short.isalnum() else []
     folders = [*(store / name for name in names if name and Path(name).name == name), *same]
