@@ -13,6 +13,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from kit.own_parts import COMMANDS, write_files
+
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # The last two by links in the first.
@@ -110,6 +112,18 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_runs_outside_the_checkout(installed, tmp_path):
     run([installed, "experiment=smoke", f"outputs={tmp_path / 'outputs'}"], tmp_path)
     assert list((tmp_path / "outputs" / "store").glob("*/manifest.json"))
+
+
+@pytest.mark.slow
+def test_examples_of_own_parts_run_from_the_wheel_in_an_empty_folder(installed, tmp_path):
+    write_files(tmp_path)
+    for command in COMMANDS:
+        run([installed, *command], tmp_path)
+    run([installed.with_name("pip"), "install", "--quiet", "--no-build-isolation", "./package"], tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    run([installed, "experiment=verse"], tmp_path / "elsewhere")
+    assert len(list(tmp_path.glob("**/outputs/store/rhyme-*/text.txt"))) == 1
+    assert "finished" in (tmp_path / "outputs" / "printed.txt").read_text()
 
 
 @pytest.mark.slow
