@@ -319,17 +319,17 @@ class _Leader:
         execution.fail(step, error)
 
     def _submit(self, ready: Sequence[tuple[Execution, PlannedStep]]) -> None:
-        """Submit steps, those of one name together; take the jobs of earlier commands, which continue without them."""
-        new: dict[str, list[tuple[Execution, PlannedStep]]] = {}
+        """Submit steps, those of one name and executor together; take the jobs that earlier commands submitted."""
+        new: dict[tuple[str, str], list[tuple[Execution, PlannedStep]]] = {}
         for execution, step in ready:
             record, run = self.store.jobs / f"{step.key}.jsonl", execution.run
             if (job := attach(record)) is None:
-                new.setdefault(step.name, []).append((execution, step))
+                new.setdefault((step.name, str(execution.executors[step.name])), []).append((execution, step))
                 continue
             if job.facts["run"] != run.name:
                 run.say(f"{step.name:<10} awaits {job.name} of run {job.facts['run']}")
             self.away.append(_Away(of=execution, step=step, job=job))
-        for name, steps in new.items():
+        for (name, _), steps in new.items():
             first, _ = steps[0]
             calls = [
                 Call(
