@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,10 +59,8 @@ def check_gguf(sizes: GPTSizes) -> None:
             f"llama.cpp computes nanochat's model of October 2025, but not {', '.join(more)}. Use --to mlx (mlx-lm "
             "with --trust-remote-code), or train with architecture=oct2025"
         )
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise ConfigError("--to gguf needs the package gguf: pip install 'mlxchat[gguf]'") from None
+    if find_spec("gguf") is None:
+        raise ConfigError("--to gguf needs the package gguf: pip install 'mlxchat[gguf]'")
 
 
 def write_gguf(checkpoint: Checkpoint, out: Path, *, dtype: str = "f32") -> str:
