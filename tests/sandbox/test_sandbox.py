@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +35,7 @@ HONEST = {
     "os.kill(os.getpid(), signal.SIGUSR1)",
 }
 
-TRY_ALL_FILES = "import os\nfor fd in range(1, 64):\n    try:\n        {what}\n    except OSError:\n        pass\n"
+TRY_ALL_FILES = "import os\nfor fd in range(1, 4096):\n    try:\n        {what}\n    except OSError:\n        pass\n"
 HOSTILE = {
     # Early ends
     "an error": "assert 1 == 2",
@@ -73,13 +73,13 @@ HOSTILE = {
     "reading its parent's memory": "import os\nopen(f'/proc/{{os.getppid()}}/mem', 'rb')",
     "a connection": "import socket\nsocket.create_connection(('127.0.0.1', {port}), 1)",
     # The verdict
-    "closing all files": "import os\nos.closerange(0, 64)",
+    "closing all files": "import os\nos.closerange(0, 4096)",
     "saying passed everywhere": TRY_ALL_FILES.format(what="os.write(fd, b'passed\\n')"),
     "asking the question itself": (
         "import gc, os, sys\nframe, holders = sys._getframe(), gc.get_objects()\nwhile frame:\n"
         "    holders += [frame.f_locals, frame.f_globals]\n    frame = frame.f_back\n"
         "texts = [v for o in holders for v in gc.get_referents(o) if isinstance(v, (str, bytes)) and len(v) == 32]\n"
-        "for text in texts:\n    for fd in range(3, 64):\n        try:\n"
+        "for text in texts:\n    for fd in range(3, 4096):\n        try:\n"
         "            os.write(fd, text if isinstance(text, bytes) else text.encode())\n"
         "        except OSError:\n            pass\nos._exit(0)"
     ),
@@ -88,6 +88,15 @@ HOSTILE = {
         "os.write = os.read = lambda *a: 1\nbuiltins.compile = builtins.exec = None\nraise SystemExit(0)"
     ),
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def many_open_files() -> Iterator[None]:
+    """Programs must find their pipes where a test process with many open files puts them, too."""
+    with ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(Path(os.devnull).open())
+        yield
 
 
 @pytest.fixture(autouse=True)
