@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from kit.artifacts import publish_adapters, publish_base, some_ids
+from adapters.published import publish_adapters
+from kit.artifacts import publish_base, some_ids
 from kit.commands import run_here
 from mlxchat.errors import DataError
 from mlxchat.interop.names import hf_from_ours

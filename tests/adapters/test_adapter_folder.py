@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from kit.artifacts import adapter_sizes, make_model, publish_adapters, publish_base, some_ids
+from adapters.published import adapter_sizes, publish_adapters
+from kit.artifacts import make_model, publish_base, some_ids
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError, StoreError
 from mlxchat.model.checkpoint import load_checkpoint

@@ -1,7 +1,9 @@
 """Packing against naive searches and slices: rows, epochs, targets, resuming."""
 
 import json
+import random
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,38 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kit.text import conversation, conversations, render
 from mlxchat.data import packing
 from mlxchat.data.conversation import render_conversation
 from mlxchat.data.packing import IGNORED, RowStream, ShuffledConversations, count_rows, take_validation
 from mlxchat.data.sources import Corpus
 from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.tokens import Tokens
 
 DOCUMENT_PACKINGS, CONVERSATION_PACKINGS = ("best_fit", "stream"), ("best_fit", "stream", "alone")
+
+
+def conversation(number: int, question: int, answer: int) -> dict[str, Any]:
+    """Return a conversation with so many words, unlike that of any other number."""
+    return {
+        "messages": [
+            {"role": "user", "content": f"{number}:" + " the" * question},
+            {"role": "assistant", "content": " cat" * answer},
+        ]
+    }
+
+
+def conversations(count: int) -> list[dict[str, Any]]:
+    """Return conversations of 0 to 8 words a message."""
+    sizes = random.Random(count)
+    return [conversation(number, sizes.randint(0, 8), sizes.randint(0, 8)) for number in range(count)]
+
+
+def render(conversations: Iterable[dict[str, Any]], tokenizer: Tokenizer) -> Tokens:
+    """Return the tokens of conversations, none of them cut."""
+    rendered = (render_conversation(tokenizer, each, max_tokens=None) for each in conversations)
+    return Tokens.of(rendered, tokenizer.vocab_size)
+
+
 THIRTY = conversations(30)
 
 

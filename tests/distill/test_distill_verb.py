@@ -4,13 +4,16 @@ import hashlib
 import json
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kit.servers import Reply, Teacher
+from kit.servers import Handler, Loopback
 from mlxchat.cli import dispatch
 from mlxchat.distill import teacher as client
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError
@@ -20,6 +23,61 @@ from mlxchat.tasks.jsonl import Jsonl
 
 Ask = Callable[..., int]
 QUESTIONS = [f"question {number}" for number in range(6)]
+
+
+@dataclass
+class Reply:
+    """What a teacher does to one request."""
+
+    text: str | None = "yes"
+    status: int = 200
+    raw: bytes | None = None
+    seconds: float = 0.0
+    usage: dict[str, int] | None = field(default_factory=lambda: {"prompt_tokens": 10, "completion_tokens": 5})
+
+
+class Teacher(Loopback):
+    """A scripted endpoint: `script(question, tries)` says what happens; what was asked is kept."""
+
+    def __init__(self) -> None:
+        super().__init__(_Endpoint)
+        self.url += "/v1"
+        self.script: Callable[[str, int], Reply] = lambda question, tries: Reply(f"answer to {question}")
+        self.bodies: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.paths: set[str] = set()
+        self.at_once, self.most_at_once = 0, 0
+        self.lock = threading.Lock()
+
+    def asked(self) -> list[str]:
+        return [body["messages"][-1]["content"] for body in self.bodies]
+
+
+class _Endpoint(Handler):
+    server: Teacher
+
+    def do_GET(self) -> None:
+        self.say({"data": [{"id": "only"}]})
+
+    def do_POST(self) -> None:
+        teacher, body = self.server, json.loads(self.body())
+        question = body["messages"][-1]["content"]
+        with teacher.lock:
+            teacher.bodies.append(body)
+            teacher.paths.add(self.path)
+            teacher.headers.append(dict(self.headers))
+            teacher.at_once += 1
+            teacher.most_at_once = max(teacher.most_at_once, teacher.at_once)
+            tries = teacher.asked().count(question)
+        try:
+            reply = teacher.script(question, tries)
+            time.sleep(reply.seconds)
+        finally:
+            with teacher.lock:
+                teacher.at_once -= 1
+        choice = {"message": {"role": "assistant", "content": reply.text}, "finish_reason": "stop"}
+        told = {"model": "teacher-2026", "choices": [choice], "usage": reply.usage}
+        self.say(told if reply.raw is None else reply.raw, reply.status)
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kit import ranks, training
+from distributed import ranks
+from kit import training
 from kit.models import make_model
 from kit.training import NumberedBatches, make_optimizer, schedule
 from mlxchat.distributed.team import Team

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kit import ranks
+from distributed import ranks
 from mlxchat.distributed import group as group_module
 from mlxchat.distributed.group import Group
 

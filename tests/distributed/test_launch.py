@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kit import ranks
+from distributed import ranks
 from kit.commands import clean_environment, wait_until
 
 LAUNCHER = Path(sys.executable).with_name("mlx.launch")

@@ -8,7 +8,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kit import models, ranks
+from distributed import ranks
+from kit import models
 from kit.training import optimizer_config
 from mlxchat.config.schema import AdapterConfig, TeacherConfig
 from mlxchat.cpu import runtime

@@ -10,7 +10,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kit import models, ranks
+from distributed import ranks
+from kit import models
 from kit.models import make_tokenizer
 from kit.training import make_context, rl_config
 from mlxchat.cpu import runtime

@@ -8,7 +8,7 @@ import pytest
 
 from kit.models import make_model
 from kit.scripted import steps
-from kit.text import byte_tokens, tool_call, tool_output
+from kit.text import byte_tokens
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.batch import Event, Generator, Request
 from mlxchat.engine.decode import Decoder
@@ -48,13 +48,20 @@ def test_rows_end_with_an_end_token_or_at_the_limit(tokenizer, scripted):
         engine.complete([[]], max_new_tokens=1)
 
 
+def between(tokenizer: Tokenizer, kind: str, text: str) -> list[int]:
+    """Return the tokens of a tool's call ("python") or of its answer ("output")."""
+    special = tokenizer.special_ids
+    return [special[f"<|{kind}_start|>"], *tokenizer.encode(text), special[f"<|{kind}_end|>"]]
+
+
 def test_calls_force_their_answers(tokenizer, scripted):
     """While tokens are forced, the model's own are ignored, here end tokens; calls without result force nothing."""
     start, end = tokenizer.special_ids["<|python_start|>"], tokenizer.special_ids["<|python_end|>"]
     again = [start, *tokenizer.encode("9*")]  # a second start discards this
     script, expected, forced = [97], [97], [0]
     for before, expression, result in (([], "6*7", "42"), ([], "1/2", "0.5"), (again, "2+2", "4"), ([], "1/0", "")):
-        call, output = tool_call(tokenizer, expression), tool_output(tokenizer, result) if result else []
+        call = between(tokenizer, "python", expression)
+        output = between(tokenizer, "output", result) if result else []
         script += [*before, *call, *[tokenizer.assistant_end] * len(output)]
         expected += [*before, *call, *output]
         forced += [0] * len([*before, *call]) + [1] * len(output)

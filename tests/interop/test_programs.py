@@ -49,11 +49,6 @@ def folder(outputs: Path) -> Path:
     return outputs.parent / "model"
 
 
-@pytest.fixture(scope="module")
-def expected(outputs: Path) -> str:
-    return answer_of_ours(outputs, "oct")
-
-
 def answer_of_ours(outputs: Path, name: str) -> str:
     model, tokenizer, _ = load_checkpoint(resolve(Store(outputs), name))
     prompt = render_for_completion(tokenizer, {"messages": [{"role": "user", "content": QUESTION}]})
@@ -72,22 +67,14 @@ def run(program: str, *arguments: str | Path) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", done.stdout)
 
 
-def answer_of(printed: str) -> str:
-    """Return the text between the two lines of `mlx_lm.generate`."""
-    return printed.split("==========")[1].strip("\n")
-
-
 def generate(model: Path, *more: str | Path) -> str:
     arguments = ["--model", model, "--prompt", QUESTION, "--max-tokens", str(ANSWER_TOKENS), "--temp", "0.0", *more]
-    return answer_of(run("generate", *arguments))
+    return run("generate", *arguments).split("==========")[1].strip("\n")
 
 
-def test_generate_answers_as_we_do(folder, expected):
-    assert generate(folder).strip() == expected.strip()
-
-
-def test_lora_trains_and_fuse_makes_a_whole_model(folder, tmp_path):
-    """The same greedy answer with the adapters beside the model and within it."""
+def test_mlx_lm_answers_as_we_do_trains_and_fuses(folder, outputs, tmp_path):
+    """Adapters give the same greedy answer beside the model and within it."""
+    assert generate(folder).strip() == answer_of_ours(outputs, "oct").strip()
     run(
         "lora", "--model", folder, "--train", "--data", folder.parent / "chats", "--iters", "20", "--batch-size", "2",
         "--num-layers", "2", "--learning-rate", "1e-2", "--max-seq-length", "64", "--val-batches", "1",

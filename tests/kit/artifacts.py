@@ -9,11 +9,9 @@ import mlx.core as mx
 import numpy as np
 
 from kit import models
-from mlxchat.config.schema import AdapterConfig
 from mlxchat.data.bpe import train_tokenizer
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.model.checkpoint import load_checkpoint, save_adapters, save_checkpoint
-from mlxchat.model.sizes import GPTSizes, matrices_of, shapes_of
+from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.store.fingerprint import compute_key
 from mlxchat.store.manifest import read_manifest
 from mlxchat.store.store import Store
@@ -29,21 +27,6 @@ make_model = partial(
 def make_tokenizer() -> Tokenizer:
     """Return a tokenizer of 300 ids."""
     return train_tokenizer(["The house in the garden had 12 windows. It isn't so. " * 4, "Haus Garten"], 300)
-
-
-def adapter_sizes(model_sizes: GPTSizes, kind: str = "lora", **more: Any) -> AdapterConfig:
-    """Return adapters of rank 4 on all matrices but the last layer's projections."""
-    targets = list(matrices_of(model_sizes))[:-2]
-    return AdapterConfig(**{"kind": kind, "rank": 4, "scale": 2.5, "targets": targets, "dropout": 0.1, **more})
-
-
-def random_adapters(sizes: AdapterConfig, model_sizes: GPTSizes, *, seed: int = 5) -> dict[str, mx.array]:
-    """Return adapters none of whose numbers is zero; lengths of DoRA are around those that such rows have."""
-    rng = np.random.default_rng(seed)
-    return {
-        name: mx.array((rng.normal(0, 0.15, shape) if len(shape) > 1 else rng.uniform(1, 3, shape)).astype(np.float32))
-        for name, shape in shapes_of(sizes, model_sizes).items()
-    }
 
 
 def publish(
@@ -76,19 +59,6 @@ def publish(
 def publish_base(outputs: Path, step: str = "base", architecture: str = "oct2025", *, seed: int = 3) -> Path:
     model, tokenizer = make_model(architecture, seed=seed), make_tokenizer()
     return publish(outputs, step, lambda out: save_checkpoint(out, model, tokenizer, dict(FACTS)), stage="midtrain")
-
-
-def publish_adapters(
-    outputs: Path, base: Path, step: str = "tuned", kind: str = "lora", *, seed: int = 5, **more: Any
-) -> Path:
-    sizes = load_checkpoint(base)[0].sizes
-    of = adapter_sizes(sizes, kind, **more)
-    arrays = random_adapters(of, sizes, seed=seed)
-
-    def write(out: Path) -> None:
-        save_adapters(out, arrays, of, base=base, sizes=sizes, tokenizer=make_tokenizer(), facts=dict(FACTS))
-
-    return publish(outputs, step, write, inputs={"checkpoint": base})
 
 
 def some_ids(count: int = 200) -> mx.array:

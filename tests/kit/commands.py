@@ -65,14 +65,6 @@ def saved_trainings(outputs: Path) -> set[Path]:
     return {path.parents[2] for path in outputs.glob("work/*/ckpt/[0-9]*/state.json")}
 
 
-def is_alive(pid: int) -> bool:
-    """Return whether a process exists and is no zombie, which its parent may leave."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def run_here(*arguments: str | Path) -> int:
     """Run `mlxchat` in this process and return its exit code."""
     with pytest.raises(SystemExit) as ended:

@@ -1,4 +1,4 @@
-"""A local Hugging Face Hub: it answers the requests of the official client for downloads, with faults, and uploads."""
+"""A local Hugging Face Hub for downloads, with faults, and for uploads by the official client."""
 
 import base64
 import fnmatch
@@ -9,10 +9,10 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from kit.servers import Loopback, QuietHandler, Served
+from kit.servers import Handler, Loopback
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 _BLOCK = 1 << 14
@@ -29,8 +29,6 @@ class Faults:
     times: int = 1
     block_seconds: float = 0.0
     """Pause after each 16 kB of a file."""
-    denied: str = ""
-    """Paths that are answered with 403."""
     broken: str = ""
     """A part of the addresses that are answered with 400."""
 
@@ -47,17 +45,13 @@ class Repository:
     commits: list[str] = field(default_factory=list)
     """The messages of what was pushed."""
 
-    def sha256(self, path: str) -> str:
-        return hashlib.sha256(self.files[path]).hexdigest()
-
     def entry(self, path: str) -> dict[str, Any] | None:
         """Return a tree's entry of a file or folder, or None."""
         if path not in self.files:
             below = any(each.startswith(f"{path}/") for each in self.files)
             return {"type": "directory", "path": path, "oid": "0" * 40} if below else None
-        size = len(self.files[path])
-        entry = {"type": "file", "path": path, "size": size, "oid": git_id(self.files[path])}
-        large = {"lfs": {"oid": self.sha256(path), "size": size, "pointerSize": 130}}
+        entry = {"type": "file", "path": path, "size": len(self.files[path]), "oid": git_id(self.files[path])}
+        large = {"lfs": {"oid": sha256(self.files[path]), "size": entry["size"], "pointerSize": 130}}
         return entry | (large if path.endswith(self.lfs) else {})
 
     def tree(self, folder: str, deep: bool) -> list[dict[str, Any] | None]:
@@ -68,40 +62,29 @@ class Repository:
         return [self.entry(path) for path in sorted(found)]
 
 
-@dataclass
-class Request:
+class Request(NamedTuple):
     """One line of the log."""
 
     method: str
     path: str
-    range: str | None
-    token: str | None
-    host: str
-    status: int = 0
-    sent: int = 0
 
 
-@dataclass
-class LoopbackHub(Served):
+class LoopbackHub(Loopback):
     """The server, as a context manager. All may be changed while it runs."""
 
-    repositories: dict[str, Repository] = field(default_factory=dict)
-    files: dict[str, bytes] = field(default_factory=dict)
-    """Files under /files/."""
-    token: str | None = None
-    """What every request must have; None: nothing."""
-    faults: Faults = field(default_factory=Faults)
-    stored: dict[str, bytes] = field(default_factory=dict)
-    """Large files that were uploaded, by sha256, committed or not."""
-    log: list[Request] = field(default_factory=list)
-
-    def __enter__(self) -> Self:
-        class Handler(_Handler):
-            hub = self
-
-        self.server = Loopback(Handler)
+    def __init__(self, token: str | None = None) -> None:
+        super().__init__(_Handler)
+        self.token = token
+        """What every request must have; None: nothing."""
+        self.repositories: dict[str, Repository] = {}
+        self.files: dict[str, bytes] = {}
+        """Files under /files/."""
+        self.faults = Faults()
+        self.stored: dict[str, bytes] = {}
+        """Large files that were uploaded, by sha256, committed or not."""
+        self.log: list[Request] = []
+        self.bytes_sent = Counter[str]()
         self.lock, self.done = threading.Lock(), Counter[tuple[str, str]]()
-        return super().__enter__()
 
     def add(self, name: str, files: dict[str, bytes], **more: Any) -> Repository:
         self.repositories[name] = Repository(files, **more)
@@ -111,76 +94,47 @@ class LoopbackHub(Served):
         """Return the requests for files whose path ends with `part`."""
         return [each for each in self.log if each.path.endswith(part) and "/api/" not in each.path]
 
-    def sent(self, part: str = "") -> int:
+    def sent(self, part: str) -> int:
         """Return the bytes of files that were sent."""
-        return sum(each.sent for each in self.requests(part))
+        return sum(count for path, count in self.bytes_sent.items() if path.endswith(part))
 
     def take(self, fault: str, path: str) -> bool:
         """Return whether this answer has the fault, and count it."""
-        pattern = getattr(self.faults, fault)
-        if not pattern or not fnmatch.fnmatchcase(path, pattern):
+        if not fnmatch.fnmatchcase(path, getattr(self.faults, fault)):
             return False
         with self.lock:
             self.done[fault, path] += 1
             return not self.faults.times or self.done[fault, path] <= self.faults.times
 
 
-class _Handler(QuietHandler):
-    hub: LoopbackHub
-
-    def begin(self, status: int, headers: dict[str, str]) -> None:
-        self.entry.status = status
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-
-    def say(self, value: Any, status: int = 200, **headers: str) -> None:
-        body = json.dumps(value).encode()
-        facts = {name.replace("_", "-"): text for name, text in headers.items()}
-        self.begin(status, {"Content-Type": "application/json", "Content-Length": str(len(body)), **facts})
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
-            parts = []
-            while size := int(self.rfile.readline().strip() or b"0", 16):
-                parts.append(self.rfile.read(size))
-                self.rfile.readline()
-            self.rfile.readline()
-            return b"".join(parts)
-        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+class _Handler(Handler):
+    server: LoopbackHub
 
     def do_GET(self) -> None:
-        path, body = unquote(urlsplit(self.path).path), self.body()
+        hub, path, body = self.server, unquote(urlsplit(self.path).path), self.body()
+        hub.log.append(Request(self.command, path))
+        with hub.lock:
+            fails = hub.faults.fail_first > 0
+            hub.faults.fail_first -= fails
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
-        self.entry = Request(self.command, path, self.headers.get("Range"), token, self.headers.get("Host", ""))
-        self.hub.log.append(self.entry)
-        faults = self.hub.faults
-        with self.hub.lock:
-            fails = faults.fail_first > 0
-            faults.fail_first -= fails
         parts = path.strip("/").split("/")
         try:
-            if fails:
-                self.say({"error": "injected"}, faults.status)
-            elif faults.broken and faults.broken in path:
-                self.say({"error": "injected"}, 400)
+            if fails or (hub.faults.broken and hub.faults.broken in path):
+                self.say({"error": "injected"}, hub.faults.status if fails else 400)
             elif parts[0] == "put":
-                assert hashlib.sha256(body).hexdigest() == parts[1]
-                self.hub.stored[parts[1]] = body
+                assert sha256(body) == parts[1]
+                hub.stored[parts[1]] = body
                 self.say({})
-            elif self.hub.token not in (None, token):
+            elif hub.token not in (None, token):
                 self.say({"error": "Invalid username or password."}, 401)
             elif parts[0] == "files":
-                content = self.hub.files["/".join(parts[1:])]
-                self.say_file("/".join(parts[1:]), content, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"'})
+                content = hub.files["/".join(parts[1:])]
+                self.say_file("/".join(parts[1:]), content, {"ETag": f'"{sha256(content)}"'})
             elif parts[0] == "api":
                 self.say_api(parts[1:], body)
             elif parts[-1] == "batch":
                 objects = [
-                    {**each, "actions": {"upload": {"href": f"{self.hub.url}/put/{each['oid']}"}}}
+                    {**each, "actions": {"upload": {"href": f"{hub.url}/put/{each['oid']}"}}}
                     for each in json.loads(body)["objects"]
                 ]
                 self.say({"transfer": "basic", "objects": objects})
@@ -188,41 +142,37 @@ class _Handler(QuietHandler):
                 self.resolve(parts[1:] if parts[0] == "datasets" else parts)
         except KeyError as error:
             self.say({"error": str(error)}, 404, X_Error_Code="EntryNotFound")
-        except (BrokenPipeError, ConnectionResetError):
-            self.close_connection = True
 
     do_HEAD = do_PUT = do_POST = do_GET
 
     def resolve(self, parts: list[str]) -> None:
         """Answer a request for NAME/resolve/REVISION/PATH."""
-        repository, name, faults = self.hub.repositories["/".join(parts[:2])], "/".join(parts[4:]), self.hub.faults
+        repository, name = self.server.repositories["/".join(parts[:2])], "/".join(parts[4:])
         content = repository.files[name]
         if parts[3] not in (repository.commit, "main"):
             raise KeyError(parts[3])
-        etag = repository.sha256(name) if name.endswith(repository.lfs) else git_id(content)
-        facts = {"X-Repo-Commit": repository.commit, "ETag": f'"{etag}"'}
+        facts = {"X-Repo-Commit": repository.commit, "ETag": f'"{git_id(content)}"'}
         if name.endswith(repository.lfs):
-            facts |= {"X-Linked-Etag": facts["ETag"], "X-Linked-Size": str(len(content))}
-        if fnmatch.fnmatchcase(name, faults.denied):
-            self.say({"error": "gated"}, 403, X_Error_Message="you are not in the authorized list")
-        else:
-            self.say_file(name, content, facts)
+            facts["ETag"] = facts["X-Linked-Etag"] = f'"{sha256(content)}"'
+            facts["X-Linked-Size"] = str(len(content))
+        self.say_file(name, content, facts)
 
     def say_api(self, parts: list[str], body: bytes) -> None:
+        hub = self.server
         if parts == ["repos", "create"]:
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}"
             private = asked.get("visibility") == "private" or bool(asked.get("private"))
-            self.hub.repositories.setdefault(name, Repository(kind="model", private=private))
-            self.say({"url": f"{self.hub.url}/{name}", "name": name})
+            hub.repositories.setdefault(name, Repository(kind="model", private=private))
+            self.say({"url": f"{hub.url}/{name}", "name": name})
             return
         if parts == ["validate-yaml"]:
             self.say({"errors": [], "warnings": []})
             return
         kind, name, verb = parts[0][:-1], "/".join(parts[1:3]), parts[3] if len(parts) > 3 else "revision"
-        repository = self.hub.repositories.get(name)
+        repository = hub.repositories.get(name)
         if repository is None or repository.kind != kind:
-            self.say({"error": "no such repository"}, 404 if self.hub.token else 401, X_Error_Code="RepoNotFound")
+            self.say({"error": "no such repository"}, 404 if hub.token else 401, X_Error_Code="RepoNotFound")
         elif len(parts) > 4 and parts[4] not in ("main", repository.commit):
             self.say({"error": "no such revision"}, 404, X_Error_Code="RevisionNotFound")
         elif verb == "revision":
@@ -231,62 +181,61 @@ class _Handler(QuietHandler):
                       "private": repository.private, "tags": [], "downloads": 0, "likes": 0})  # fmt: skip
         elif verb == "tree":
             folder = "/".join(parts[5:])
-            if (found := repository.tree(folder, "recursive=true" in self.path.lower() or not folder)) or not folder:
-                self.say(found)
-            else:
+            found = repository.tree(folder, "recursive=true" in self.path.lower() or not folder)
+            if folder and not found:
                 raise KeyError(folder)
+            self.say(found)
         elif verb == "paths-info":
             paths = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode())["paths"]
             self.say([entry for path in paths if (entry := repository.entry(path)) is not None])
         elif verb == "preupload":
-            modes = {path: "lfs" if path.endswith(repository.lfs) else "regular"
-                     for path in (each["path"] for each in json.loads(body)["files"])}  # fmt: skip
-            self.say({"files": [{"path": path, "uploadMode": modes[path], "shouldIgnore": False} for path in modes]})
+            paths = [each["path"] for each in json.loads(body)["files"]]
+            modes = {path: "lfs" if path.endswith(repository.lfs) else "regular" for path in paths}
+            self.say({"files": [{"path": path, "uploadMode": modes[path], "shouldIgnore": False} for path in paths]})
         else:
             self.commit(name, repository, body)
 
     def say_file(self, name: str, content: bytes, facts: dict[str, str]) -> None:
-        first, last, status = 0, len(content) - 1, 200
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if asked and self.headers.get("If-Range") in (None, facts["ETag"]):
-            first, last, status = int(asked[1]), min(last, int(asked[2] or last)), 206
-            if first >= len(content):
-                self.begin(416, {"Content-Length": "0", "Content-Range": f"bytes */{len(content)}"})
-                return
-            facts = {**facts, "Content-Range": f"bytes {first}-{last}/{len(content)}"}
-        self.begin(status, {**facts, "Content-Length": str(last + 1 - first)})
+        first, stop, status = 0, len(content), 200
+        if asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+            first, status = int(asked[1]), 206
+            facts = {**facts, "Content-Range": f"bytes {first}-{stop - 1}/{stop}"}
+        self.begin(status, {**facts, "Content-Length": str(stop - first)})
         if self.command == "HEAD":
             return
-        flip, stop = len(content) // 2, last + 1
-        if first <= flip and self.hub.take("corrupt", name):
+        flip = len(content) // 2
+        if first <= flip and self.server.take("corrupt", name):
             content = content[:flip] + bytes([content[flip] ^ 0xFF]) + content[flip + 1 :]
-        if stop - first > 1 and self.hub.take("truncate", name):
+        if self.server.take("truncate", name):
             stop, self.close_connection = first + (stop - first) // 2, True
         for start in range(first, stop, _BLOCK):
             block = content[start : min(stop, start + _BLOCK)]
-            self.entry.sent += len(block)
+            self.server.bytes_sent[name] += len(block)
             self.wfile.write(block)
-            time.sleep(self.hub.faults.block_seconds)
+            time.sleep(self.server.faults.block_seconds)
 
     def commit(self, name: str, repository: Repository, body: bytes) -> None:
-        files, message = dict(repository.files), ""
+        files = dict(repository.files)
         for line in body.splitlines():
             entry: dict[str, Any] = json.loads(line)
-            value = entry["value"]
-            if entry["key"] == "header":
-                message = value["summary"]
-            elif entry["key"] == "file":
+            kind, value = entry["key"], entry["value"]
+            if kind == "header":
+                repository.commits.append(value["summary"])
+            elif kind == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
-            elif entry["key"] == "lfsFile":
-                files[value["path"]] = self.hub.stored[value["oid"]]
-            elif entry["key"] == "deletedFile":
+            elif kind == "lfsFile":
+                files[value["path"]] = self.server.stored[value["oid"]]
+            elif kind == "deletedFile":
                 del files[value["path"]]
         repository.files = files
-        repository.commits.append(message)
         oid = f"{len(repository.commits):040d}"
-        self.say({"success": True, "commitOid": oid, "commitUrl": f"{self.hub.url}/{name}/commit/{oid}"})
+        self.say({"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{name}/commit/{oid}"})
 
 
 def git_id(content: bytes) -> str:
     """Return git's id of a file's content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,21 +1,43 @@
-"""HTTP servers in a thread of this process: the plain one, and a scripted teacher."""
+"""An HTTP server in a thread of this process."""
 
 import json
 import threading
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
 
-class QuietHandler(BaseHTTPRequestHandler):
-    """HTTP/1.1 without a log."""
+class Handler(BaseHTTPRequestHandler):
+    """HTTP/1.1 with JSON and without a log."""
 
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: object) -> None:
         pass
+
+    def body(self) -> bytes:
+        """Return the body of the request, which may come in chunks."""
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while size := int(self.rfile.readline().strip() or b"0", 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def begin(self, status: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def say(self, value: Any, status: int = 200, **headers: str) -> None:
+        """Answer with JSON, or with bytes as they are."""
+        data = value if isinstance(value, bytes) else json.dumps(value).encode()
+        more = {name.replace("_", "-"): text for name, text in headers.items()}
+        self.begin(status, {"Content-Type": "application/json", "Content-Length": str(len(data)), **more})
+        if self.command != "HEAD":
+            self.wfile.write(data)
 
 
 class Loopback(ThreadingHTTPServer):
@@ -35,94 +57,10 @@ class Loopback(ThreadingHTTPServer):
         self.thread.start()
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.shutdown()
-        self.server_close()
-        self.thread.join()
-
-
-class Served:
-    """What answers by way of a `Loopback`, until it stops."""
-
-    server: Loopback
-
-    def __enter__(self) -> Self:
-        self.server.__enter__()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def stop(self) -> None:
-        """Answer nobody any more."""
-        self.server.__exit__()
-
-    @property
-    def url(self) -> str:
-        return self.server.url
-
-
-@dataclass
-class Reply:
-    """What the server does to one request."""
-
-    text: str | None = "yes"
-    status: int = 200
-    raw: bytes | None = None
-    seconds: float = 0.0
-    usage: dict[str, int] | None = field(default_factory=lambda: {"prompt_tokens": 10, "completion_tokens": 5})
-
-
-class Teacher(Served):
-    """A scripted endpoint: `script(question, tries)` says what happens; what was asked is kept."""
-
-    def __init__(self) -> None:
-        self.script: Callable[[str, int], Reply] = lambda question, tries: Reply(f"answer to {question}")
-        self.bodies: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.paths: set[str] = set()
-        self.at_once, self.most_at_once = 0, 0
-        self._lock = threading.Lock()
-        teacher = self
-
-        class Endpoint(QuietHandler):
-            def do_GET(self) -> None:
-                value = {"data": [{"id": "only"}]}
-                self.send(Reply(raw=json.dumps(value).encode()))
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                question = body["messages"][-1]["content"]
-                with teacher._lock:
-                    teacher.bodies.append(body)
-                    teacher.paths.add(self.path)
-                    teacher.headers.append(dict(self.headers))
-                    tries = sum(each["messages"][-1]["content"] == question for each in teacher.bodies)
-                    teacher.at_once += 1
-                    teacher.most_at_once = max(teacher.most_at_once, teacher.at_once)
-                try:
-                    reply = teacher.script(question, tries)
-                    time.sleep(reply.seconds)
-                finally:
-                    with teacher._lock:
-                        teacher.at_once -= 1
-                self.send(reply)
-
-            def send(self, reply: Reply) -> None:
-                choice = {"message": {"role": "assistant", "content": reply.text}, "finish_reason": "stop"}
-                value = {"model": "teacher-2026", "choices": [choice], "usage": reply.usage}
-                data = json.dumps(value).encode() if reply.raw is None else reply.raw
-                self.send_response(reply.status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-        self.server = Loopback(Endpoint)
-
-    @property
-    def url(self) -> str:
-        return f"{super().url}/v1"
-
-    def asked(self) -> list[str]:
-        return [body["messages"][-1]["content"] for body in self.bodies]
+        self.shutdown()
+        self.server_close()
+        self.thread.join()

@@ -8,25 +8,20 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-import pytest
 
 from kit.models import VOCABULARY, composed, make_model, make_tokenizer
-from mlxchat.config.schema import Config, OptimizerConfig, RLConfig, ScheduleConfig
+from mlxchat.config.schema import OptimizerConfig, RLConfig, ScheduleConfig
+from mlxchat.data.packing import Row
 from mlxchat.engine.generate import Completion
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT
-from mlxchat.model.parameters import flatten_parameters, set_parameters
-from mlxchat.model.sizes import GPTSizes, sizes_of
-from mlxchat.optim.optimizer import Flat, Optimizer, Rates
-from mlxchat.planning.memory import Training
+from mlxchat.model.parameters import flatten_parameters
+from mlxchat.optim.optimizer import Optimizer, Rates
 from mlxchat.rl.rollouts import Group, Rollout
 from mlxchat.runner.context import Context
-from mlxchat.runner.stage import Stages
 from mlxchat.training.batches import Batch, mean_batch
 from mlxchat.training.loop import Observation, fit
 from mlxchat.training.team_step import make_step
-
-Rows = list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
 
 
 def optimizer_config(option: str = "muon_oct2025", **changes: Any) -> OptimizerConfig:
@@ -51,37 +46,10 @@ def schedule(**changes: Any) -> ScheduleConfig:
     return ScheduleConfig(**{**constant, "weight_decay_frac": 1.0, **changes})
 
 
-def make_rows(count: int = 3, *, seed: int = 0, tokens: int = 16) -> Rows:
+def make_rows(count: int = 3, *, seed: int = 0, tokens: int = 16) -> list[Row]:
     """Return rows of random ids with the next ones as targets."""
     ids = np.random.default_rng(seed).integers(0, VOCABULARY, (count, tokens + 1)).astype(np.int32)
     return [(row[:-1], row[1:]) for row in ids]
-
-
-def training_of(config: Config, stage: str, sizes: GPTSizes | None = None) -> Training:
-    """Return what the memory of a stage's training depends on, by its forecast, on the configuration's machine."""
-    describe = Stages()[stage].memory
-    assert describe is not None
-    sizes = sizes or sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
-    found: Training = describe(config, stage, sizes).on(config.machine)
-    return found
-
-
-def assert_slopes(model: GPT, gradients: Flat, loss: Callable[[], float]) -> None:
-    """Compare gradients with central differences of the loss along a random direction of each parameter.
-
-    Each direction includes the gradient's, so that the slope is not lost in rounding: differences of 0.01 in float32
-    are good for about one percent.
-    """
-    start, rng = flatten_parameters(model), np.random.default_rng(0)
-    for name, value in start.items():
-        gradient, direction = np.asarray(gradients[name]), rng.normal(size=value.shape).astype(np.float32)
-        direction = direction / np.linalg.norm(direction) + gradient / np.linalg.norm(gradient)
-        ends = []
-        for sign in (1, -1):
-            set_parameters(model, {name: value + sign * 1e-2 * mx.array(direction)})
-            ends.append(loss())
-        set_parameters(model, {name: value})
-        assert float((gradient * direction).sum()) == pytest.approx((ends[0] - ends[1]) / 2e-2, rel=2e-2), name
 
 
 class NumberedBatches:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from kit.models import composed
-from kit.training import training_of
 from mlxchat.cpu import runtime
 from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import GPT
@@ -19,6 +18,7 @@ from mlxchat.model.sizes import GPTSizes, count_parameters, resolve_adapter, siz
 from mlxchat.optim.optimizer import Optimizer, rates_at
 from mlxchat.planning.memory import Device, Training, check_memory
 from mlxchat.runner.plan import make_plan
+from mlxchat.runner.stage import Stages
 from mlxchat.store.store import Store
 from mlxchat.training.batches import mean_batch
 from mlxchat.training.step import TrainStep
@@ -166,9 +166,12 @@ D32 = replace(SIZES, vocab_size=65536, num_layers=32, num_heads=16, num_kv_heads
     ids=str,
 )  # fmt: skip
 def test_grpo_on_d32_is_admitted_where_it_fits(overrides, fits):
+    describe: Any = Stages()["rl"].memory
     config = composed("experiment=grpo_nanochat_d32", *overrides)
-    training = training_of(config, "rl", D32)
+    training = describe(config, "rl", D32).on(config.machine)
     assert training.row_tokens == 320 + 256, "the longest prompt of GSM8K and rl.max_new_tokens, not the context"
     assert (training.fitting_rows(config.machine) > 0) is fits
-    unbounded = training_of(composed(), "rl")
+    config = composed()
+    sizes = sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
+    unbounded = describe(config, "rl", sizes).on(config.machine)
     assert unbounded.row_tokens == unbounded.sizes.context_tokens, "the task does not bound its prompts"

@@ -45,10 +45,9 @@ def _call(function: Callable[..., Any], size: int, given: tuple[Any, ...], *, fo
             path = os.pathsep.join([str(TESTS), *sys.path])
             variables = {"PYTHONPATH": path, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
             said = stack.enter_context((folder / f"{rank}.txt").open("wb"))
-            arguments = [json.dumps({**order, "follow": follow}), str(folder / f"{rank}.json")]
-            process = subprocess.Popen(
-                [sys.executable, "-m", "kit.ranks", *arguments], env=os.environ | variables, stdout=said, stderr=said
-            )
+            command = [sys.executable, "-m", "distributed.ranks", json.dumps({**order, "follow": follow})]
+            command += [str(folder / f"{rank}.json")]
+            process = subprocess.Popen(command, env=os.environ | variables, stdout=said, stderr=said)
             stack.callback(process.wait)
             stack.callback(process.kill)
             ranks.append(process)

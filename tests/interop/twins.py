@@ -1,0 +1,156 @@
+"""Small models in nanochat's format, written without its code."""
+
+import io
+import json
+import pickle
+import sys
+import types
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiktoken
+
+from mlxchat.config.schema import ImportConfig
+from mlxchat.data.vocabulary import SPECIAL_TOKENS, SPLIT_PATTERN
+from mlxchat.interop.names import expected_shapes, sizes_from_nanochat
+from mlxchat.model.sizes import GPTSizes
+
+LATER = ["value_embeds.", "resid_lambdas", "x0_lambdas", "smear_gate.", "smear_lambda", "backout_lambda"]
+_STORAGES = {"f4": "FloatStorage", "u2": "BFloat16Storage", "i4": "IntStorage", "i8": "LongStorage"}
+
+
+class _Storage:
+    def __init__(self, kind: type, key: str, count: int) -> None:
+        self.kind, self.key, self.count = kind, key, count
+
+
+class _Pickler(pickle.Pickler):
+    """Refers to storages by persistent ids, as torch.save does."""
+
+    def persistent_id(self, thing: Any) -> Any:
+        return ("storage", thing.kind, thing.key, "cuda:0", thing.count) if isinstance(thing, _Storage) else None
+
+
+@contextmanager
+def torch_by_name() -> Iterator[tuple[types.ModuleType, types.ModuleType]]:
+    """Install dummy modules torch and torch._utils that pickles can refer to."""
+    torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
+    for name in _STORAGES.values():
+        setattr(torch, name, type(name, (), {"__module__": "torch"}))
+
+    def _rebuild_tensor_v2(*_: Any) -> None:
+        raise AssertionError("never called")
+
+    _rebuild_tensor_v2.__module__, _rebuild_tensor_v2.__qualname__ = "torch._utils", "_rebuild_tensor_v2"
+    utils._rebuild_tensor_v2 = _rebuild_tensor_v2  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torch", torch)
+        patch.setitem(sys.modules, "torch._utils", utils)
+        yield torch, utils
+
+
+class Tensor:
+    """A tensor to write: NumPy's numbers (uint16: the bits of bfloat16), or `part` of those of a shared storage."""
+
+    def __init__(self, numbers: np.ndarray[Any, Any], *, storage: str | None = None, part: slice = slice(None)) -> None:
+        self.numbers, self.storage, self.part = numbers, storage, part
+
+    def place(self, storage: _Storage) -> tuple[Any, ...]:
+        shape = self.numbers[self.part].shape
+        strides = tuple(int(np.prod(shape[axis + 1 :])) for axis in range(len(shape)))
+        first = (self.part.start or 0) * int(np.prod(shape[1:]))
+        return (storage, first, shape, strides, False, OrderedDict())
+
+
+def write_torch(path: Path, content: dict[str, Any] | Tensor) -> None:
+    """Write a file as torch.save does: a stored zip with a pickle and a member for each storage."""
+    members: dict[str, bytes] = {}
+    with torch_by_name() as (torch, utils):
+
+        class Rebuilt:
+            def __init__(self, arguments: tuple[Any, ...]) -> None:
+                self.arguments = arguments
+
+            def __reduce__(self) -> Any:
+                return utils._rebuild_tensor_v2, self.arguments
+
+        def prepare(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: prepare(each) for key, each in value.items()}
+            if not isinstance(value, Tensor):
+                return value
+            key = value.storage or str(len(members))
+            kind = getattr(torch, _STORAGES[value.numbers.dtype.str[1:]])
+            members.setdefault(f"data/{key}", value.numbers.tobytes())
+            return Rebuilt(value.place(_Storage(kind, key, value.numbers.size)))
+
+        made = prepare(content)
+        made = OrderedDict(made) if isinstance(made, dict) else made
+        buffer = io.BytesIO()
+        _Pickler(buffer, protocol=2).dump(made)
+    write_zip(path, {"data.pkl": buffer.getvalue(), "byteorder": b"little", **members, "version": b"3\n"})
+
+
+def write_zip(path: Path, members: dict[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(zipfile.ZipInfo(f"archive/{name}"), data)  # the same bytes at any time
+
+
+def encoding_of(num_merged: int = 20, special: tuple[str, ...] = SPECIAL_TOKENS) -> tiktoken.Encoding:
+    """Return an encoding of the 256 bytes and some pairs of letters."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    for index in range(num_merged):
+        ranks[bytes([97 + index % 26, 97 + (index * 7 + 1) % 26]) + b"x" * (index // 26)] = len(ranks)
+    names = {name: len(ranks) + index for index, name in enumerate(special)}
+    return tiktoken.Encoding("rustbpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=names)
+
+
+@dataclass
+class Twin:
+    """A nanochat checkpoint of a tiny random model."""
+
+    folder: Path
+    sizes: GPTSizes
+    tensors: dict[str, np.ndarray[Any, Any]]
+    """Our name → float32; the tables were stored as bfloat16."""
+
+    def config(self, **settings: Any) -> ImportConfig:
+        given = {"name": "twin", "format": "nanochat", "repository": None, "revision": "main",
+                 "folder": str(self.folder), "step": None, "chat": None}  # fmt: skip
+        return ImportConfig(**{**given, **settings})
+
+
+def make_twin(
+    folder: Path, *, later: bool = False, prefix: str = "", step: int = 7, width: int = 32, seed: int = 0,
+    num_layers: int = 2, random: bool = True,
+) -> Twin:  # fmt: skip
+    """Write a nanochat checkpoint of either architecture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    encoding = encoding_of()
+    meta = {"sequence_len": 64, "vocab_size": encoding.n_vocab, "n_layer": num_layers, "n_head": 2,
+            "n_kv_head": 1, "n_embd": width, **({"window_pattern": "SL"} if later else {})}  # fmt: skip
+    sizes = sizes_from_nanochat(meta, LATER * later, "twin")
+    draw, tensors, stored = np.random.default_rng(seed), {}, {}
+    for name, shape in expected_shapes(sizes).items():
+        numbers = (0.3 * draw.standard_normal(shape)).astype(np.float32) if random else np.ones(shape, np.float32)
+        if "wte" in name or "value_embeds" in name:
+            bits = (numbers.view(np.uint32) >> 16).astype(np.uint16)
+            numbers = (bits.astype(np.uint32) << 16).view(np.float32)
+            stored[prefix + name] = Tensor(bits)
+        else:
+            stored[prefix + name] = Tensor(numbers)
+        tensors[name] = numbers
+    write_torch(folder / f"model_{step:06d}.pt", stored)
+    (folder / f"meta_{step:06d}.json").write_text(json.dumps({"step": step, "val_loss": 1.5, "model_config": meta}))
+    (folder / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))
+    lengths = [len(encoding.decode_single_token_bytes(index)) for index in range(encoding.n_vocab - 9)]
+    write_torch(folder / "token_bytes.pt", Tensor(np.array([*lengths, *[0] * 9], dtype=np.int32)))
+    return Twin(folder, sizes, tensors)
