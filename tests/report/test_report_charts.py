@@ -7,7 +7,7 @@ import pytest
 
 from mlxchat.report.comparison import scaling_chart
 from mlxchat.report.document import standalone
-from mlxchat.report.plots import Bar, Curve, draw_bars, draw_curves, main_charts, more_charts, smooth
+from mlxchat.report.plots import Curve, draw_bars, draw_curves, main_charts, more_charts, smooth
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -23,7 +23,8 @@ def words(svg):
 
 def test_hostile_names_stay_text_in_pictures():
     name = '"><script>alert(1)</script>&\x1b[31m\u202e\ud800 $x^2$'
-    bars = draw_bars("b", name, name, [(name, [Bar(value=1.0), None], [0.5])], x=name, labels=[name, "b"])
+    rows = [(name, [(1.0, 0.1), None], [0.5])]
+    bars = draw_bars("b", name, name, rows, x=name, labels=[name, "b"], mark="chance")
     for drawn in (bars, chart(([1.0, 2.0], [1.0, 2.0]), title=name, alt=name, y=name, levels=[(name, 1.5)])):
         root = ElementTree.fromstring(standalone(drawn))
         assert not [element for element in root.iter() if element.tag.endswith("script")]
@@ -50,22 +51,25 @@ def test_smoothing_is_a_moving_mean():
     assert smooth([5.0]) == [5.0]
 
 
-def test_charts_follow_the_logged_metrics(whole):
+def test_charts_follow_the_logged_metrics(made):
     lines = [
         {"iteration": i, "loss": 5.0 / i, "lr_multiplier": 1.0, "grad_norm": 0.5, "tokens_per_second": 1e5,
          "val_loss": 1.0, "val_perplexity": 2.7, "data_wait_frac": 0.2 if i == 1 else 0.0}
         for i in range(1, 40)
     ]  # fmt: skip
-    whole.write_lines(whole.folder("sft") / "metrics.jsonl", lines)
-    report = whole.read()
+    made.write_lines("sft", "metrics.jsonl", lines)
+    passes = {f"pass_at_{k}": 0.5 for k in range(1, 9)}
+    lines = [{"iteration": i, "reward": 0.1 * i, **passes, "pass_at_1_stderr": 0.05} for i in range(5)]
+    made.write_lines("rl", "metrics.jsonl", lines)
+    report = made.report()
     sft, rl = report.step("sft"), report.step("rl")
     assert [chart.name for chart in main_charts(report, sft)] == ["sft-loss", "sft-val_loss"]
     more = ["sft-lr_multiplier", "sft-grad_norm", "sft-tokens_per_second"]
     assert [chart.name for chart in more_charts(report, sft)] == more
     assert [chart.name for chart in main_charts(report, rl)] == ["rl-reward", "rl-pass"]
     passed = main_charts(report, rl)[1]
-    assert "pass@1 ends at 53.9% ± 5.0" in passed.alt
-    assert len(passed.draw().axes[0].collections) == 4, "a band of standard errors for each k"
+    assert "pass@1 ends at 50.0% ± 5.0; pass@2 ends at 50.0%; pass@4" in passed.alt
+    assert len(passed.draw().axes[0].collections) == 1, "a band of standard errors"
     assert main_charts(report, report.step("corpus")) == []
 
 

@@ -1,11 +1,13 @@
-"""The written report: whole files, pictures, and hostile texts that stay text."""
+"""The written report: whole files, hostile texts that stay text; which report `mlxchat report` writes, and where."""
 
+import json
 import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
 
+from mlxchat.cli import dispatch
 from mlxchat.report.summary import print_summary
 
 HOSTILE = '</pre><script>alert("x")</script> | [red]no[/red] ``` \x1b[31m \u202eevil \ud800 *a* $x$ {{ 7*7 }}'
@@ -28,55 +30,115 @@ class Page(HTMLParser):
         self.words += data
 
 
-def read_page(fake):
-    return (fake.run / "report.html").read_text(encoding="utf-8")
-
-
-@pytest.fixture
-def small(make):
-    return make(without=["pretrain", "midtrain", "sft", "rl", "eval_base", "eval_mid", "eval_sft", "eval_rl"])
-
-
-@pytest.fixture
-def hostile(whole):
-    samples = [{"iteration": 1, "prompt": HOSTILE, "text": HOSTILE + "\n" + HOSTILE}]
-    whole.write_lines(whole.folder("pretrain") / "samples.jsonl", samples)
-    task = {"kind": "generative", "accuracy": 0.5, "chance": 0.1, "num_examples": 3, "stderr": 0.1}
-    whole.edit_json("eval_sft", "scores.json", tasks={HOSTILE: task, "日本": task}, samples=samples)
-    entry = {HOSTILE: HOSTILE}
-    whole.edit_json("sft", "manifest.json", overrides=[HOSTILE], versions=entry, derived=entry)
-    whole.append_event(event="run_failed", error=HOSTILE)
-    return whole
-
-
-def test_report_writes_page_markdown_and_pictures(reported):
-    pictures = sorted(path.name for path in (reported.run / "report").iterdir())
-    curves = {"midtrain": "val_bpb", "pretrain": "val_bpb", "rl": "pass", "sft": "val_loss"}
-    expected = {"accuracy.svg", "rl-reward.svg", *(f"{step}-{curve}.svg" for step, curve in curves.items())}
-    assert expected <= set(pictures)
-    markdown = (reported.run / "report.md").read_text(encoding="utf-8")
+def test_page_is_self_contained_and_its_pictures_are_files(made):
+    made.write_report()
+    source = (made.run / "report.html").read_text(encoding="utf-8")
+    assert all(address.startswith("#") for address in Page(source).addresses)
+    assert not re.search(r"@import|url\((?!#)|https?:", source)
+    pictures = {path.name for path in (made.run / "report").iterdir()}
+    assert {"pretrain-loss.svg", "pretrain-val_bpb.svg", "sft-val_loss.svg", "rl-reward.svg"} <= pictures
+    markdown = (made.run / "report.md").read_text(encoding="utf-8")
     for name in pictures:
-        ElementTree.fromstring((reported.run / "report" / name).read_text(encoding="utf-8"))
+        ElementTree.fromstring((made.run / "report" / name).read_text(encoding="utf-8"))
         assert f"(report/{name})" in markdown
 
 
-def test_hostile_text_stays_text_in_html(hostile):
-    hostile.write_report()
-    page = Page(read_page(hostile))
+def test_hostile_text_stays_text(made, capsys):
+    samples = [{"iteration": 1, "prompt": HOSTILE, "text": HOSTILE + "\n" + HOSTILE}]
+    made.write_lines("pretrain", "samples.jsonl", samples)
+    task = {"kind": "generative", "accuracy": 0.5, "chance": 0.1, "num_examples": 3, "stderr": 0.1}
+    made.edit("eval_sft", "scores.json", tasks={HOSTILE: task, "日本": task}, samples=samples)
+    made.edit("sft", "manifest.json", versions={HOSTILE: HOSTILE}, derived={HOSTILE: HOSTILE})
+    made.add_event(event="run_failed", error=HOSTILE)
+    page = Page(made.write_report().read_text(encoding="utf-8"))
     assert not page.tags & {"script", "red", "iframe", "object", "link"}
     assert '</pre><script>alert("x")</script> | [red]no[/red]' in page.words
     assert "{{ 7*7 }}" in page.words
     assert not re.search("[\x1b\u202e\ud800]", page.words)
-
-
-def test_page_is_self_contained(reported):
-    source = read_page(reported)
-    assert all(address.startswith("#") for address in Page(source).addresses)
-    assert not re.search(r"@import|url\((?!#)|https?:", source)
-
-
-def test_summary_prints_hostile_text_as_it_is(hostile, capsys):
-    print_summary(hostile.read())
+    print_summary(made.report())
     printed = capsys.readouterr().out
     assert "[red]no[/red]" in printed
     assert "\x1b" not in printed
+
+
+def tell(made, *arguments):
+    assert dispatch(["report", f"outputs={made.outputs}", *map(str, arguments)]) == 0
+
+
+def test_latest_run_is_the_default(made, capsys, monkeypatch):
+    opened = []
+    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or True)
+    tell(made, "--open", "--cost-per-hour", "24")
+    assert opened == [(made.run / "report.html").resolve().as_uri()]
+    assert "$" in (made.run / "report.html").read_text()
+    assert f"report: {made.run / 'report.html'}" in capsys.readouterr().out
+
+
+def test_run_and_artifact_are_found_by_name_or_folder(made, tmp_path, capsys):
+    for name in ("smoke", f"outputs/runs/{made.run.name}"):
+        tell(made, name, "--out", tmp_path / "there")
+        assert (tmp_path / "there" / "report" / "pretrain-loss.svg").is_file()
+    capsys.readouterr()
+    tell(made, made.folders["eval_sft"].name, "--out", tmp_path / "artifact")
+    words = (tmp_path / "artifact" / "report.md").read_text()
+    assert "<summary>midtrain (MID)" in words
+    assert "<summary>rl (RL)" not in words, "only what it was made from"
+    assert re.search(r"Metric +SFT", capsys.readouterr().out)
+
+
+def test_sweep_is_reported(made):
+    plan = json.loads((made.run / "plan.json").read_text())
+    folder = made.outputs / "multirun" / "20261121-1"
+    folder.mkdir(parents=True)
+    jobs = {str(n): {"settings": {}, "title": f"model=d{2 * n}", "steps": plan["steps"]} for n in (1, 2)}
+    (folder / "sweep.json").write_text(json.dumps({"jobs": jobs}))
+    tell(made, "20261121-1")
+    assert "| model=d4 |" in (folder / "report.md").read_text(), "while it runs"
+    table = [{"job": n, "model": f"d{2 * n}", "eval.val_bpb": 1.25, "status": "done"} for n in (2, 1)]
+    (folder / "table.json").write_text(json.dumps(table))
+    tell(made, "20261121-1")
+    assert "| 2 | d4 | 1.25 | done" in (folder / "report.md").read_text()
+
+
+@pytest.fixture
+def open_page(browser, made):
+    contexts = []
+
+    def opened(width, scheme="light"):
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        contexts.append(context)
+        page = context.new_page()
+        page.told = []
+        page.on("request", lambda request: page.told.append(request.url))
+        page.on("console", lambda message: page.told.append(message.text))
+        page.goto(made.write_report().as_uri())
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+
+
+TEXTS_OUTSIDE = """[...document.querySelectorAll('svg.chart text')].filter(e => {
+    const own = e.getBoundingClientRect(), all = e.ownerSVGElement.getBoundingClientRect();
+    return own.left < all.left - 2 || own.right > all.right + 2 || own.bottom > all.bottom + 2;
+}).map(e => e.textContent)"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("width", "scheme", "ground"),
+    [(320, "dark", "rgb(13, 17, 23)"), (375, "light", "rgb(255, 255, 255)"), (1280, "dark", "rgb(13, 17, 23)")],
+)
+def test_page_fits_every_screen_readably(open_page, made, width, scheme, ground):
+    from kit.pages import weakest_contrast
+
+    page = open_page(width, scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.told == [(made.run / "report.html").as_uri()], "no other request, no message"
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == ground
+    assert page.locator("svg.chart").count() > 5
+    assert weakest_contrast(page)[0] >= 4.5, weakest_contrast(page)
+    assert page.evaluate(TEXTS_OUTSIDE) == []
+    page.emulate_media(media="print", color_scheme="dark")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"

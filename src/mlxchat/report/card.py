@@ -207,20 +207,12 @@ def _scores_of(store: Store, lineage: list[dict[str, Any]]) -> list[Path]:
 
 
 def _what_it_is(step: StepReport, chats: bool) -> str:
-    config = step.model
     count = known(format_count, number(step.num_parameters))
-    sizes = ", ".join(
-        f"{config[key]:,} {words}"
-        for key, words in (
-            ("num_hidden_layers", "layers"), ("hidden_size", "wide"), ("num_attention_heads", "heads"),
-            ("vocab_size", "tokens in its vocabulary"), ("max_position_embeddings", "tokens of context"),
-        )
-        if isinstance(config.get(key), int)
-    )  # fmt: skip
+    layers, context = (step.model.get(key) for key in ("num_hidden_layers", "max_position_embeddings"))
     kind = "answers in conversations" if chats else "continues text"
     return (
-        f"A language model of nanochat's architecture that {kind}: {count} parameters, {sizes}. "
-        f"It was made by the stage {step.stage} of mlxchat."
+        f"A language model of nanochat's architecture that {kind}: {count} parameters, {layers} layers, a context of "
+        f"{context} tokens. It was made by the stage {step.stage} of mlxchat."
     )
 
 

@@ -17,7 +17,7 @@ from mlxchat.report.tables import format_value
 from mlxchat.store.naming import called
 
 # One curve per colour.
-MOST_CURVES = len(COLOURS) - 1
+MOST_CURVES = len(COLOURS)
 
 
 def reports_of_sweep(outputs: Path, folder: Path) -> list[RunReport]:

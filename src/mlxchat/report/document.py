@@ -18,9 +18,9 @@ from typing import Any
 from mlxchat.config.table import Table, escape
 from mlxchat.config.wording import format_bytes, format_seconds, format_time
 from mlxchat.errors import StoreError, visible
-from mlxchat.evals.scores import mapping, number
+from mlxchat.evals.scores import number
 from mlxchat.report.collect import STAGE_LABELS, RunReport, StepReport, collect
-from mlxchat.report.examples import Example, example_groups, sample_groups, telling_examples
+from mlxchat.report.examples import Example, sample_groups, telling_examples
 from mlxchat.report.plots import Picture, main_charts, more_charts, score_charts
 from mlxchat.report.summary import answers, facts, print_summary, troubles
 from mlxchat.report.tables import (
@@ -28,10 +28,8 @@ from mlxchat.report.tables import (
     artifact_table,
     compression_table,
     core_table,
-    format_value,
     machine_table,
     metric_table,
-    pairs_table,
     source_table,
     timing_table,
 )
@@ -112,13 +110,12 @@ def _telling(report: RunReport) -> Iterator[Block]:
         yield Group("cards", [Group("card", [fenced(f"{one.prompt}\n→ {one.text}")]) for one in texts[:3]])
 
 
-def _card(example: Example, name: str = "") -> Group:
-    title = f"**{name}:** {escape(example.task)}, " if name else f"{escape(example.task)}, "
+def _card(example: Example, name: str) -> Group:
     last = example.expected.strip().rpartition("\n")[2]
     last = last if example.verdict == "wrong form" else last.removeprefix("#### ")
     expected = f", expected {escape(last)}" if last else ""
     words: list[Block] = [
-        f"{title}**{example.verdict}**{expected}",
+        f"**{name}:** {escape(example.task)}, **{example.verdict}**{expected}",
         Group("prompt", [fenced(example.prompt)]),
         fenced(f"→ {example.output}"),
     ]
@@ -127,7 +124,7 @@ def _card(example: Example, name: str = "") -> Group:
 
 def _steps(report: RunReport) -> Iterator[Block]:
     """Yield a fold for each step with content, inputs first."""
-    samples, examples = sample_groups(report), example_groups(report)
+    samples = sample_groups(report)
     for step in report.steps:
         if not (step.manifest or step.records or step.error):
             continue
@@ -136,16 +133,10 @@ def _steps(report: RunReport) -> Iterator[Block]:
         blocks += [table for table in [compression_table(step)] if table]
         if charts := more_charts(report, step):
             blocks.append(charts)
-        if results := mapping(step.manifest.get("metrics")):
-            pairs = [(key, format_value(value)) for key, value in results.items()]
-            blocks.append(Group("tables", [pairs_table("Results", pairs)]))
         for name, title, texts in samples:
             if name == step.name:
                 cards = [Group("card", [fenced(f"{one.prompt}\n→ {one.text}")]) for one in texts]
                 blocks += [f"#### {escape(title)}", Group("cards", cards)]
-        if step.name in examples:
-            cards = [_card(example) for example in examples[step.name]]
-            blocks += ["#### Questions and answers", Group("cards", cards)]
         if settings := all_settings(step):
             blocks.append(Group("fold long", [fenced("\n".join(settings))], "All settings"))
         yield Group("fold step", [block for block in blocks if block], _heading(step))

@@ -1,4 +1,4 @@
-"""What the model wrote: three telling answers, questions of the evaluations, answers that RL sampled, and samples."""
+"""What the model wrote: three telling answers of an evaluation, and samples of trainings."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from mlxchat.errors import DataError
 from mlxchat.report.collect import RunReport, Sample, StepReport, checkpoint_name, text
 from mlxchat.tasks.answers import number_and_form
 
-# Of a suite with more tasks, such as CORE's 22, only so many are shown.
-MOST_TASKS = 8
 SAMPLES_SHOWN = 8
 _EXAMPLE_CHARACTERS = 700
 _SAMPLE_CHARACTERS = 1500
@@ -96,22 +94,6 @@ def _telling(rows: list[dict[str, Any]], measured: dict[str, float]) -> dict[str
                 shown.add(_question(middle))
                 break
     return chosen
-
-
-def example_groups(report: RunReport) -> dict[str, list[Example]]:
-    """Return step → some of the questions of each evaluation that kept them."""
-    found = {step.name: read_examples(step.folder) for step in report.evals if step.folder is not None}
-    return {name: examples for name, examples in found.items() if examples}
-
-
-def read_examples(folder: Path) -> list[Example]:
-    """Return, of each task, the first question that was answered right and the first that was not."""
-    chosen: dict[tuple[str, bool], dict[str, Any]] = {}
-    for row in _rows(folder):
-        chosen.setdefault((text(row.get("task")), _is_right(row)), row)
-    tasks = list(dict.fromkeys(task for task, _ in chosen))[:MOST_TASKS]
-    pairs = [(task, verdict) for task in tasks for verdict in (True, False) if (task, verdict) in chosen]
-    return [_example(task, verdict, chosen[task, verdict]) for task, verdict in pairs]
 
 
 def sample_groups(report: RunReport) -> list[tuple[str, str, list[Sample]]]:

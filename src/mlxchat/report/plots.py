@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from mlxchat.config.wording import format_count, format_share
 from mlxchat.errors import visible
 from mlxchat.report.collect import RunReport, StepReport, checkpoint_name
-from mlxchat.report.tables import PUBLISHED_CORE, baseline_label, columns, passes
+from mlxchat.report.tables import baseline_label, columns, passes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,9 +32,8 @@ LABEL_LETTERS = 34
 # Curves from this length on are smoothed.
 SMOOTH_FROM_POINTS = 30
 INK, SOFT, LINE, PANEL = "#1f2328", "#59636e", "#d8dde3", "#f6f8fa"
-# Okabe and Ito's palette, safe for colour blindness; the last colour is for published results.
-COLOURS = ("#0072b2", "#b94a00", "#00825f", "#b5478f", "#8a6a00", "#5b5fc7", "#8c959f")
-_RUN_COLOURS = len(COLOURS) - 1
+# Okabe and Ito's palette, safe for colour blindness.
+COLOURS = ("#0072b2", "#b94a00", "#00825f", "#b5478f", "#8a6a00", "#5b5fc7")
 _VARIABLES = {INK: "ink", SOFT: "soft", LINE: "line", PANEL: "panel"} | {c: f"c{i}" for i, c in enumerate(COLOURS)}
 _STYLE: Any = {
     "svg.fonttype": "none", "text.parse_math": False, "font.size": 12, "text.color": INK,
@@ -211,43 +210,26 @@ def _draw_curve(curve: Curve, axes: Axes) -> None:
     axes.plot(xs, drawn, linestyle=line, marker="o" if is_dotted else "", label=label, **style)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bar:
-    """Length and standard error of a bar."""
-
-    value: float
-    error: float = 0.0
-    colour: int = 0
+Bars = list[tuple[str, list[tuple[float, float] | None], list[float]]]
+"""Rows of horizontal bars: label, length and standard error of each bar, and marked values."""
 
 
-Bars = list[tuple[str, list[Bar | None], list[float]]]
-"""Rows of horizontal bars: label, bars, and marked values."""
-
-
-def draw_bars(
-    name: str, title: str, alt: str, rows: Bars, *, x: str, labels: Sequence[str] = (), mark: str = ""
-) -> Picture:
-    """Return rows of bars.
-
-    `labels` is the legend of the bars (empty: one bar per row, with its value beside it), `mark` that of the marks.
-    """
+def draw_bars(name: str, title: str, alt: str, rows: Bars, *, x: str, labels: Sequence[str], mark: str) -> Picture:
+    """Return rows of bars; `labels` is the legend of a row's bars, `mark` that of the marked values."""
 
     def draw() -> Figure:
-        most = max(len(bars) for _, bars, _ in rows)
-        thick = 0.84 / most
-        figure, axes = _axes(84 + len(rows) * max(20, 11 * most + 8) + (20 if labels else 0))
+        thick = 0.84 / len(labels)
+        figure, axes = _axes(104 + len(rows) * max(20, 11 * len(labels) + 8))
         for position, (_, bars, marks) in enumerate(rows):
             for at, bar in enumerate(bars):
                 if bar is not None:
                     y = position + (at - (len(bars) - 1) / 2) * thick
-                    axes.barh(y, bar.value, thick * 0.92, color=COLOURS[bar.colour], xerr=bar.error or None, ecolor=INK)
-                    if not labels:
-                        axes.annotate(f"{bar.value:.4f}", (max(bar.value + bar.error, 0), y), (5, 0), va="center",
-                                      textcoords="offset points", color=SOFT)  # fmt: skip
+                    colour = COLOURS[at % len(COLOURS)]
+                    axes.barh(y, bar[0], thick * 0.92, color=colour, xerr=bar[1] or None, ecolor=INK)
             axes.vlines(marks, position - 0.45, position + 0.45, color=INK, linestyle=(0, (1.5, 1.5)))
         for at, label in enumerate(labels):
-            axes.barh([0], [0], color=COLOURS[at % _RUN_COLOURS], label=one_line(label))
-        if mark and any(marks for *_, marks in rows):
+            axes.barh([0], [0], color=COLOURS[at % len(COLOURS)], label=one_line(label))
+        if any(marks for *_, marks in rows):
             axes.plot([], [], color=INK, linestyle=(0, (1.5, 1.5)), label=mark)
         axes.set_yticks(range(len(rows)), [one_line(label, 26) for label, *_ in rows])
         axes.set_ylim(len(rows) - 0.45, -0.55)
@@ -356,39 +338,19 @@ def more_charts(report: RunReport, step: StepReport) -> list[Picture]:
 
 
 def score_charts(report: RunReport) -> list[Picture]:
-    """Return the charts of scores: accuracy on each task, and CORE beside GPT-2's."""
-    chosen = columns(report)
-    found = []
-    if scored := [column for column in chosen if column.scores.tasks]:
-        rows: Bars = []
-        for task in dict.fromkeys(task for column in scored for task in column.scores.tasks):
-            measures = [column.scores.tasks.get(task) for column in scored]
-            bars = [
-                None
-                if measure is None
-                else Bar(value=100 * measure.value, error=100 * (measure.stderr or 0), colour=at % _RUN_COLOURS)
-                for at, measure in enumerate(measures)
-            ]
-            # Chance 0 coincides with the axis.
-            rows.append((task, bars, sorted({100 * each.chance for each in measures if each and each.chance})))
-        found.append(draw_bars(
-            "accuracy", "Accuracy on each task",
-            "Bars of the accuracy on each task, with chance marked; the numbers are in the table of scores.", rows,
-            x="% of questions right, ± one standard error", labels=[column.label for column in scored], mark="chance",
-        ))  # fmt: skip
-    ours = [(column.label, measure) for column in chosen if (measure := column.scores.find("core"))]
-    if ours:
-        ladder = [(label, Bar(value=core.value, error=core.stderr or 0)) for label, core in ours]
-        ladder += [
-            (f"{name} (published)", Bar(value=core, colour=_RUN_COLOURS)) for name, core in PUBLISHED_CORE.items()
-        ]
-        ladder.sort(key=lambda row: row[1].value)
-        said = ", ".join(f"{name} {bar.value:.4f}" for name, bar in ladder)
-        found.append(draw_bars(
-            "core", "CORE beside GPT-2", f"Bars of CORE: {said}.", [(name, [bar], []) for name, bar in ladder],
-            x="CORE; grey: published elsewhere, not measured here",
-        ))  # fmt: skip
-    return found
+    """Return the chart of accuracies on each task; none if no task was evaluated."""
+    scored = [column for column in columns(report) if column.scores.tasks]
+    if not scored:
+        return []
+    rows: Bars = []
+    for task in dict.fromkeys(task for column in scored for task in column.scores.tasks):
+        measures = [column.scores.tasks.get(task) for column in scored]
+        bars = [None if each is None else (100 * each.value, 100 * (each.stderr or 0)) for each in measures]
+        # Chance 0 coincides with the axis.
+        rows.append((task, bars, sorted({100 * each.chance for each in measures if each and each.chance})))
+    alt = "Bars of the accuracy on each task, with chance marked; the numbers are in the table of scores."
+    x, labels = "% of questions right, ± one standard error", [column.label for column in scored]
+    return [draw_bars("accuracy", "Accuracy on each task", alt, rows, x=x, labels=labels, mark="chance")]
 
 
 def bpb_baselines(report: RunReport, step: StepReport) -> dict[str, float]:
@@ -434,7 +396,7 @@ def _pass_chart(step: StepReport) -> Iterator[Picture]:
         xs, ys = step.series(f"pass_at_{k}")
         of_errors, errors = step.series(f"pass_at_{k}_stderr")
         known = [100 * error for error in errors] if of_errors == xs else []
-        curves.append(Curve(points=(xs, [100 * y for y in ys]), errors=known, colour=position % _RUN_COLOURS,
+        curves.append(Curve(points=(xs, [100 * y for y in ys]), errors=known, colour=position % len(COLOURS),
                             label=f"@{k} {100 * ys[-1]:.0f}%"))  # fmt: skip
         said.append(f"pass@{k} ends at {format_share(ys[-1])}" + (f" ± {known[-1]:.1f}" if known else ""))
     if curves:

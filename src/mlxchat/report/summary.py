@@ -19,13 +19,15 @@ from mlxchat.config.wording import (
 )
 from mlxchat.errors import visible
 from mlxchat.evals.scores import Measure, Scores, mapping, number
-from mlxchat.report.collect import STAGE_LABELS, RunReport, StepReport, checkpoint_name, text
-from mlxchat.report.tables import PUBLISHED_CORE, baseline_label, columns, computing_seconds, metric_table, shown
+from mlxchat.report.collect import STAGE_LABELS, RunReport, StepReport, checkpoint_name
+from mlxchat.report.tables import baseline_label, columns, computing_seconds, metric_table, shown
 
 # Relative change of the validation loss over the last quarter that counts as flat.
 _FLAT = 0.01
 # Validations to fit a line to, at least.
 _FEWEST = 3
+# As published in the DCLM bundle.
+_GPT2_XL_CORE = 0.2565
 # Mean accuracy from which on longer training is not advised.
 _SOLVED = 0.98
 
@@ -169,7 +171,7 @@ def _how_well(report: RunReport) -> Iterator[str]:
         name, scores, best = max(found, key=lambda each: each[2].value)
         said = _said(best)
         if metric == "core":
-            yield f"CORE is {said}, after {name} (GPT-2 XL, as published: {PUBLISHED_CORE['GPT-2 XL 1.6B']:.4f})."
+            yield f"CORE is {said}, after {name} (GPT-2 XL, as published: {_GPT2_XL_CORE})."
         elif metric == "chatcore":
             yield f"The best ChatCORE is {said}, after {name}."
         else:
@@ -198,14 +200,6 @@ def _cost(report: RunReport) -> Iterator[str]:
         f"{format_seconds(spent)} of computing{f' on {places}' if places else ''}{f', {dollars}' if dollars else ''}"
         f"{f', at most {format_bytes(memory)} of memory' if memory else ''}."
     )
-    phases = []
-    for step in report.steps:
-        if _is_training(step) and step.stage != "pretrain" and step.manifest and step.seconds is not None:
-            count = step.fact("num_iterations")
-            iterations = f"{plural(int(count), 'iteration')}, " if count else ""
-            phases.append(f"{step.name} ({iterations}{format_seconds(step.seconds)})")
-    if phases:
-        yield f"Of this: {join(phases)}."
     cached = sum(step.outcome == "cached" for step in report.steps)
     if cached:
         this_run = f"; this run took {format_seconds(report.seconds)}" if report.seconds is not None else ""
@@ -213,13 +207,9 @@ def _cost(report: RunReport) -> Iterator[str]:
 
 
 def _hardware(step: StepReport) -> str:
-    """Return a phrase such as "Apple M3 Max (metal, 16 cores)", empty if unknown."""
+    """Return a phrase such as "Apple M3 Max (metal, 16 cores)"; empty if unknown."""
     device = mapping(step.manifest.get("device"))
-    name = text(device.get("name")).replace("unknown", "")
-    backend, cores = text(device.get("backend")), number(device.get("cores"))
-    details = [backend if backend != name else "", plural(int(cores), "core") if cores else ""]
-    inside = ", ".join(detail for detail in details if detail)
-    return f"{name} ({inside})" if name and inside else name or inside
+    return f"{device['name']} ({device.get('backend')}, {device.get('cores')} cores)" if device.get("name") else ""
 
 
 def _next(report: RunReport) -> Iterator[str]:

@@ -30,21 +30,7 @@ from mlxchat.report.collect import STAGE_LABELS, RunReport, StepReport, checkpoi
 from mlxchat.runner.stage import best_of
 from mlxchat.store.fingerprint import flatten
 
-Pairs = list[tuple[str, str]]
-
-# As published in the DCLM bundle.
-PUBLISHED_CORE = {
-    "GPT-2 124M": 0.1139,
-    "GPT-2 medium 355M": 0.1849,
-    "GPT-2 large 774M": 0.2146,
-    "GPT-2 XL 1.6B": 0.256525,
-}
 _DIGITS = {"val_bpb": 4, "perplexity": 2, "text_bpb": 4, "core": 4, "chatcore": 4, "mean_centered": 3}
-
-
-def pairs_table(title: str, pairs: Pairs, value: str = "Value") -> Table:
-    """Return a table of names and values."""
-    return Table(header=[title, value], align="lr", rows=[[Cell(name), Cell(shown)] for name, shown in pairs])
 
 
 def known(show: Callable[[float], str], value: float | None) -> str:
@@ -213,8 +199,11 @@ def _metric_notes(chosen: list[Column]) -> Iterator[str]:
     if _wrong_forms(chosen):
         yield "right number: also without ####. right form: any number after ####. An answer is right with both."
     for column in chosen:
-        if column.scores.core_tasks:
-            yield f"CORE of {column.label}: {_core_rule(column.scores)}"
+        if column.scores.core_tasks and (cropped := column.scores.core_conditions.get("cropped")):
+            words = f"{plural(cropped, 'long prompt')} lost the beginning, unlike in nanochat: not comparable"
+            yield f"CORE of {column.label}: {words}."
+        elif column.scores.core_tasks and (most := column.scores.core_conditions.get("max_per_task")):
+            yield f"CORE of {column.label}: at most {most:,} examples of each of the 22 tasks."
     means = {"core": "CORE", "chatcore": "ChatCORE", "mean_centered": "mean centred"}
     if found := [name for metric, name in means.items() if metric in metrics]:
         yield (
@@ -226,16 +215,6 @@ def _metric_notes(chosen: list[Column]) -> Iterator[str]:
     if "pass_at_k" in metrics:
         yield "pass@k: share of held-out problems for which at least one of k sampled answers is right."
     yield "Bold: best of the row and above chance, by more than two standard errors of the difference where ± is given."
-
-
-def _core_rule(scores: Scores) -> str:
-    """Return how many examples of the tasks CORE took, and what happened to prompts longer than the context."""
-    found = scores.core_conditions
-    most = found.get("max_per_task")
-    rule = f"the DCLM bundle's 22 tasks, {f'at most {most:,} examples of each' if most else 'all examples'}"
-    if cropped := found.get("cropped"):
-        return f"{rule}; {plural(cropped, 'long prompt')} lost the beginning, unlike in nanochat: not comparable."
-    return f"{rule}."
 
 
 def core_table(report: RunReport) -> Table | None:
@@ -257,17 +236,9 @@ def core_table(report: RunReport) -> Table | None:
 def all_settings(step: StepReport) -> list[str]:
     """Return all settings of a step as key=value."""
     return [
-        visible(f"{key}={_plain(value)}").replace("\n", "\\n")
+        visible(f"{key}={'null' if value is None else text(value)}").replace("\n", "\\n")
         for key, value in flatten(mapping(step.manifest.get("full_config"))).items()
     ]
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, list):
-        return f"[{', '.join(map(_plain, value))}]"
-    if isinstance(value, bool) or value is None or not isinstance(value, int | float):
-        return "null" if value is None else text(value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def timing_table(report: RunReport) -> Table:
@@ -293,21 +264,14 @@ def machine_table(report: RunReport) -> Table | None:
     """Return hardware, software and code of all steps; a fact that differs between steps has several values."""
     facts: dict[str, list[str]] = {}
     for step in report.steps:
-        device, ranks, git = (
-            mapping(found)
-            for found in (
-                step.manifest.get("device"),
-                mapping(step.manifest.get("excluded")).get("ranks"),
-                step.manifest.get("git"),
-            )
-        )
+        device, git = mapping(step.manifest.get("device")), mapping(step.manifest.get("git"))
         values = {"device": device.get("name"), **device, "name": None, **mapping(step.manifest.get("versions"))}
         values["memory_bytes"] = known(format_bytes, number(device.get("memory_bytes")))
-        if ranks:
+        if ranks := mapping(mapping(step.manifest.get("excluded")).get("ranks")):
             values["ranks"] = f"{text(ranks.get('size'))} on {', '.join(map(text, sequence(ranks.get('hosts'))))}"
         if git.get("commit"):
             dirty = " with uncommitted changes" if git.get("dirty") else ""
-            values["git commit"] = text(git.get("commit"))[:12] + dirty
+            values["git commit"] = text(git["commit"])[:12] + dirty
         for name, value in values.items():
             if value is not None:
                 facts.setdefault(name.removesuffix("_bytes"), []).append(text(value))
@@ -332,16 +296,9 @@ def artifact_table(report: RunReport) -> Table:
     rows = []
     for step in report.steps:
         size = sum(number(mapping(file).get("bytes")) or 0 for file in sequence(step.manifest.get("outputs")))
-        recorded = mapping(step.manifest.get("inputs"))
-        made_from = []
-        for role in dict.fromkeys([*step.inputs, *recorded]):
-            planned = report.step(step.inputs.get(role, ""))
-            source = text(mapping(recorded.get(role)).get("artifact"))
-            # The step's name suffices if its artifact of this run was used.
-            is_other = source and (planned is None or source != planned.artifact)
-            made_from.append(f"{role}: {source if is_other else step.inputs.get(role, '')}")
+        made_from = ", ".join(f"{role}: {source}" for role, source in step.inputs.items())
         shown_size = format_bytes(size) if step.manifest else ABSENT
-        rows.append([step.name, step.artifact or ABSENT, step.kind, shown_size, ", ".join(made_from) or ABSENT])
+        rows.append([step.name, step.artifact or ABSENT, step.kind, shown_size, made_from or ABSENT])
     return Table(header=["Step", "Artifact", "Kind", "Size", "Made from"], align="lllrl", rows=rows)
 
 
