@@ -31,43 +31,14 @@ def folders(made: Any) -> list[Path]:
     return closure(made.store, [resolve(made.store, "second")])
 
 
-@pytest.fixture(params=["memory", "file", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    """An empty place per test; S3 is a local server, if moto and s3fs are installed."""
-    if request.param == "memory":
-        from fsspec.implementations.memory import MemoryFileSystem
-
-        yield open_place(f"memory://bucket-{tmp_path.name}/runs")
-        MemoryFileSystem.store.clear()
-        MemoryFileSystem.pseudo_dirs[:] = [""]
-    elif request.param == "file":
-        yield open_place(f"file://{tmp_path}/elsewhere")
-    else:
-        yield open_place(f"s3://{request.getfixturevalue('bucket')}/runs")
-
-
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The name of a bucket on a local S3 server. Servers of one process share their buckets."""
-    pytest.importorskip("s3fs")
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    import s3fs
+def place(tmp_path: Path) -> Iterator[Place]:
+    """An empty place, without folders as in a bucket."""
+    from fsspec.implementations.memory import MemoryFileSystem
 
-    name = f"bucket-{os.urandom(6).hex()}"
-    s3fs.S3FileSystem(skip_instance_cache=True).mkdir(name)
-    yield name
-    server.stop()
-
-
-def there(place: Place) -> list[str]:
-    place.files.invalidate_cache()
-    return sorted(path.rpartition("/store/")[2] for path in place.files.find(place.path()))
+    yield open_place(f"memory://bucket-{tmp_path.name}/runs")
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
 
 
 def test_export_and_import_keep_every_byte(place, made, folders, tmp_path):
@@ -89,7 +60,8 @@ def test_files_of_an_unfinished_transfer_are_replaced(place, folders):
     place.files.pipe_file(place.path(folders[1].name, "stray.txt"), b"x")
     export_to(place, folders)
     assert place.files.cat_file(place.path(folders[1].name, "result.txt")) == right
-    assert not any(name.endswith("stray.txt") for name in there(place))
+    place.files.invalidate_cache()
+    assert not [path for path in place.files.find(place.path()) if path.endswith("stray.txt")]
 
 
 @pytest.mark.parametrize("damage", ["file", "short", "long", "missing", "manifest"])

@@ -1,11 +1,7 @@
-"""Log-probabilities of text completions: text offsets, partial characters."""
+"""Log-probabilities of text completions: offsets within the text, tokens that are parts of characters."""
 
 import json
 from typing import Any
-
-from kit.text import byte_tokens
-from mlxchat.engine.batch import Event
-from mlxchat.serve.choices import Choice
 
 TEXT = "the cat ▖ sat 5é on 😀 mat"
 LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
@@ -40,20 +36,3 @@ def test_text_offset_counts_over_all_chunks_of_a_stream(start):
             assert TEXT[offset : offset + len(token)] == token
         data += said_bytes(token)
     assert data.decode() == TEXT
-
-
-def test_partial_utf8_alternatives_are_not_merged(tokenizer):
-    (a,) = tokenizer.encode("a")
-    ids = [a, *byte_tokens(tokenizer, bytes(range(128, 160)))]
-    event = Event(id=0, token=ids[-1], sampled=True, logprob=-3.0, top_logprobs=[(id_, -float(id_)) for id_ in ids])
-    choice = Choice(tokenizer)
-    choice.add(event)
-    told = choice.text_logprobs(choice.newest)
-    (top,) = told["top_logprobs"]
-    assert top == {"a": -float(a)} | {
-        f"bytes:\\x{byte:02x}": -float(id_) for byte, id_ in zip(range(128, 160), ids[1:], strict=True)
-    }
-    assert told["tokens"] == ["bytes:\\x9f"]
-    chat = choice.chat_logprobs(choice.newest)
-    assert [chat["content"][0]["token"], chat["content"][0]["bytes"]] == ["bytes:\\x9f", [0x9F]]
-    assert [each["bytes"] for each in chat["content"][0]["top_logprobs"][1:]] == [[byte] for byte in range(128, 160)]

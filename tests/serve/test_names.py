@@ -9,10 +9,9 @@ import pytest
 
 from kit.commands import Command
 from kit.serving import BASE, CHAT
-from mlxchat.errors import StoreError
-from mlxchat.serve.models import Models, load_scheduler
-from mlxchat.serve.security import Fault, Limits
-from mlxchat.store.manifest import MANIFEST, describe_outputs, read_manifest, write_manifest
+from mlxchat.serve.models import Models
+from mlxchat.serve.security import Fault
+from mlxchat.store.manifest import read_manifest, write_manifest
 from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
 
@@ -86,18 +85,6 @@ def test_server_resolves_names_as_verbs_do(store, tmp_path, monkeypatch):
             models.find(name)
         assert caught.value.status == 404
         assert str(store.outputs) not in str(caught.value)
-
-
-def test_altered_model_is_refused(store):
-    folder = store.outputs / "store" / CHAT
-    manifest = read_manifest(folder)
-    (folder / MANIFEST).unlink()
-    files, tree = describe_outputs(folder)
-    write_manifest(folder, {**manifest, "outputs": files, "tree": tree, "pins": {}})
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-    with pytest.raises(StoreError, match="is damaged"):
-        load_scheduler(Models(store, store.outputs / "store" / BASE).find("sft"), Limits())
 
 
 def test_prompts_of_a_model_are_those_of_its_evaluation(store):

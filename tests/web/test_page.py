@@ -106,38 +106,6 @@ def test_stop_cancels_generation(show):
     assert page.locator("li.assistant .note").inner_text() == "stopped"
 
 
-def is_shown(page: Any, *texts: str) -> bool:
-    return bool(page.locator("#messages li .said").all_inner_texts() == list(texts))
-
-
-def reopen(page: Any) -> None:
-    page.reload()
-    page.locator("#list .name").click()
-    page.wait_for_selector("li.user")
-
-
-SIX = ("one", "yes", "two", "yes", "three", "yes")
-
-
-def test_failed_edit_loses_nothing(show):
-    page = show(says="yes")
-    for text in SIX[::2]:
-        ask(page, text)
-    page.route("**/v1/chat/completions", lambda route: route.abort())
-    page.get_by_role("button", name="Edit", exact=True).first.click()
-    page.get_by_label("Edit your message").fill("changed")
-    page.keyboard.press("Enter")
-    page.wait_for_selector("#problem:not([hidden])")
-    assert is_shown(page, *SIX)
-    reopen(page)
-    assert is_shown(page, *SIX)
-    page.get_by_role("button", name="Later version").click()
-    page.unroute("**/v1/chat/completions")
-    page.get_by_role("button", name="Try again").click()
-    page.wait_for_selector("li.assistant .actions button")
-    assert is_shown(page, "changed", "yes")
-
-
 @pytest.mark.parametrize(
     ("status", "error", "words"),
     [
