@@ -1,30 +1,24 @@
-"""Advantages, trained tokens, policy gradients and updates of both snapshots, multipliers."""
+"""Advantages, trained tokens and policy gradients of both snapshots, multipliers."""
 
 from dataclasses import replace
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import pytest
 
-from kit.models import arrays_of
 from kit.training import rollout_of
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import ScheduleConfig
 from mlxchat.engine.generate import Completion
-from mlxchat.optim.optimizer import Rates, lr_multiplier
+from mlxchat.optim.optimizer import lr_multiplier
 from mlxchat.rl.loss import advantages_of, policy_loss
 from mlxchat.training.batches import Batch
-from mlxchat.training.step import TrainStep
-from parity.test_model import ZERO, loss_and_gradients, losses_of, optimizer_of
+from parity.test_model import ZERO, loss_and_gradients, losses_of
 from parity.values import VARIANTS, Array, absolute, assert_same, assert_within, of_files
 
 RELATIVE = 1e-5
 # For the gradient of one parameter: its first values relative to the largest, its sum relative to its 1-norm.
 PARTS = 1e-4
-# oct2025 orthogonalises in bfloat16, whose rounding alone changes the norm of a step by 1 %.
-MATRICES = {"oct2025": 2e-2, "jul2026": 1e-4}
-
 each_file = of_files("rl_*.json")
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -113,23 +107,3 @@ def test_policy_gradient(values, variant):
     assert_within(RELATIVE, losses)
     assert_within(RELATIVE, norms)
     assert_within(PARTS, parts)
-
-
-@each_file
-@each_variant
-def test_norms_of_one_update(values, variant):
-    matrices, rest = {}, {}
-    for case in values.section("cases"):
-        model, settings = values.core_model(variant), case["settings"]
-        before, expected = arrays_of(model), case[variant]
-        rates = {key: settings[key] for key in ("embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay")}
-        optimizer = optimizer_of(model, variant, lr_frac=settings["init_lr_frac"], **rates)
-        step = TrainStep(model, optimizer, micro_tokens=1 << 30, dtype=mx.float32)
-        step(batch_of(case, values.tokenizer.assistant_end), Rates(case["lr_multiplier"], 0.95, 0.0))
-        for name, value in arrays_of(model).items():
-            if expected["grads"][name]["norm"] < ZERO * expected["grad_norm_total"]:
-                continue  # AdamW makes a whole step of a gradient that is 0 except for rounding
-            error = abs(np.linalg.norm(value - before[name]) / expected["update_norms"][name] - 1)
-            (matrices if ".h." in name else rest)[f"{case['name']}: {name}"] = float(error)
-    assert_within(MATRICES[variant], matrices)
-    assert_within(1e-3, rest)

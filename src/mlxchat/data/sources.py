@@ -157,7 +157,7 @@ class Corpus:
 
         Without a pattern for validation files, the first `validation_documents` of the first file are held out.
         """
-        from mlxchat.hub.client import list_files
+        from mlxchat.hub.listings import list_files
 
         files = list_files(hub.repository, revision=hub.revision)
         train, held_out = _choose(hub, files)

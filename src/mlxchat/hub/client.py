@@ -10,7 +10,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -33,9 +33,7 @@ from mlxchat.hub.cache import (
     write_json,
 )
 from mlxchat.hub.downloads import WrongContent, hub_client, retried
-from mlxchat.hub.listings import fetch_command, list_files
-
-__all__ = ["HubFile", "fetch_ahead", "fetch_files", "fetch_url", "list_files", "record", "stop_fetching"]
+from mlxchat.hub.listings import fetch_command
 
 Check = Callable[[], None]
 """Called repeatedly during a transfer; it may raise to stop it."""
@@ -51,26 +49,27 @@ def fetch_files(files: Iterable[HubFile], *, check: Check = lambda: None) -> lis
     """
     files = list(files)
     missing = [file for file in files if not has_content(file.place, file.etag)]
-    if missing:
-        names = ", ".join(sorted({file.repository for file in missing}))
-        what, total = f"{names} ({len(missing)} files to fetch)", missing_bytes(missing)
-        if is_offline():
-            first = ", ".join(file.path for file in missing[:3]) + (" …" if len(missing) > 3 else "")
-            raise DataError(
-                f"{what}: {format_bytes(total)} are not on this machine ({first}), and HF_HUB_OFFLINE is set. "
-                f"{fetch_command()}"
-            )
-        check_space(hub_cache(), total, what)
-        pool, ended = ThreadPoolExecutor(_WORKERS, "fetch"), threading.Event()
-        fetched = [pool.submit(_fetch_file, file, ended) for file in missing]
-        try:
-            while wait(fetched, timeout=_POLL_SECONDS).not_done:
-                check()
-        finally:
-            ended.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-        for each in fetched:
-            each.result()
+    if not missing:
+        return [file.place for file in files]
+    what = f"{', '.join(sorted({file.repository for file in missing}))} ({len(missing)} files to fetch)"
+    total = missing_bytes(missing)
+    if is_offline():
+        first = ", ".join(file.path for file in missing[:3]) + (" …" if len(missing) > 3 else "")
+        raise DataError(
+            f"{what}: {format_bytes(total)} are not on this machine ({first}), and HF_HUB_OFFLINE is set. "
+            f"{fetch_command()}"
+        )
+    check_space(hub_cache(), total, what)
+    pool, ended = ThreadPoolExecutor(_WORKERS, "fetch"), threading.Event()
+    fetched = [pool.submit(_fetch_file, file, ended) for file in missing]
+    try:
+        while wait(fetched, timeout=_POLL_SECONDS).not_done:
+            check()
+    finally:
+        ended.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+    for each in fetched:
+        each.result()
     return [file.place for file in files]
 
 
@@ -95,17 +94,11 @@ def stop_fetching() -> None:
 _ahead, _ahead_ended = ThreadPoolExecutor(_WORKERS, "fetch"), threading.Event()
 
 
-class _Ended(Exception):
-    """The download is no longer wanted."""
-
-
 def _bar(check: Check, *, is_shown: bool = True) -> Any:
-    """Return the class of huggingface_hub's progress bars, which calls `check` for each block."""
+    """Return the class of huggingface_hub's progress bars, which calls `check` for each block; it may raise to stop."""
     from huggingface_hub.utils.tqdm import tqdm
 
     class Bar(tqdm):
-        """Stops the transfer where `check` raises."""
-
         def __init__(self, *arguments: Any, **options: Any) -> None:
             options |= {"leave": False, "delay": 1} if is_shown else {"disable": True}
             super().__init__(*arguments, **options)  # type: ignore[no-untyped-call]
@@ -122,7 +115,7 @@ def _fetch_file(file: HubFile, ended: threading.Event, *, is_shown: bool = True)
 
     def check() -> None:
         if ended.is_set():
-            raise _Ended
+            raise CancelledError
 
     def request() -> None:
         if has_content(file.place, file.etag):
@@ -130,18 +123,13 @@ def _fetch_file(file: HubFile, ended: threading.Event, *, is_shown: bool = True)
         if file.place.exists():
             file.discard()  # its content is wrong; the library would keep it
         hub_client().hf_hub_download(
-            file.repository,
-            file.path,
-            repo_type=file.kind,
-            revision=file.revision,
-            cache_dir=hub_cache(),
+            file.repository, file.path, repo_type=file.kind, revision=file.revision, cache_dir=hub_cache(),
             tqdm_class=_bar(check, is_shown=is_shown),
-        )
+        )  # fmt: skip
         if not has_content(file.place, file.etag):
             found = checksum_of(file.place, like=file.etag)
             file.discard()
-            kind = "sha256" if file.sha256 else "git id"
-            raise WrongContent(f"its {kind} is {found[:12]}… instead of {file.etag[:12]}…")
+            raise WrongContent(f"its {'sha256' if file.sha256 else 'git id'} is {found}, not {file.etag}")
 
     retried(request, f"{file.repository}/{file.path}", "file")
 
@@ -186,7 +174,7 @@ def _receive(url: str, part: Path, sha256: str | None, check: Check) -> str:
     found = checksum_of(part)
     if sha256 not in (None, found):
         part.unlink()
-        raise WrongContent(f"its sha256 is {found[:12]}… instead of {str(sha256)[:12]}…")
+        raise WrongContent(f"its sha256 is {found}, not {sha256}")
     return found
 
 

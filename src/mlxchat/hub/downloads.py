@@ -1,4 +1,4 @@
-"""What all transfers share: the client of the Hub, one retry loop, one meaning of faults, a progress bar."""
+"""What all transfers share: the client of the Hub, one retry loop, one meaning of faults."""
 
 from __future__ import annotations
 
@@ -45,13 +45,11 @@ def retried(request: Callable[[], _T], name: str, thing: str, *, tries: int = TR
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of its HTTP library
 
     for number in range(tries):
+        fault: MlxchatError
         try:
             return request()
         except WrongContent as error:
-            fault: MlxchatError = DataError(
-                f"{name} is corrupt: {error}, in {number + 1} downloads. Nothing was kept. "
-                "The server or a proxy damages it"
-            )
+            fault = DataError(f"{name} is corrupt: {error}. Nothing was kept. The server or a proxy damages it")
             is_last = number > 0
         except (HTTPError, OSError, ValueError) as error:
             fault = _fault_of(error, name, thing)

@@ -18,8 +18,6 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 # (Hub, repository, revision, kind) → commit: a run uses one commit even if a new one is uploaded meanwhile.
 _commits: dict[tuple[str, str, str, str], str] = {}
-# Hubs that did not answer in this process; plans do not try them again.
-_silent: set[str] = set()
 
 
 def list_files(repository: str, *, revision: str = "main", pattern: str = "*", kind: str = "dataset") -> list[HubFile]:
@@ -56,7 +54,6 @@ def recorded_files(repository: str, revision: str) -> list[HubFile] | None:
 def forget() -> None:
     """Clear the revisions resolved in this process."""
     _commits.clear()
-    _silent.clear()
 
 
 def fetch_command() -> str:
@@ -76,31 +73,25 @@ def _ref(repository: str, revision: str, kind: str) -> Path:
 
 def _resolve(repository: str, revision: str, kind: str, *, is_plan: bool = False) -> str:
     """Return the commit of a revision by the Hub, and record it for offline use."""
-    hub = endpoint()
-    key = (hub, repository, revision, kind)
+    key = (endpoint(), repository, revision, kind)
     if key in _commits:
         return _commits[key]
-    known = _ref(repository, revision, kind)
-    commit = (read_json(known) or {}).get("commit")
+    commit = (read_json(_ref(repository, revision, kind)) or {}).get("commit")
     if is_offline() and commit is None:
         raise DataError(_unknown_message(repository, revision, kind))
     if not is_offline() and revision != commit:  # not a commit itself
         try:
-            if is_plan and hub in _silent:
-                raise PassingError(f"{repository}: the Hub at {hub} did not answer before.")
             info = retried(
                 lambda: hub_client().repo_info(repository, revision=revision, repo_type=kind, timeout=10),
                 repository, f"{kind} or revision", tries=1 if is_plan or commit else TRIES,
             )  # fmt: skip
-        except PassingError as error:
-            _silent.add(hub)
-            if commit is None:
-                raise PassingError(f"{error} {fetch_command()}") from None
-            print(f"  {repository}: the Hub does not answer; using recorded commit {commit[:12]}", file=sys.stderr)
-        else:
             commit = info.sha
             for name in (revision, commit):
                 write_json(_ref(repository, name, kind), {"commit": commit})
+        except PassingError as error:
+            if commit is None:
+                raise PassingError(f"{error} {fetch_command()}") from None
+            print(f"  {repository}: the Hub does not answer; using recorded commit {commit[:12]}", file=sys.stderr)
     _commits[key] = str(commit)
     return _commits[key]
 

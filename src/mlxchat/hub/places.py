@@ -160,17 +160,15 @@ def import_from(store: Store, place: Place, wanted: Sequence[str]) -> tuple[list
         store.forget()
         with _place_errors(place.url):
             chosen = _choose(store, place, wanted)
-            known = [here for manifest in chosen.values() if (here := store.find(manifest["rid"])) is not None]
-            missing = {name: each for name, each in chosen.items() if store.find(each["rid"]) is None}
+            found = {name: store.find(manifest["rid"]) for name, manifest in chosen.items()}
+            known = [here for here in found.values() if here is not None]
+            missing = {name: chosen[name] for name, here in found.items() if here is None}
             for name in chosen.keys() - missing.keys():
                 store.learn(chosen[name])
             if not missing:
                 return [], known
             _fetch(place, missing, base)
-        try:
-            new, raced = take_in(store, base / "store")
-        except OSError as error:
-            raise StoreError(f"{place.url} cannot be imported ({error.strerror or error})") from error
+        new, raced = take_in(store, base / "store")
         shutil.rmtree(base, ignore_errors=True)
         return new, [*known, *raced]
 
@@ -237,7 +235,7 @@ def check_repository(name: str, *, public: bool, kind: str = "model") -> str:
     from huggingface_hub import get_token
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    if name.count("/") != 1 or not all(name.split("/")):
+    if name.count("/") != 1:
         raise ConfigError(f'"{name}" is no repository: expected ORGANISATION/NAME or USER/NAME')
     if (token := get_token()) is None:
         raise ConfigError(
@@ -254,15 +252,13 @@ def check_repository(name: str, *, public: bool, kind: str = "model") -> str:
 
 
 def push_folder(folder: Path, name: str, token: str, *, message: str, public: bool) -> str:
-    """Upload a folder in one commit and return the commit's URL; a missing repository is created."""
+    """Upload a model's folder in one commit and return the commit's URL; a missing repository is created."""
     size = format_bytes(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
     print(f"  uploading {size} to {name}", file=sys.stderr)
     with _place_errors(name):
         client = hub_client(token)
-        client.create_repo(name, private=not public, repo_type="model", exist_ok=True)
-        info = client.upload_folder(
-            repo_id=name, folder_path=folder, repo_type="model", commit_message=message, delete_patterns=_FORMER
-        )
+        client.create_repo(name, private=not public, exist_ok=True)
+        info = client.upload_folder(repo_id=name, folder_path=folder, commit_message=message, delete_patterns=_FORMER)
         return str(info.commit_url)
 
 
@@ -271,19 +267,18 @@ def push_artifacts(place: Place, folders: Sequence[Path], *, public: bool) -> in
 
     A missing repository is created. A retry does not send large files again that have arrived.
     """
-    owner, _, rest = place.root.removeprefix("datasets/").partition("/")
-    name, _, inside = rest.partition("/")
-    repository, kind = f"{owner}/{name}", "dataset" if place.root.startswith("datasets/") else "model"
+    is_dataset = place.root.startswith("datasets/")
+    owner, name, *inside = place.root.removeprefix("datasets/").split("/")
+    repository, kind, below = f"{owner}/{name}", "dataset" if is_dataset else "model", "/".join([*inside, "store"])
     client = hub_client(check_repository(repository, public=public, kind=kind))
     with _place_errors(place.url):
         client.create_repo(repository, private=not public, repo_type=kind, exist_ok=True)
-        there = set(client.list_repo_files(repository, repo_type=kind))
-        below = f"{inside.rstrip('/')}/store".lstrip("/")
-        missing = [each for each in folders if f"{below}/{each.name}/{MANIFEST}" not in there]
+        there = set(place.names())
+        missing = [folder.name for folder in folders if folder.name not in there]
         if missing:
             client.upload_folder(
-                repo_id=repository, folder_path=folders[0].parent, path_in_repo=below, repo_type=kind,
-                allow_patterns=[f"{folder.name}/*" for folder in missing],
-                commit_message=f"{missing[-1].name} from mlxchat, with {len(missing) - 1} input artifacts",
+                repo_id=repository, repo_type=kind, folder_path=folders[0].parent, path_in_repo=below,
+                allow_patterns=[f"{name}/*" for name in missing],
+                commit_message=f"{missing[-1]} from mlxchat, with {len(missing) - 1} input artifacts",
             )  # fmt: skip
     return len(missing)

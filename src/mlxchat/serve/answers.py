@@ -53,15 +53,6 @@ class ChatLogprobs(TypedDict):
     refusal: None
 
 
-class TextLogprobs(TypedDict):
-    """The tokens of a text completion."""
-
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
-
-
 class Part(TypedDict):
     """A part of a message: text, Python that the model ran, or its output."""
 
@@ -92,7 +83,7 @@ class TextChoice(TypedDict):
 
     index: int
     text: str
-    logprobs: TextLogprobs | None
+    logprobs: None
     finish_reason: FinishReason
 
 
@@ -102,29 +93,27 @@ class Own(TypedDict):
     truncated_turns: int
 
 
-class ChatCompletion(TypedDict):
-    """A chat completion; with `stream` its chunks are server-sent events."""
-
+class _Answer(TypedDict):
     id: str
-    object: Literal["chat.completion"]
     created: int
     model: str
     system_fingerprint: str
-    choices: list[ChatChoice]
     usage: Usage
+
+
+class ChatCompletion(_Answer):
+    """A chat completion; with `stream` its chunks are server-sent events."""
+
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
     mlxchat: NotRequired[Own]
 
 
-class Completion(TypedDict):
+class Completion(_Answer):
     """A text completion; with `stream` its chunks are server-sent events."""
 
-    id: str
     object: Literal["text_completion"]
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[TextChoice]
-    usage: Usage
 
 
 class ModelEntry(TypedDict):

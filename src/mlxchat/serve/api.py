@@ -187,7 +187,7 @@ def _prepare_text(service: Service, body: TextRequest) -> tuple[Model, list[Engi
     model = service.models.find(body.model)
     prompts = text_prompts(model, body)
     most = body.max_tokens if body.max_tokens is not None else 128
-    return model, requests_for(model, body, prompts, service.defaults, max_tokens=most, logprobs=body.logprobs)
+    return model, requests_for(model, body, prompts, service.defaults, max_tokens=most)
 
 
 async def _all_choices(answer: Answer) -> list[Choice]:

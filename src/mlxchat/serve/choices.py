@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -19,14 +18,10 @@ from mlxchat.serve.answers import (
     FinishReason,
     Part,
     TextChoice,
-    TextLogprobs,
     Usage,
     Valued,
 )
 from mlxchat.serve.worker import Answer
-
-Scored = tuple[Event, Kind, int]
-"""A token with its log-probability, its kind, and its offset in the choice's text, in characters."""
 
 
 @dataclass
@@ -34,29 +29,17 @@ class Choice:
     """A choice up to its newest event."""
 
     tokenizer: AnyTokenizer
-    position: int = 0
-    """Offset of the next token in the choice's text, in characters."""
     texts: list[tuple[Kind, str]] = field(default_factory=list)
-    events: list[Scored] = field(default_factory=list)
-    newest: list[Scored] = field(default_factory=list)
-    """What the last event added to `events`."""
+    scored: list[Event] = field(default_factory=list)
+    """The text's tokens with log-probabilities."""
     num_sampled: int = 0
     finish_reason: FinishReason | None = None
-
-    def __post_init__(self) -> None:
-        """Create the decoder."""
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, event: Event) -> list[tuple[Kind, str]]:
         """Add an event; return the new (kind, text) to show."""
         self.num_sampled += event.sampled
-        special = self._is_special(event.token)
-        scored = event.logprob is not None and (event.finish_reason is not None or not special)
-        self.newest = [(event, event.kind, self.position)] if scored else []
-        self.events += self.newest
-        if event.token is not None:
-            data = b"" if special else self.tokenizer.decode_bytes([event.token])
-            self.position += len(self._decoder.decode(data, final=special))
+        if self._is_scored(event):
+            self.scored.append(event)
         if event.finish_reason is not None:
             self.finish_reason = "length" if event.finish_reason == "length" else "stop"
         new = [(event.kind, event.text)] if event.text else []
@@ -72,7 +55,7 @@ class Choice:
         if any(part["type"] != "text" for part in parts):
             message["parts"] = cast(list[Part], parts)
         return {
-            "index": index, "message": message, "logprobs": self.chat_logprobs(self.events),
+            "index": index, "message": message, "logprobs": self.logprobs(self.scored),
             "finish_reason": self.finish_reason,
         }  # fmt: skip
 
@@ -80,14 +63,14 @@ class Choice:
         """Return the choice of a text completion; its text includes tool calls and their results."""
         assert self.finish_reason is not None
         return {
-            "index": index, "text": "".join(text for _, text in self.texts),
-            "logprobs": self.text_logprobs(self.events), "finish_reason": self.finish_reason,
+            "index": index, "text": "".join(text for _, text in self.texts), "logprobs": None,
+            "finish_reason": self.finish_reason,
         }  # fmt: skip
 
     def chat_pieces(self, event: Event) -> Iterator[dict[str, Any]]:
         """Add an event; yield the fields of its chunks in a chat's stream."""
         shown = self.add(event)
-        logprobs = self.chat_logprobs(self.newest)
+        logprobs = self.logprobs([event] if self._is_scored(event) else [])
         for kind, text in shown or ([("text", "")] if logprobs else []):
             delta = {"content": text} if kind == "text" else {"part": {"type": kind, "text": text}}
             yield {"delta": delta, "logprobs": logprobs}
@@ -98,39 +81,18 @@ class Choice:
     def text_pieces(self, event: Event) -> Iterator[dict[str, Any]]:
         """Add an event; yield the fields of its chunk in a text's stream."""
         text = "".join(text for _, text in self.add(event))
-        logprobs = self.text_logprobs(self.newest)
-        if text or logprobs or self.finish_reason:
-            yield {"text": text, "logprobs": logprobs, "finish_reason": self.finish_reason}
+        if text or self.finish_reason:
+            yield {"text": text, "finish_reason": self.finish_reason}
 
-    def chat_logprobs(self, found: list[Scored]) -> ChatLogprobs | None:
-        """Return the log-probabilities of the text tokens among `events` or `newest`."""
-        entries = [
-            self._chat_entry(each) for each, kind, _ in found if kind == "text" and not self._is_special(each.token)
-        ]
-        return {"content": entries, "refusal": None} if entries else None
+    def logprobs(self, events: list[Event]) -> ChatLogprobs | None:
+        """Return the log-probabilities of these tokens; None without any."""
+        return {"content": [self._entry(event) for event in events], "refusal": None} if events else None
 
-    def text_logprobs(self, found: list[Scored]) -> TextLogprobs | None:
-        """Return log-probabilities in the form of text completions, including tool calls and the end token.
+    def _is_scored(self, event: Event) -> bool:
+        is_special = event.token in self.tokenizer.special_ids.values()
+        return event.logprob is not None and event.kind == "text" and not is_special
 
-        `text_offset` is each token's offset in the choice's whole text, in characters, also in a stream's chunks.
-        Tokens that share a character share its offset.
-        """
-        if not found:
-            return None
-        return {
-            "tokens": [self._token(each.token) for each, _, _ in found],
-            "token_logprobs": [each.logprob for each, _, _ in found],
-            "top_logprobs": [
-                None if each.top_logprobs is None else {self._token(id_): value for id_, value in each.top_logprobs}
-                for each, _, _ in found
-            ],
-            "text_offset": [position for _, _, position in found],
-        }
-
-    def _is_special(self, token: int | None) -> bool:
-        return token in self.tokenizer.special_ids.values()
-
-    def _chat_entry(self, event: Event) -> ChatLogprob:
+    def _entry(self, event: Event) -> ChatLogprob:
         top = [self._valued(id_, value) for id_, value in event.top_logprobs or ()]
         return {**self._valued(event.token, event.logprob), "top_logprobs": top}
 

@@ -178,7 +178,6 @@ class TextRequest(Generation):
     """Body of /v1/completions."""
 
     prompt: Prompts = [""]
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

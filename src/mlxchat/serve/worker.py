@@ -13,9 +13,10 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from mlxchat.engine.batch import Event, Request
@@ -50,23 +51,17 @@ class Answer:
         """
         metrics, began, left = self.worker.metrics, time.perf_counter(), len(self.requests)
         metrics.prompt_tokens.inc(sum(len(request.prompt) for request in self.requests))
-        first = True
-        try:
-            while left:
-                got = await self.events.get()
-                if isinstance(got, Exception):
-                    raise got
-                if first:
-                    metrics.first_token.observe(time.perf_counter() - began)
-                    first = False
-                for index, event in got:
-                    if event.finish_reason is not None:
-                        left -= 1
-                        metrics.choices.labels(event.finish_reason).inc()
-                    yield index, event
-            metrics.whole.observe(time.perf_counter() - began)
-        finally:
-            metrics.choices.labels("left").inc(self.left)
+        is_first = True
+        while left:
+            got = await self.events.get()
+            if isinstance(got, Exception):
+                raise got
+            if is_first:
+                metrics.first_token.observe(time.perf_counter() - began)
+                is_first = False
+            for index, event in got:
+                left -= event.finish_reason is not None
+                yield index, event
 
     def cancel(self) -> None:
         """Stop computing its remaining choices."""
@@ -293,22 +288,15 @@ class Metrics:
     def __init__(self, worker: Worker) -> None:
         """Report the state of a worker."""
         self._worker, self.registry = worker, CollectorRegistry()
-        registry = self.registry
-        ProcessCollector(registry=registry)  # on Linux only
+        into: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter(
-            "mlxchat_requests", "Answered requests by route and status.", ["route", "status"], registry=registry
+            "mlxchat_requests", "Answered requests by route and status.", ["route", "status"], **into
         )
-        self.choices = Counter("mlxchat_choices", "Finished choices by reason.", ["reason"], registry=registry)
-        self.prompt_tokens = Counter("mlxchat_prompt_tokens", "Prompt tokens.", registry=registry)
+        self.prompt_tokens = Counter("mlxchat_prompt_tokens", "Prompt tokens.", **into)
         self.first_token = Histogram(
-            "mlxchat_time_to_first_token_seconds", "Time from a request to its first token.",
-            buckets=_SECONDS, registry=registry,
-        )  # fmt: skip
-        self.whole = Histogram(
-            "mlxchat_answer_seconds", "Time from a request to the end of its answer.", buckets=_SECONDS,
-            registry=registry,
-        )  # fmt: skip
-        registry.register(self)
+            "mlxchat_time_to_first_token_seconds", "Time from a request to its first token.", buckets=_SECONDS, **into
+        )
+        self.registry.register(self)
 
     def count_request(self, route: str, status: int) -> None:
         """Count an answered request."""

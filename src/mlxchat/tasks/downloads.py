@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mlxchat.config.pins import UNKNOWN
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.hub import client, listings
-from mlxchat.hub.cache import cache_folder
+from mlxchat.hub.cache import HubFile, cache_folder
 from mlxchat.tasks.answers import Conversation
 from mlxchat.tasks.base import Task, find_fault
 
@@ -56,9 +56,9 @@ class HubSource:
     pattern: str
 
     @cached_property
-    def files(self) -> list[client.HubFile]:
+    def files(self) -> list[HubFile]:
         """The matching files; raises DataError if none match."""
-        files = client.list_files(self.repository, revision=self.revision, pattern=self.pattern)
+        files = listings.list_files(self.repository, revision=self.revision, pattern=self.pattern)
         if not files:
             raise DataError(f"{self.repository} at {self.revision} has no file {self.pattern}")
         return files
