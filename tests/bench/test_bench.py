@@ -16,6 +16,7 @@ from mlxchat.bench import generate
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import Config
 from mlxchat.model.checkpoint import save_checkpoint
+from mlxchat.model.parameters import flatten_parameters
 
 Done = subprocess.CompletedProcess[str]
 
@@ -114,32 +115,17 @@ def test_decoding_step_reads_weights_and_cache(monkeypatch):
         assert row["peak_bytes"] > found["weight_bytes_per_step"]
 
 
-def test_model_and_its_export_read_equal_bytes(tmp_path, say):
+def test_model_is_measured_and_its_result_kept(tmp_path, say):
     outputs = tmp_path / "outputs"
     model, tokenizer = artifacts_model("oct2025"), make_tokenizer()
     publish(outputs, "talks", lambda out: save_checkpoint(out, model, tokenizer, {"stage": "sft", "format": "chat"}))
-    say("export", "talks", "--to", "mlx", tmp_path / "mlx", f"outputs={outputs}")
-    asked = [
-        "bench.rows=[1,2]",
-        "bench.prompt_tokens=[20]",
-        "bench.new_tokens=4",
-        "bench.steps=1",
-        f"outputs={outputs}",
-    ]
-    ours, theirs = (found_by(say, "generate", name, *asked) for name in ("talks", f"hf:{tmp_path / 'mlx'}"))
-    assert (ours["num_parameters"], ours["weight_bytes_per_step"]) == (
-        theirs["num_parameters"], theirs["weight_bytes_per_step"]
-    )  # fmt: skip
-    assert [row["past_bytes"] for row in ours["results"]] == [row["past_bytes"] for row in theirs["results"]]
-    kept = [json.loads(path.read_text())["command"] for path in sorted((outputs / "bench").iterdir())]
-    assert "mlxchat bench generate talks 'bench.rows=[1,2]'" in kept[0]
-    table = say("bench", "generate", "talks", *asked, "bench.bits=4")
-    assert "MFU" in table
+    asked = ["bench.rows=[1,2]", "bench.prompt_tokens=[20]", "bench.new_tokens=4", "bench.steps=1"]
+    found = found_by(say, "generate", "talks", *asked, f"outputs={outputs}")
+    assert found["num_parameters"] == sum(value.size for value in flatten_parameters(model).values())
+    (kept,) = [json.loads(path.read_text())["command"] for path in (outputs / "bench").iterdir()]
+    assert "mlxchat bench generate talks 'bench.rows=[1,2]'" in kept
+    assert "MFU" in say("bench", "generate", "talks", *asked, "bench.bits=4", f"outputs={outputs}")
     for arguments, told in (
-        (
-            [f"hf:{tmp_path / 'mlx'}", f"bench.prompt_tokens=[{model.sizes.context_tokens}]", "bench.bits=8"],
-            "bench.bits requires a model of mlxchat",
-        ),
         (["talks", "bench.rows=[0]", "bench.new_tokens=1"], "bench.new_tokens is 1, expected at least 2"),
         (["talks", "model=d4"], "model=d4: no effect on talks"),
         (["talks", "bench.rows=[100000000]"], "To lower the need: a smaller bench.rows"),

@@ -48,7 +48,7 @@ def test_import_is_made_once_and_may_have_several_names(twin, capfd):
     manifest = read_manifest(place)
     assert (manifest["kind"], manifest["stage"]) == ("checkpoint", "imported")
     assert {Path(each["url"]).name for each in manifest["externals"]} == {
-        "model_000007.pt", "meta_000007.json", "tokenizer.pkl", "token_bytes.pt",
+        "model_000007.pt", "meta_000007.json", "tokenizer.pkl",
     }  # fmt: skip
     assert all(len(each["sha256"]) == 64 for each in manifest["externals"])
     assert take(str(made.folder), "--name", "again") == place

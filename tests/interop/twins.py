@@ -69,7 +69,7 @@ class Tensor:
         return (storage, first, shape, strides, False, OrderedDict())
 
 
-def write_torch(path: Path, content: dict[str, Any] | Tensor) -> None:
+def write_torch(path: Path, content: dict[str, Tensor]) -> None:
     """Write a file as torch.save does: a stored zip with a pickle and a member for each storage."""
     members: dict[str, bytes] = {}
     with torch_by_name() as (torch, utils):
@@ -81,18 +81,12 @@ def write_torch(path: Path, content: dict[str, Any] | Tensor) -> None:
             def __reduce__(self) -> Any:
                 return utils._rebuild_tensor_v2, self.arguments
 
-        def prepare(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {key: prepare(each) for key, each in value.items()}
-            if not isinstance(value, Tensor):
-                return value
+        made = OrderedDict[str, Rebuilt]()
+        for name, value in content.items():
             key = value.storage or str(len(members))
             kind = getattr(torch, _STORAGES[value.numbers.dtype.str[1:]])
             members.setdefault(f"data/{key}", value.numbers.tobytes())
-            return Rebuilt(value.place(_Storage(kind, key, value.numbers.size)))
-
-        made = prepare(content)
-        made = OrderedDict(made) if isinstance(made, dict) else made
+            made[name] = Rebuilt(value.place(_Storage(kind, key, value.numbers.size)))
         buffer = io.BytesIO()
         _Pickler(buffer, protocol=2).dump(made)
     write_zip(path, {"data.pkl": buffer.getvalue(), "byteorder": b"little", **members, "version": b"3\n"})
@@ -151,6 +145,4 @@ def make_twin(
     write_torch(folder / f"model_{step:06d}.pt", stored)
     (folder / f"meta_{step:06d}.json").write_text(json.dumps({"step": step, "val_loss": 1.5, "model_config": meta}))
     (folder / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))
-    lengths = [len(encoding.decode_single_token_bytes(index)) for index in range(encoding.n_vocab - 9)]
-    write_torch(folder / "token_bytes.pt", Tensor(np.array([*lengths, *[0] * 9], dtype=np.int32)))
     return Twin(folder, sizes, tensors)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from mlxchat.bench.weights import fill_zero_weights
 from mlxchat.config.schema import BenchConfig, Config
@@ -20,7 +17,6 @@ from mlxchat.config.table import Table
 from mlxchat.config.wording import format_bytes, format_count
 from mlxchat.engine.batch import Generator, Request
 from mlxchat.engine.decode import Decoder
-from mlxchat.engine.third_party import ThirdPartyEngine
 from mlxchat.errors import ConfigError
 from mlxchat.model.checkpoint import load_for_inference
 from mlxchat.model.gpt import GPT
@@ -29,7 +25,6 @@ from mlxchat.model.lora import packed_copy
 from mlxchat.model.parameters import cast_parameters, flatten_parameters, set_parameters
 from mlxchat.model.sizes import GPTSizes, count_parameters, sizes_of
 from mlxchat.ops.device import describe_device, prepare_machine
-from mlxchat.ops.machine import PREFILL_TOKENS
 from mlxchat.planning.duration import peak_flops
 from mlxchat.planning.inputs import sizes_of_folder
 from mlxchat.planning.memory import Decoding, find_device
@@ -42,36 +37,30 @@ _BANDWIDTH_BYTES, _BANDWIDTH_TIMES = 256_000_000, 5
 _ARRAYS = 16  # that are read to measure it
 
 
-@dataclass(frozen=True)
-class GivenModel:
-    """A model in a folder."""
-
-    name: str
-    folder: Path
-    third_party: bool
-    """True if mlx-lm runs it."""
-
-
-def measure_generation(config: Config, given: GivenModel | None = None) -> dict[str, Any]:
+def measure_generation(config: Config, given: Path | None = None) -> dict[str, Any]:
     """Return what `mlxchat bench generate --json` prints: plain data, seconds, bytes, tokens per second.
 
     'results' has an entry for each number of rows and each length of prompts. 'prompt_tokens_per_second' counts the
     time to every row's first token, the median of `bench.steps` readings; 'decode_tokens_per_second' the median step
     after it. 'share_of_bandwidth' is what a step reads (weights once, keys and values of every row), of what this
-    machine can read in that time. 'prompt_mfu' and 'decode_mfu' are shares of the device's peak (null: unknown). FLOPs
-    of third-party models are those of their weights alone, of all experts where they have some. 'peak_bytes' is what
-    MLX held at most, weights included; on a CPU the process.
+    machine can read in that time. 'prompt_mfu' and 'decode_mfu' are shares of the device's peak (null: unknown).
+    'peak_bytes' is what MLX held at most, weights included; on a CPU the process.
 
-    `given` is measured; None: random weights of the configuration's sizes.
+    `given` is the artifact that is measured; None: random weights of the configuration's sizes.
 
     Raises:
-        ConfigError: it does not fit into memory, or the model takes fewer tokens.
+        ConfigError: it does not fit into memory.
     """
     bench, dtype = config.bench, prepare_machine(config.machine)
     longest = max(bench.prompt_tokens) + bench.new_tokens
-    sizes = _sizes(config, given, longest)
-    if problems := list(_find_problems(config, given, sizes, longest)):
-        raise ConfigError("\n".join(problems))
+    sizes = sizes_of(replace(config.model, context_tokens=longest), config.architecture, config.tokenizer.vocab_size)
+    sizes = sizes if given is None else sizes_of_folder(given)
+    device, rows = find_device(config.machine), max(bench.rows)
+    needed = Decoding(sizes=sizes, device=device, row_tokens=longest, bits=bench.bits).peak_bytes(rows)
+    if not device.fits(needed):
+        what = f"{rows} rows of {longest:,} tokens, prompts and answers, with the weights"
+        remedies = ("a smaller bench.rows", "a smaller bench.prompt_tokens", "a smaller bench.new_tokens")
+        raise ConfigError(f"bench generate {device.excess(needed, what, remedies)}")
     results = []
     with Progress("bench", len(bench.rows) * len(bench.prompt_tokens), "measurements") as progress:
         bandwidth, peak = _bandwidth(), peak_flops(dtype)
@@ -87,7 +76,7 @@ def measure_generation(config: Config, given: GivenModel | None = None) -> dict[
         "peak_gflops": peak / 1e9 if peak else None,
         "weight_bytes_per_step": model.weight_bytes,
         "model": config.model.name if given is None else given.name,
-        "architecture": config.architecture.name if given is None else None,
+        "architecture": sizes.architecture,
         "num_parameters": model.num_parameters,
         "bench": asdict(bench),
         "seed": config.seed,
@@ -129,36 +118,9 @@ def _share(share: float | None) -> str:
     return "" if share is None else f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"
 
 
-def _sizes(config: Config, given: GivenModel | None, longest: int) -> GPTSizes | None:
-    """Return the sizes of our model, None for a third-party model."""
-    if given is None:
-        model = replace(config.model, context_tokens=longest)
-        return sizes_of(model, config.architecture, config.tokenizer.vocab_size)
-    return None if given.third_party else sizes_of_folder(given.folder)
-
-
-def _find_problems(config: Config, given: GivenModel | None, sizes: GPTSizes | None, longest: int) -> Iterator[str]:
-    bench, device = config.bench, find_device(config.machine)
-    rows = max(bench.rows)
-    what = f"{rows} rows of {longest:,} tokens, prompts and answers, with the weights"
-    remedies = ("a smaller bench.rows", "a smaller bench.prompt_tokens", "a smaller bench.new_tokens")
-    if sizes is not None:
-        needed = Decoding(sizes=sizes, device=device, row_tokens=longest, bits=bench.bits)
-        if not device.fits(needed.peak_bytes(rows)):
-            yield f"bench generate {device.excess(needed.peak_bytes(rows), what, remedies)}"
-        return
-    if given is not None and bench.bits is not None:
-        yield f"bench.bits requires a model of mlxchat; mlx-lm runs {given.name} as it is"
-
-
-def _load(
-    config: Config, given: GivenModel | None, sizes: GPTSizes | None, dtype: mx.Dtype
-) -> _OwnRows | _ThirdPartyRows:
-    if sizes is None:
-        assert given is not None
-        return _ThirdPartyRows(ThirdPartyEngine.load(given.folder).model)
+def _load(config: Config, given: Path | None, sizes: GPTSizes, dtype: mx.Dtype) -> _Rows:
     if given is not None:
-        model, _, _ = load_for_inference(given.folder, dtype)
+        model, _, _ = load_for_inference(given, dtype)
     else:
         model = GPT(sizes)
         init_weights(model, config.seed)
@@ -167,7 +129,7 @@ def _load(
         mx.eval(flatten_parameters(model))
     if config.bench.bits is not None:
         model = packed_copy(model, config.bench.bits)
-    return _OwnRows(model)
+    return _Rows(model)
 
 
 def _measure(
@@ -209,8 +171,8 @@ def _measure(
     }
 
 
-class _OwnRows:
-    """A batch of rows of our model, computed as in the engine.
+class _Rows:
+    """A batch of rows, computed as in the engine.
 
     `weight_bytes` is what a decoding step reads of the weights.
     """
@@ -249,59 +211,6 @@ class _OwnRows:
     def _seen(self, tokens: int) -> int:
         """Return the number of attended tokens, summed over layers, after so many."""
         return sum(tokens if window is None else min(tokens, window + 1) for window in self._sizes.windows)
-
-
-class _ThirdPartyRows:
-    """The same of mlx-lm's model."""
-
-    def __init__(self, model: Any) -> None:
-        from mlx_lm.utils import get_total_parameters
-
-        self._model = model
-        self.vocab_size = int(model(mx.array([[0]])).shape[-1])
-        self.num_parameters = int(get_total_parameters(model))  # type: ignore[no-untyped-call]  # mlx-lm's has no types
-        leaves = dict(tree_flatten(model.leaf_modules(), is_leaf=lambda each: isinstance(each, nn.Module)))
-        untied = any("lm_head" in name for name in leaves)
-        tables: list[Any] = [
-            each for each in leaves.values() if untied and isinstance(each, nn.Embedding | nn.QuantizedEmbedding)
-        ]
-        self.weight_bytes = _bytes_of(model.parameters()) - sum(_bytes_of(each.parameters()) for each in tables)
-        self._multiplied: int = self.num_parameters - sum(
-            each.weight.size * 32 // getattr(each, "bits", 32) for each in tables
-        )
-
-    def read(self, prompts: list[list[int]], new_tokens: int) -> None:
-        from mlx_lm.models.cache import make_prompt_cache
-
-        ids = mx.array(prompts)
-        self._cache, self._last = make_prompt_cache(self._model), ids[:, -1:]
-        for start in range(0, ids.shape[1] - 1, PREFILL_TOKENS):
-            self._model(ids[:, start : min(start + PREFILL_TOKENS, ids.shape[1] - 1)], cache=self._cache)
-            mx.eval([each.state for each in self._cache])  # the logits are not computed
-        self.step()
-
-    def step(self) -> None:
-        self._last = self._model(self._last, cache=self._cache).argmax(-1)
-        mx.eval(self._last, [each.state for each in self._cache])
-
-    def past_bytes(self, rows: int, tokens: int) -> int:
-        # mlx-lm's buffers (B, K, S, D) are larger than their contents.
-        leaves = _arrays_of([each.state for each in self._cache])
-        return sum(leaf.nbytes * tokens // max(tokens, leaf.shape[2] if leaf.ndim == 4 else 0) for leaf in leaves)
-
-    def flops(self, tokens: float, *, decoding: bool) -> float:
-        return 2.0 * self._multiplied
-
-
-_Rows = _OwnRows | _ThirdPartyRows
-
-
-def _arrays_of(tree: Any) -> list[mx.array]:
-    return [leaf for leaf in dict(tree_flatten(tree)).values() if isinstance(leaf, mx.array)]
-
-
-def _bytes_of(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in _arrays_of(tree))
 
 
 def _bandwidth() -> float:

@@ -154,9 +154,8 @@ def bench(parser: Parser) -> None:
     parser.take_names("KIND [ID]", most=2, first=KINDS, about=f"{kinds}\n{_BENCH_SETTINGS}")
     parser.take_settings()
     parser.description = (
-        "Measure how fast this machine works, with random weights and text; bench generate also with a model: ID, or "
-        "hf:FOLDER, hf:ORGANISATION/NAME (one that mlx-lm opens). What was measured is kept in outputs/bench, if there "
-        "is an outputs folder, and shown in its reports. Progress goes to stderr."
+        "Measure how fast this machine works, with random weights and text; bench generate also with a model, ID. "
+        "What was measured is kept in outputs/bench, if there is an outputs folder. Progress goes to stderr."
     )
     parser.add_json("print one JSON object instead of tables")
     parser.set_defaults(main=_bench)
@@ -185,17 +184,11 @@ def _bench(options: Namespace) -> int:
     return 0
 
 
-def _model(name: str, outputs: Path) -> Any:
-    """Return the model with this name, a `GivenModel`."""
-    from mlxchat.bench.generate import GivenModel
-    from mlxchat.interop.source import PREFIX, outside_folder
-
-    if name.startswith(PREFIX):
-        short = name.rstrip("/").rpartition("/")[2].removeprefix(PREFIX)
-        return GivenModel(short, outside_folder(name), third_party=True)
+def _model(name: str, outputs: Path) -> Path:
+    """Return the model with this name."""
     place = find_model(Store(outputs), name).place
     check_model(place)
-    return GivenModel(place.name, place, third_party=False)
+    return place
 
 
 def _keep(kind: str, record: dict[str, Any], settings: list[str], outputs: Path) -> None:

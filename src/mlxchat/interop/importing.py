@@ -99,8 +99,6 @@ def import_model(
         state = read_state(paths[files.model], files.model)
         sizes, tensors, stored = nanochat.read_model(state, meta, files.model, files.meta)
         tokenizer = hf.read_matching_tokenizer(paths[files.tokenizer], sizes)
-        if files.token_bytes is not None:
-            nanochat.check_token_bytes(paths[files.token_bytes], tokenizer)
         facts = nanochat.facts_of(meta, files, config.chat)
     check()
     arrays = {name: tensor.floats() for name, tensor in sorted(tensors.items())}

@@ -1,7 +1,7 @@
 """Reads nanochat's checkpoints.
 
 model_000650.pt  meta_000650.json      at the top, or in a folder such as chatsft_checkpoints/d20/
-tokenizer.pkl    token_bytes.pt        beside them or in tokenizer/; token_bytes.pt is only compared
+tokenizer.pkl                          beside them or in tokenizer/
 tokenizer.json                         instead of tokenizer.pkl, written by an earlier class of nanochat
 
 tokenizer.pkl is a pickled tiktoken encoding; its code is never executed.
@@ -12,12 +12,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
-import numpy as np
-
-from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.vocabulary import HF_FILE, PICKLED_FILE
 from mlxchat.errors import DataError
 from mlxchat.interop.names import (
@@ -27,7 +24,6 @@ from mlxchat.interop.names import (
 )
 from mlxchat.interop.source import ModelSource, read_json
 from mlxchat.interop.tensors import Tensor
-from mlxchat.interop.torch_files import read_tensor
 from mlxchat.model.sizes import GPTSizes
 
 _MODEL = re.compile(r"model_(\d+)\.pt")
@@ -42,7 +38,6 @@ class NanochatFiles:
     model: str
     meta: str
     tokenizer: str
-    token_bytes: str | None
 
     def identity(self) -> list[str]:
         """Return the names of the files that determine the model."""
@@ -50,7 +45,7 @@ class NanochatFiles:
 
     def all(self) -> list[str]:
         """Return the names of all files that are read."""
-        return [*self.identity(), *([self.token_bytes] if self.token_bytes else [])]
+        return self.identity()
 
 
 def find_files(source: ModelSource, step: int | None) -> NanochatFiles:
@@ -84,8 +79,7 @@ def find_files(source: ModelSource, step: int | None) -> NanochatFiles:
             f"{source.where} has no tokenizer.pkl, neither beside {model} nor in tokenizer/. Copy it from where the "
             f"model was trained (nanochat keeps it in ~/.cache/nanochat/tokenizer)"
         )
-    token_bytes = str(PurePosixPath(tokenizer).with_name("token_bytes.pt"))
-    return NanochatFiles(chosen, str(model), meta, tokenizer, token_bytes if source.has(token_bytes) else None)
+    return NanochatFiles(chosen, str(model), meta, tokenizer)
 
 
 def read_meta(data: bytes, where: str) -> dict[str, Any]:
@@ -130,28 +124,3 @@ def read_model(
     dtypes = {name: tensor.dtype.name for name, tensor in renamed.items() if tensor.dtype.name != "float32"}
     compiled = any(name.startswith(COMPILED_PREFIX) for name in tensors)
     return sizes, renamed, {"compiled": compiled, "dtypes": dict(sorted(dtypes.items()))}
-
-
-def check_token_bytes(path: Path, tokenizer: Tokenizer) -> None:
-    """Check that token_bytes.pt is the tokenizer's; otherwise model and tokenizer may not belong together.
-
-    For tokens that are invalid UTF-8, their bytes (nanochat since 2026) or those of U+FFFD (before) are accepted.
-    """
-    tensor = read_tensor(path)
-    if len(tensor.shape) != 1 or tensor.dtype.code:
-        raise DataError(f"{path.name} is not a one-dimensional tensor of integers, which nanochat writes")
-    given, raw = tensor.read(), tokenizer.token_bytes
-    if given.shape == raw.shape:
-        decoded = np.zeros_like(raw)
-        for token, rank in tokenizer.ranks.items():
-            decoded[rank] = len(token.decode("utf-8", "replace").encode())
-        differs = np.flatnonzero((given != raw) & (given != decoded))
-        if not len(differs):
-            return
-        at = int(differs[0])
-        reason = f"token {at} has {given[at]} and {raw[at]} bytes"
-    else:
-        reason = f"{len(given):,} and {len(raw):,} tokens"
-    raise DataError(
-        f"{path.name} and tokenizer.pkl do not match ({reason}). Copy both from where the model was trained"
-    )

@@ -108,9 +108,8 @@ def open_folder(folder: Path) -> ModelSource:
             raise DataError(f"{folder} has more than {_MOST_FILES:,} files: give the folder of the model itself")
     # nanochat keeps checkpoints in <base>/chatsft_checkpoints/d20/, the tokenizer in <base>/tokenizer/.
     for above in (folder.absolute().parent, folder.absolute().parent.parent):
-        for name in ("tokenizer.pkl", "token_bytes.pt"):
-            if (above / "tokenizer" / name).is_file():
-                found.setdefault(f"tokenizer/{name}", above / "tokenizer" / name)
+        if (above / "tokenizer" / "tokenizer.pkl").is_file():
+            found.setdefault("tokenizer/tokenizer.pkl", above / "tokenizer" / "tokenizer.pkl")
     return ModelSource(str(folder), found)
 
 

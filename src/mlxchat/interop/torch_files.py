@@ -29,25 +29,6 @@ _AGAIN = "Copy it again."
 def read_state(path: Path, where: str | None = None) -> dict[str, Tensor]:
     """Return the tensors of a saved state dict by name; their numbers stay in the file until they are read."""
     where = where or path.name
-    content = _read(path, where)
-    if not isinstance(content, dict) or not content:
-        raise DataError(f"{where} is not a dictionary of tensors, as a model's file is")
-    wrong = [str(key)[:80] for key, each in content.items() if type(key) is not str or type(each) is not Tensor]
-    if wrong:
-        raise DataError(f"{where} has entries that are not tensors: {', '.join(wrong[:3])}")
-    return dict(content)
-
-
-def read_tensor(path: Path) -> Tensor:
-    """Return the only tensor of a file."""
-    content = _read(path, path.name)
-    if type(content) is not Tensor:
-        raise DataError(f"{path.name} is not a tensor")
-    return content
-
-
-def _read(path: Path, where: str) -> Any:
-    """Return the saved object, with a `Tensor` for each description of one."""
     check_pointer(path, where)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -88,17 +69,17 @@ def _read(path: Path, where: str) -> Any:
 
         return Tensor(dtype, tuple(shape), read)
 
-    def interpret(value: Any, called: str) -> Any:
-        if not isinstance(value, Made):
-            return value
+    if not isinstance(content, dict) or not content:
+        raise DataError(f"{where} is not a dictionary of tensors, as a model's file is")
+    found = {}
+    for name, value in content.items():
+        if type(name) is not str or not isinstance(value, Made):
+            raise DataError(f"{where} has an entry that is not a tensor: {str(name)[:80]}")
         try:
-            return tensor(value)
+            found[name] = tensor(value)
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-            raise DataError(f"{where} is damaged: {called} is described wrongly ({error}). {_AGAIN}") from None
-
-    if isinstance(content, dict):
-        return {name: interpret(value, str(name)[:80]) for name, value in content.items()}
-    return interpret(content, "its tensor")
+            raise DataError(f"{where} is damaged: {name[:80]} is described wrongly ({error}). {_AGAIN}") from None
+    return found
 
 
 def _member(path: Path, where: str, name: str) -> bytes:

@@ -160,7 +160,7 @@ class Chat:
         """Print the answer to a question, or the continuation of a text, and add both to the conversation.
 
         Raises:
-            ConfigError: the system prompt leaves no room for a question.
+            ConfigError: the question does not fit into the context.
         """
         if self.continues:
             prompt = self._beginning(text)
@@ -225,16 +225,11 @@ class Chat:
             turns = turns[2:]
         if left_out := (len(self.messages) - len(turns)) // 2:
             self._note("the oldest turn" if left_out == 1 else f"the {left_out} oldest turns")
-        if (tokens := len(self.engine.render([*system, question]))) > room:
-            ids = self.engine.tokenizer.encode(question["content"])
-            most = len(ids) - (tokens - room)
-            if most < 1:
-                raise ConfigError(
-                    "the system prompt leaves no room for a question: the model reads "
-                    f"{self.engine.context_tokens} tokens, and {tokens - len(ids)} are not the question's. Shorten it"
-                )
-            self._note(f"the first {len(ids) - most} of {len(ids)} tokens of the question")
-            question = {**question, "content": self.engine.tokenizer.decode(ids[-most:]).lstrip("\ufffd")}
+        if (tokens := len(self.engine.render([*system, *turns, question]))) > room:
+            raise ConfigError(
+                f"the question and the system prompt have {tokens} tokens, more than {room}: the model reads "
+                f"{self.engine.context_tokens} with its answer. Shorten them, or the answer (/tokens)"
+            )
         return [*system, *turns, question]
 
     def _do_retry(self, _: str) -> str:

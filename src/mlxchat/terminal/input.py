@@ -40,24 +40,12 @@ def read_lines(mark: str, commands: Mapping[str, tuple[str, str]]) -> Iterator[t
 
 
 def _session(commands: Mapping[str, tuple[str, str]]) -> Any:
-    """Return a session that completes commands, and paths after commands that take a file."""
+    """Return a session that completes commands."""
     from prompt_toolkit import PromptSession
-    from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
-    from prompt_toolkit.document import Document
+    from prompt_toolkit.completion import WordCompleter
 
-    files = PathCompleter(expanduser=True)
-
-    class Commands(Completer):
-        def get_completions(self, document: Document, event: CompleteEvent) -> Iterator[Completion]:
-            text = document.text_before_cursor
-            name, space, rest = text.partition(" ")
-            if space and commands.get(name, ("",))[0] == "FILE":
-                yield from files.get_completions(Document(rest, len(rest)), event)
-            elif not space and text.startswith("/"):
-                for command, (argument, does) in commands.items():
-                    if command.startswith(text):
-                        shown = f"{command} {argument}"
-                        yield Completion(command, -len(text), display=shown, display_meta=does)
-
-    session: PromptSession[str] = PromptSession(completer=Commands())
+    shown: Any = {name: f"{name} {argument}" for name, (argument, _) in commands.items()}
+    about: Any = {name: does for name, (_, does) in commands.items()}
+    completer = WordCompleter(list(commands), display_dict=shown, meta_dict=about, sentence=True)
+    session: PromptSession[str] = PromptSession(completer=completer)
     return session
