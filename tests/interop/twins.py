@@ -81,7 +81,7 @@ def write_torch(path: Path, content: dict[str, Tensor]) -> None:
             def __reduce__(self) -> Any:
                 return utils._rebuild_tensor_v2, self.arguments
 
-        made = OrderedDict[str, Rebuilt]()
+        made: OrderedDict[str, Rebuilt] = OrderedDict()
         for name, value in content.items():
             key = value.storage or str(len(members))
             kind = getattr(torch, _STORAGES[value.numbers.dtype.str[1:]])
