@@ -162,11 +162,13 @@ def run(ctx: Context) -> None:
             ],
             save=save,
             save_every=config.save_every,
+            max_seconds=config.max_seconds,
             is_enough=is_enough,
         )
     sample(done)  # with the weights that the artifact has
-    if target is not None:
+    if done < num_iterations:
         ctx.derived = derived_after(done, num_iterations, ctx.derived)
+    if target is not None:
         ctx.metrics |= {
             "reached_target": float(ctx.metrics["val_bpb"] <= target),
             "iterations": done,

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from kit.models import computing_on_cpu
 from kit.training import NumberedBatches, Trained, make_context, schedule
 from mlxchat.errors import Interrupted, StepFailed
 from mlxchat.training.loop import Observation
+from mlxchat.training.monitor import Monitor
 from mlxchat.training.state import Checkpointer
 
 OPTIONS: dict[str, Any] = {"rates": schedule(warmup_frac=0.2, warmdown_frac=0.5), "dropout": 0.2}
@@ -119,6 +121,26 @@ def test_interrupted_training_ends_with_the_same_bits(train, straight):
     done = train(stop_after=6, **options)  # a signal during the last iteration lets it end
     assert done.ctx.resumed_from == 5
     assert_same(done, straight)
+
+
+# A fixed time
+
+
+def test_training_ends_after_max_seconds_with_the_whole_schedule(train, monkeypatch):
+    """Iterations take half a second by this clock, as does what is between them, which does not count.
+
+    The first of each start does not, either: 1 + 4 iterations fill two seconds, or 2 + 4 with one interruption.
+    """
+    ticks = count()
+    monkeypatch.setattr(Monitor, "_clocks", lambda self: (0.5 * next(ticks), 0.0, 0.0))
+    options: dict[str, Any] = {"num_iterations": 100, "max_seconds": 2.0, "rates": schedule(warmdown_frac=1.0)}
+    done = train("timed", observations=[VALIDATION], **options)
+    assert done.curve("lr_multiplier") == pytest.approx({1: 1, 2: 1, 3: 0.75, 4: 0.5, 5: 0.25}, abs=0.02)
+    assert done.ctx.metrics["val_loss"] == 5, "the end is observed"
+    with pytest.raises(Interrupted, match="iteration 3 of 6"):
+        train("interrupted", stop_after=3, **options)
+    assert max(train("interrupted", **options).curve("loss")) == 6, "what was spent before counts"
+    assert max(train("short", **options | {"num_iterations": 3}).curve("loss")) == 3, "the first limit ends it"
 
 
 # Losses and gradients that are NaN or infinite

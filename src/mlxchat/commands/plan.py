@@ -72,6 +72,7 @@ def _plan(options: Namespace) -> int:
 
 def _remarks(config: Config, plan: list[PlannedStep], store: Store, memory: Mapping[str, str]) -> dict[str, str]:
     """Return step → what brackets say about it beside its duration."""
+    from mlxchat.config.wording import format_seconds
     from mlxchat.pipeline import find_executors
     from mlxchat.planning.inputs import find_text_need, reads_text
     from mlxchat.runner.keys import find_unknown
@@ -84,6 +85,9 @@ def _remarks(config: Config, plan: list[PlannedStep], store: Store, memory: Mapp
     if reader and need:
         remarks.setdefault(reader, []).append(str(need))
     for step in plan:
+        if step.stage.name == "pretrain" and (seconds := step.config.pretrain.max_seconds) is not None:
+            text = f"ends after {format_seconds(seconds)} of training, so the result depends on this machine"
+            remarks.setdefault(step.name, []).append(text)
         if unknown := find_unknown(step.externals):
             told = ", ".join(dict.fromkeys(unknown.values()))
             remarks.setdefault(step.name, []).append(f"preliminary key: {told} is not known yet")

@@ -147,6 +147,8 @@ def _pretrain(config: Config) -> Iterator[str]:
             "exactly one of pretrain.num_iterations, pretrain.target_flops and pretrain.tokens_per_parameter must be "
             f"set; given: {', '.join(given) or 'none'}.{f' Add {extra}' if extra else ''}"
         )
+    if pretrain.max_seconds is not None and pretrain.extend is not None:
+        yield "pretrain.extend continues a schedule of iterations: give pretrain.max_seconds=null"
     yield from _batch("pretrain", pretrain.batch, config.model.context_tokens)
     if pretrain.batch.tokens is None and not config.optimizer.scaling:
         yield (

@@ -486,12 +486,16 @@ class BatchConfig:
 
 @dataclass(kw_only=True)
 class PretrainConfig(TrainingStageConfig):
-    """Pretraining. Exactly one of the three horizons is set."""
+    """Pretraining. Exactly one of the three horizons is set; max_seconds may end it sooner."""
 
     num_iterations: int | None = setting(None, above=0)
     target_flops: float | None = setting(None, above=0)
     tokens_per_parameter: float | None = setting(20, "nanochat's param-data ratio; 20 is Chinchilla's.", above=0)
     horizon_parameters: str = setting("all", "What tokens_per_parameter counts.", one_of=("all", "matrices_and_head"))
+    max_seconds: float | None = setting(None, above=0, since_default=None)
+    """End after this many seconds of training, if the horizon is not reached before; null: no limit. Iterations count,
+    without the first after each start, which compiles; evaluations, samples and saves do not. The schedule follows
+    seconds / max_seconds, so the result depends on the machine's speed and load."""
     batch: BatchConfig = setting(BatchConfig)
     packing: str = setting("best_fit", one_of=("best_fit", "stream"))
     """How documents fill rows: best_fit (drop what is cropped off, as nanochat since 2026) or stream (cut rows out of

@@ -278,8 +278,8 @@ def sum_squares(arrays: Flat) -> mx.array:
 # The schedule
 
 
-def rates_at(iteration: int, num_iterations: int, schedule: ScheduleConfig, optimizer: OptimizerConfig) -> Rates:
-    """Return the rates of one iteration, 0 … num_iterations − 1."""
+def rates_at(iteration: int, num_iterations: float, schedule: ScheduleConfig, optimizer: OptimizerConfig) -> Rates:
+    """Return the rates of one iteration, from 0, of the number that is planned or, at a fixed time, expected."""
     momentum = schedule.momentum or optimizer.momentum
     return Rates(
         lr_multiplier(iteration, num_iterations, schedule),
@@ -289,7 +289,7 @@ def rates_at(iteration: int, num_iterations: int, schedule: ScheduleConfig, opti
     )
 
 
-def lr_multiplier(iteration: float, num_iterations: int, schedule: ScheduleConfig) -> float:
+def lr_multiplier(iteration: float, num_iterations: float, schedule: ScheduleConfig) -> float:
     """Return the factor of every learning rate: linear warmup, constant, warmdown to final_lr_frac; never below 0.
 
     Counterpart of `get_lr_multiplier` in nanochat's scripts; with warmdown_frac 1 it is chat_sft's 1 − it / N. A cosine
@@ -298,7 +298,7 @@ def lr_multiplier(iteration: float, num_iterations: int, schedule: ScheduleConfi
     warmup = schedule.warmup_iterations
     if warmup is None:
         warmup = round(schedule.warmup_frac * num_iterations)
-    warmdown = round(schedule.warmdown_frac * num_iterations)
+    warmdown: float = round(schedule.warmdown_frac * num_iterations)
     if iteration < warmup:
         return (iteration + 1) / warmup
     if schedule.shape == "cosine":
@@ -311,7 +311,7 @@ def lr_multiplier(iteration: float, num_iterations: int, schedule: ScheduleConfi
     return max(0.0, progress + (1 - progress) * schedule.final_lr_frac)
 
 
-def muon_momentum(iteration: int, num_iterations: int, momentum: MomentumConfig, warmdown_frac: float) -> float:
+def muon_momentum(iteration: int, num_iterations: float, momentum: MomentumConfig, warmdown_frac: float) -> float:
     """Return Muon's momentum: linear from `start` to `end`, then during the warmdown to `final` (None: constant).
 
     Counterpart of `get_muon_momentum`: .85 → .95 over 300 iterations in 2025; .85 → .97 over 400, then → .90 in 2026.

@@ -46,14 +46,17 @@ def estimate_trainings(config: Config, plan: Iterable[PlannedStep], store: Store
         if made:
             nearest = min(made, key=lambda each: abs(math.log(each["derived"]["flops_per_token"] / per_token)))
             speed, source = _speed(nearest), nearest["name"]
-        elif speed is None and flops > _LONG_FLOPS:
+        elif speed is None and flops > _LONG_FLOPS and config.pretrain.max_seconds is None:
             from mlxchat.ops.device import select_device  # imports MLX
 
             dtype = select_device(config.machine.device, config.machine.compute_dtype)
             speed, source = _SHARE_OF_PEAK * (peak_flops(dtype) or measure_flops(dtype)), "this device's peak"
-        if speed is not None:
+        seconds, most = flops / speed if speed is not None else math.inf, config.pretrain.max_seconds
+        if most is not None and most <= seconds:
+            seconds, source = most, "pretrain.max_seconds"
+        if seconds < math.inf:
             held = Training(sizes=sizes, optimizer=config.optimizer, rows=1, row_tokens=1).held_bytes
-            found[step.name] = Estimate(seconds=flops / speed, bytes=held, artifact=source)
+            found[step.name] = Estimate(seconds=seconds, bytes=held, artifact=source)
     return found
 
 

@@ -71,14 +71,16 @@ def run_routes(store: Store) -> APIRouter:
 
 def _step(store: Store, step: StepReport) -> Json:
     running = step.folder is None and bool(step.key) and locks.is_held(store.lock(step.key))
-    last = step.all_series.get("iteration", ([], []))[1] if running else []
+    last, expected = (
+        step.all_series.get(name, ([], []))[1] if running else [] for name in ("iteration", "expected_iterations")
+    )
     planned = read_json(store.outputs / "work" / step.key / "ckpt" / DERIVED) if running else {}
     measured = step.manifest.get("metrics") or {}
     return {
         "step": step.name, "stage": step.stage, "state": "running" if running else step.outcome, "error": step.error,
         "inputs": step.inputs, "artifact": step.artifact if step.folder else None, "seconds": step.seconds,
         "parameters": step.num_parameters, "iteration": last[-1] if last else None,
-        "iterations": number(planned.get("num_iterations")),
+        "iterations": expected[-1] if expected else number(planned.get("num_iterations")),
         "metrics": {key: value for key in measured if (value := number(measured[key])) is not None},
     }  # fmt: skip
 

@@ -52,6 +52,7 @@ def fit(
     observations: Sequence[Observation],
     save: Callable[[Path], None],
     save_every: int | None = None,
+    max_seconds: float | None = None,
     is_enough: Callable[[int, dict[str, float]], bool] = lambda done, numbers: False,
 ) -> int:
     """Train, continuing where an earlier attempt of this step stopped; return the iterations done.
@@ -61,11 +62,12 @@ def fit(
     where both schedules agree on the first iterations (a constant rate).
 
     Observations are called when due, in this order. `save` writes the stage's outputs into a folder; every `save_every`
-    iterations the present ones are published as an intermediate model. The training ends early where `is_enough`, which
-    takes the iterations done and what was observed. The step's metrics get the loss and tokens per second.
+    iterations the present ones are published as an intermediate model. The training ends early after `max_seconds` of
+    iterations, with the whole schedule, or where `is_enough`, which takes the iterations done and what was observed.
+    The step's metrics get the loss and tokens per second.
     """
     mx.reset_peak_memory()
-    monitor = Monitor(ctx, step, batches, num_iterations)
+    monitor = Monitor(ctx, step, batches, num_iterations, max_seconds)
     checkpointer = Checkpointer(ctx, step, batches, monitor)
     first, is_observed = checkpointer.restore(ctx.inputs.get("extends"))
     done = first
@@ -77,7 +79,9 @@ def fit(
 
     with ctx.progress(num_iterations, "iterations", start=done) as progress:
         while True:
-            ends = done == num_iterations
+            expected = monitor.expect_iterations(done)
+            progress.total = round(expected)
+            ends = done == expected
             if not is_observed:
                 numbers: dict[str, float] = {}
                 with checkpointer.saving_on_stop(done, is_observed=False):
@@ -100,12 +104,12 @@ def fit(
                 break
             with checkpointer.saving_on_stop(done):
                 if done > first and ctx.should_stop():
-                    raise ctx.stop(f"iteration {done:,} of {num_iterations:,}", saved=True)
+                    raise ctx.stop(f"iteration {done:,} of {progress.total:,}", saved=True)
                 if done > first:
                     checkpointer.save_if_due(done)
                 monitor.begin_iteration()
                 batch = batches.next_batch(done)
-                rates = rates_at(done, num_iterations, config.schedule, step.optimizer.config)
+                rates = rates_at(done, expected, config.schedule, step.optimizer.config)
                 loss, norm = step(batch, rates, done, batches.prepare if done + 1 < num_iterations else None)
                 monitor.end_iteration(done + 1, batch, loss + batch.offset, norm, rates, progress)
             done += 1

@@ -38,6 +38,7 @@ class Counts:
     loss_weight: float = 0.0  # and of their weights
     tokens: int = 0
     seconds: float = 0.0
+    compiled: float = 0.0  # seconds of each start's first iteration
     waited: float = 0.0  # seconds of reading data
     skipped: int = 0  # iterations whose update was skipped
     skipped_in_a_row: int = 0
@@ -46,8 +47,16 @@ class Counts:
 class Monitor:
     """Measures, logs and shows each iteration of a step's training."""
 
-    def __init__(self, ctx: Context, step: TrainStep, batches: BatchSource, num_iterations: int) -> None:
-        self.ctx, self.step, self.batches, self.num_iterations = ctx, step, batches, num_iterations
+    def __init__(
+        self,
+        ctx: Context,
+        step: TrainStep,
+        batches: BatchSource,
+        num_iterations: int,
+        max_seconds: float | None = None,
+    ) -> None:
+        self.ctx, self.step, self.batches = ctx, step, batches
+        self.num_iterations, self.max_seconds = num_iterations, max_seconds
         self.counts = Counts()
         self._recent: list[tuple[int, float, float]] = []
         # nanochat's FLOPs per token are those of a training of all weights.
@@ -56,6 +65,16 @@ class Monitor:
         self._before = (0.0, 0.0, 0.0)
         if backend() == "cuda" and not any(Path(kept := os.environ["MLX_PTX_CACHE_DIR"]).glob("*.ptx")):
             print(f"{ctx.step:<10} first compiles CUDA kernels, some minutes once; they are kept in {kept}")
+
+    def expect_iterations(self, done: int) -> float:
+        """Return after how many iterations the training will end, judged after `done` of them.
+
+        These are `num_iterations`, or fewer if at the speed so far `max_seconds` pass before; `done` once they have.
+        """
+        if self.max_seconds is None:
+            return self.num_iterations
+        share = min(1.0, (self.counts.seconds - self.counts.compiled) / self.max_seconds)
+        return min(self.num_iterations, done / share) if share else self.num_iterations
 
     def begin_iteration(self) -> None:
         """Start the clock."""
@@ -71,6 +90,8 @@ class Monitor:
         ctx, counts = self.ctx, self.counts
         seconds, waited, communicated = (now - then for now, then in zip(self._clocks(), self._before, strict=True))
         record: dict[str, Any] = {"lr_multiplier": rates.lr_factor}
+        if self.max_seconds is not None:
+            record["expected_iterations"] = progress.total
         if math.isfinite(loss) and math.isfinite(norm):
             counts.skipped_in_a_row = 0
             counts.loss = _EMA_DECAY * counts.loss + (1 - _EMA_DECAY) * loss
@@ -85,6 +106,8 @@ class Monitor:
             record["communication_frac"] = communicated / seconds
         counts.tokens += batch.ids.size
         counts.seconds += seconds
+        if not self._recent:
+            counts.compiled += seconds
         counts.waited += waited
         self._recent = [*self._recent[1 - _RECENT :], (batch.ids.size, seconds, waited)]
         recent_tokens, recent_seconds, recent_waited = (sum(column) for column in zip(*self._recent, strict=True))

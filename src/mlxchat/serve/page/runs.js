@@ -13,7 +13,7 @@ const FEWEST_OF_A_LINE = 3;
 const FIRST = ["loss", "smooth_loss", "val_bpb", "val_loss", "reward", "pass_at_1", "val_pair_accuracy", "lr_multiplier", "tokens_per_second"];
 
 const TRAINING = ["pretrain", "midtrain", "sft", "preference", "rl"];
-const HIDDEN = /_stderr$|^elapsed_seconds$/;
+const HIDDEN = /_stderr$|^elapsed_seconds$|^expected_iterations$/;
 
 let [run, step, other] = decodeURIComponent(location.hash.slice(1)).split("|");
 const charts = new Map(); // metric → chart
