@@ -72,9 +72,9 @@ class Request(NamedTuple):
 class LoopbackHub(Loopback):
     """The server, as a context manager. All may be changed while it runs."""
 
-    def __init__(self, token: str | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__(_Handler)
-        self.token = token
+        self.token: str | None = None
         """What every request must have; None: nothing."""
         self.repositories: dict[str, Repository] = {}
         self.files: dict[str, bytes] = {}

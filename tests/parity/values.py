@@ -123,20 +123,11 @@ def distance(got: Any, expected: Any) -> float:
     return float((np.abs(got - expected) / np.maximum(1, np.abs(expected))).max(initial=0))
 
 
-def absolute(got: Any, expected: Any) -> float:
-    """Return the largest absolute difference."""
-    got, expected = np.asarray(got, dtype=np.float64), np.asarray(expected, dtype=np.float64)
-    assert got.shape == expected.shape
-    return float(np.abs(got - expected).max(initial=0))
-
-
 def relative(got: Any, expected: Any) -> float:
     """Return |got − expected| / |expected| in the 2-norm."""
     got, expected = np.asarray(got, dtype=np.float64), np.asarray(expected, dtype=np.float64)
     assert got.shape == expected.shape
-    return (
-        float(np.linalg.norm(got - expected) / np.linalg.norm(expected)) if expected.any() else absolute(got, expected)
-    )
+    return float(np.linalg.norm(got - expected) / (np.linalg.norm(expected) or 1.0))
 
 
 def assert_within(tolerance: float, errors: dict[str, float]) -> None:

@@ -132,12 +132,3 @@ def test_hanging_service_does_not_delay_the_end(tmp_path, monkeypatch):
     end.set()
     assert time.monotonic() - began < 5
     assert "not waiting any longer" in said[0]
-
-
-def test_no_tracker_starts_no_thread(tmp_path):
-    before = set(threading.enumerate())
-    tracker = start(tmp_path, "1", None, kind="none")
-    tracker.log("sft", {"iteration": 1, "loss": 1.0})
-    tracker.finish()
-    assert set(threading.enumerate()) <= before
-    assert not list((tmp_path / "runs" / "1").iterdir())
