@@ -6,9 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from engine.stepping import steps
 from kit.models import make_model
-from kit.scripted import steps
-from kit.text import byte_tokens
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.batch import Event, Generator, Request
 from mlxchat.engine.decode import Decoder
@@ -46,6 +45,12 @@ def test_rows_end_with_an_end_token_or_at_the_limit(tokenizer, scripted):
     assert [each.ids for each in engine.complete(prompts, max_new_tokens=0)] == [[], [], []]
     with pytest.raises(ConfigError, match="prompt is empty"):
         engine.complete([[]], max_new_tokens=1)
+
+
+def byte_tokens(tokenizer: Tokenizer, data: bytes) -> list[int]:
+    """Return a token for each byte."""
+    single = {tokenizer.decode_bytes([token]): token for token in range(256)}
+    return [single[bytes([byte])] for byte in data]
 
 
 def between(tokenizer: Tokenizer, kind: str, text: str) -> list[int]:

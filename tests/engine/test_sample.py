@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kit.scripted import steps
+from engine.stepping import steps
 from mlxchat.engine.batch import Request
 from mlxchat.engine.generate import Engine
 from mlxchat.engine.sample import Constraint, JsonGrammars, Sampler, Sampling, make_draws, score_tokens

@@ -1,4 +1,4 @@
-"""A model without weights, whose answers are given, and all steps of a scheduler."""
+"""A model without weights, whose answers are given."""
 
 import time
 from collections.abc import Sequence
@@ -8,9 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxchat.engine.batch import Event
 from mlxchat.engine.decode import Decoder, LastEmbedding, Past, tokens_of
-from mlxchat.engine.generate import Scheduler
 
 
 class ScriptedDecoder(Decoder):
@@ -64,12 +62,3 @@ class ScriptedDecoder(Decoder):
 
 def past_of_zeros(tokens: int) -> Past:
     return [(mx.zeros((1, 1, tokens, 1)),) * 2]
-
-
-def steps(scheduler: Scheduler, count: int = 10**9) -> list[Event]:
-    """Return the events of all requests, or of so many steps."""
-    events: list[Event] = []
-    while not scheduler.idle and count:
-        events += scheduler.step()
-        count -= 1
-    return events

@@ -3,7 +3,6 @@
 import io
 import json
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.tasks import load_task
-
-Conversation = dict[str, Any]
 DOCUMENTS = [f"document {number}" for number in range(100)]
-
-
-@cache
-def conversations_of(task: str, split: str) -> list[Conversation]:
-    loaded = load_task(task, split)
-    return [loaded[index] for index in range(len(loaded))]
 
 
 def parquet(texts: Sequence[str | None], column: str = "text", **options: Any) -> bytes:
@@ -29,12 +18,6 @@ def parquet(texts: Sequence[str | None], column: str = "text", **options: Any) -
     file = io.BytesIO()
     pq.write_table(pa.table({"id": list(range(len(texts))), column: texts}), file, **options)
     return file.getvalue()
-
-
-def byte_tokens(tokenizer: Tokenizer, data: bytes) -> list[int]:
-    """Return a token for each byte."""
-    single = {tokenizer.decode_bytes([token]): token for token in range(256)}
-    return [single[bytes([byte])] for byte in data]
 
 
 def core_items(kind: str, count: int, *, story: bool = False) -> list[dict[str, Any]]:

