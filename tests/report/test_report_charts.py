@@ -54,7 +54,7 @@ def test_smoothing_is_a_moving_mean():
 def test_charts_follow_the_logged_metrics(made):
     lines = [
         {"iteration": i, "loss": 5.0 / i, "lr_multiplier": 1.0, "grad_norm": 0.5, "tokens_per_second": 1e5,
-         "val_loss": 1.0, "val_perplexity": 2.7, "data_wait_frac": 0.2 if i == 1 else 0.0}
+         "val_loss": 1.0, "val_perplexity": 2.7, "data_wait_frac": 0.2, "own": 3.0}
         for i in range(1, 40)
     ]  # fmt: skip
     made.write_lines("sft", "metrics.jsonl", lines)
@@ -64,7 +64,7 @@ def test_charts_follow_the_logged_metrics(made):
     report = made.report()
     sft, rl = report.step("sft"), report.step("rl")
     assert [chart.name for chart in main_charts(report, sft)] == ["sft-loss", "sft-val_loss"]
-    more = ["sft-lr_multiplier", "sft-grad_norm", "sft-tokens_per_second"]
+    more = ["sft-lr_multiplier", "sft-grad_norm", "sft-tokens_per_second", "sft-own"]
     assert [chart.name for chart in more_charts(report, sft)] == more
     assert [chart.name for chart in main_charts(report, rl)] == ["rl-reward", "rl-pass"]
     passed = main_charts(report, rl)[1]

@@ -283,58 +283,37 @@ def _svg(figure: Figure, name: str, alt: str) -> str:
     return f'<svg class="chart" {box} role="img" aria-label="{escape(visible(alt))}">\n{body}'
 
 
-@dataclass(frozen=True)
-class _Series:
-    """A logged metric and how it is drawn."""
-
-    key: str
-    title: str
-    y: str
-    show: Callable[[float], str] = "{:.3f}".format
-    scale: float = 1.0
-    is_smoothed: bool = False
-    from_zero: bool = True
-    is_main: bool = False
-    """True for results, False for details of the training."""
-
-
-_SERIES = (
-    _Series("reward", "mean reward", "per sampled answer", is_smoothed=True, from_zero=False, is_main=True),
-    _Series("loss", "training loss", "nats per token", is_smoothed=True, from_zero=False, is_main=True),
-    _Series("val_bpb", "validation", "bits per byte", from_zero=False, is_main=True),
-    _Series("val_loss", "validation", "nats per token", from_zero=False, is_main=True),
-    _Series("val_perplexity", "validation", "perplexity", from_zero=False, is_main=True),
-    _Series("core_estimate", "CORE estimate", "mean centred accuracy", from_zero=False, is_main=True),
-    _Series("mean_centered", "accuracy on tasks", "mean centred accuracy", from_zero=False, is_main=True),
-    _Series("val_pair_accuracy", "held-out pairs whose chosen answer is preferred", "% of the pairs", "{:.0f}%".format,
-            scale=100, from_zero=False, is_main=True),
-    _Series("val_chosen_log_prob", "held-out chosen answers", "log-probability, nats", from_zero=False),
-    _Series("val_rejected_log_prob", "held-out rejected answers", "log-probability, nats", from_zero=False),
-    _Series("held_out_reward", "held-out reward", "per sampled answer", from_zero=False),
-    _Series("ce", "cross-entropy", "nats per token", is_smoothed=True, from_zero=False),
-    _Series("kl", "divergence from the teacher", "nats per token", is_smoothed=True),
-    _Series("teaching_frac", "questions with answers of unequal reward", "% of the asked", "{:.0f}%".format,
-            scale=100, is_smoothed=True),
-    _Series("completion_tokens", "length of answers", "tokens", "{:.1f}".format, is_smoothed=True),
-    _Series("entropy", "entropy of the policy", "nats per token"),
-    _Series("clip_frac", "clipped tokens", "% of the sampled", "{:.1f}%".format, scale=100),
-    _Series("lr_multiplier", "learning rate", "× the peak rate"),
-    _Series("grad_norm", "gradient norm", "before clipping", is_smoothed=True),
-    _Series("tokens_per_second", "throughput", "tokens/s", format_count),
-)  # fmt: skip
-# One of these suffices.
-_VALIDATION = ("val_bpb", "val_loss", "val_perplexity")
+# Results: metric → title and unit. Everything else that a training records is a detail.
+_RESULTS = {
+    "reward": ("mean reward", "per sampled answer"),
+    "loss": ("training loss", "nats per token"),
+    "val_bpb": ("validation", "bits per byte"),
+    "val_loss": ("validation", "nats per token"),
+    "core_estimate": ("CORE estimate", "mean centred accuracy"),
+    "mean_centered": ("accuracy on tasks", "mean centred accuracy"),
+    "val_pair_accuracy": ("held-out pairs whose chosen answer is preferred", "share of the pairs"),
+}
+_UNITS = {
+    "lr_multiplier": "× the peak rate", "grad_norm": "before clipping", "tokens_per_second": "tokens/s",
+    "entropy": "nats per token", "kl": "nats per token", "ce": "nats per token", "completion_tokens": "tokens",
+    "held_out_reward": "per sampled answer",
+}  # fmt: skip
+_NOT_DRAWN = ("iteration", "smooth_loss", "val_perplexity", "data_wait_frac", "elapsed_seconds", "peak_memory_bytes")
 
 
 def main_charts(report: RunReport, step: StepReport) -> list[Picture]:
-    """Return the charts of a training's results: loss or reward, validation, pass@k."""
-    found = list(_charts(report, step, is_main=True))
+    """Return the charts of a training's results: loss or reward, pass@k, validation."""
+    is_rl = bool(step.series("reward")[0])
+    keys = [key for key in _RESULTS if step.series(key)[0] and not (is_rl and key == "loss")]
+    found = [_chart(report, step, key) for key in keys]
     return found[:1] + list(_pass_chart(step)) + found[1:]
 
 
 def more_charts(report: RunReport, step: StepReport) -> list[Picture]:
-    """Return the charts of a training's details, such as learning rate and speed."""
-    return list(_charts(report, step, is_main=False))
+    """Return the charts of everything else that a training recorded, such as learning rate and speed."""
+    hidden = (*_RESULTS, *_NOT_DRAWN)
+    keys = [key for key in step.all_series if key not in hidden and not re.match(r"pass_at_|.*_stderr$", key)]
+    return [_chart(report, step, key) for key in keys]
 
 
 def score_charts(report: RunReport) -> list[Picture]:
@@ -364,30 +343,23 @@ def bpb_baselines(report: RunReport, step: StepReport) -> dict[str, float]:
     return {}
 
 
-def _charts(report: RunReport, step: StepReport, *, is_main: bool) -> Iterator[Picture]:
-    is_rl, has_pairs = bool(step.series("reward")[0]), bool(step.series("pair_accuracy")[0])
-    if not (is_rl or step.series("loss")[0]):
-        return
-    validation = next((key for key in _VALIDATION if step.series(key)[0]), "")
-    for series in _SERIES:
-        xs, ys = step.series(series.key)
-        is_said = series.key in _VALIDATION and series.key != validation
-        if not xs or series.is_main is not is_main or is_said or (is_rl and series.key == "loss"):
-            continue
-        end_of_errors, errors = step.series(f"{series.key}_stderr")
-        curve = Curve(points=(xs, [y * series.scale for y in ys]), is_smoothed=series.is_smoothed,
-                      errors=[e * series.scale for e in errors] if end_of_errors == xs else [])  # fmt: skip
-        end = series.show(curve.drawn()[-1])
-        title = "divergence from the model that RL began with" if is_rl and series.key == "kl" else series.title
-        levels = list(bpb_baselines(report, step).items()) if series.key == "val_bpb" else []
-        y = "per pair" if has_pairs and series.key in ("loss", "val_loss") else series.y
-        said = f"{title} of step {step.name} over its iterations, {y}: it ends at {end}"
-        yield draw_curves(
-            f"{slug(step.name)}-{slug(series.key)}",
-            f"{step.name}: {title}{' (bold: smoothed)' if curve.drawn() is not curve.points[1] else ''}",
-            f"Curve of the {said}{''.join(f'; {label} {value:.4g}' for label, value in levels)}.",
-            [replace(curve, label=f"at the end {end}")], y=y, levels=levels, from_zero=series.from_zero,
-        )  # fmt: skip
+def _chart(report: RunReport, step: StepReport, key: str) -> Picture:
+    xs, ys = step.series(key)
+    of_errors, errors = step.series(f"{key}_stderr")
+    title, unit = _RESULTS.get(key) or (key.replace("_", " "), _UNITS.get(key, ""))
+    if key in ("loss", "val_loss") and step.series("pair_accuracy")[0]:
+        unit = "per pair"
+    curve = Curve(points=(xs, ys), is_smoothed=True, errors=errors if of_errors == xs else [])
+    last = curve.drawn()[-1]
+    end = f"{last:.3f}" if abs(last) < 1000 else format_count(last)
+    levels = list(bpb_baselines(report, step).items()) if key == "val_bpb" else []
+    beside = "".join(f"; {label} {value:.4g}" for label, value in levels)
+    return draw_curves(
+        f"{slug(step.name)}-{slug(key)}",
+        f"{step.name}: {title}{' (bold: smoothed)' if curve.drawn() is not ys else ''}",
+        f"Curve of the {title} of step {step.name} over its iterations, {unit}: it ends at {end}{beside}.",
+        [replace(curve, label=f"at the end {end}")], y=unit, levels=levels,
+    )  # fmt: skip
 
 
 def _pass_chart(step: StepReport) -> Iterator[Picture]:
