@@ -88,7 +88,8 @@ def run(ctx: Context) -> None:
     rows_per_iteration = derived.batch_tokens // row_tokens
     micro_batch = choose_micro_batch(ctx, memory(ctx.config, ctx.stage, sizes))
     numbers = {**derive_numbers(derived, sizes, micro_batch.tokens), **micro_batch.numbers()}
-    ctx.derive(numbers, shown=("num_parameters", "tokens_per_iteration", "num_iterations", "total_tokens"))
+    horizon = ("num_iterations", "total_tokens") if config.max_seconds is None else ()
+    ctx.derive(numbers, shown=("num_parameters", "tokens_per_iteration", *horizon))
     model = GPT(sizes)
     init_weights(model, ctx.seed("weights"))
     optimizer = Optimizer(

@@ -22,6 +22,7 @@ from mlxchat.store.store import Store
 
 if TYPE_CHECKING:
     from mlxchat.report.collect import RunReport
+    from mlxchat.report.experiments import Verdict
     from mlxchat.store.compare import Table as Runs
 
 _WIDEST_CELL = 24
@@ -37,8 +38,37 @@ def compare(parser: Parser) -> None:
     )
     add = parser.add_argument
     add("--sort", metavar="NAME", help="by a setting (smallest first) or metric (best first); --sort=-NAME reverses")
-    add("--format", choices=("table", "csv", "json", "md"), default="table", help="csv and json: all metrics")
+    add(
+        "--format", choices=("table", "csv", "json", "md", "tsv"), default="table",
+        help="csv and json: all metrics; tsv: autoresearch's journal of a --baseline",
+    )  # fmt: skip
+    _add_baseline(parser)
     parser.set_defaults(main=_compare)
+
+
+def _add_baseline(parser: Parser) -> None:
+    """Declare the options of a verb that judges experiments."""
+    parser.add_argument(
+        "--baseline", metavar="RUN",
+        help="judge the experiments since RUN: runs that differ in their seeds only are one, called by name=NAME",
+    )  # fmt: skip
+    parser.add_argument("--metric", default="pretrain.val_bpb", metavar="STEP.METRIC", help="of --baseline")
+
+
+def _judge(options: Namespace) -> list[Verdict]:
+    """Return the verdicts on the named runs, or on all, with those of --baseline."""
+    from mlxchat.report.experiments import find_experiments, judge
+    from mlxchat.runner.stage import best_of
+    from mlxchat.store.compare import find_runs
+
+    store, step = Store(options.outputs), options.metric.rpartition(".")[0]
+    plans = find_runs(store, [options.baseline, *options.names] if options.names else [])
+    found = find_experiments(store, plans, options.metric)
+    stage = next(made["stage"] for each in found for made in each.made)
+    better = best_of(stage, options.metric.rpartition(".")[2])
+    if better is None:
+        raise ConfigError(f"--metric {options.metric}: stage {stage} does not say which values are better ({step})")
+    return judge(found, options.baseline, less_is_better=better is min)
 
 
 def _compare(options: Namespace) -> int:
@@ -46,6 +76,11 @@ def _compare(options: Namespace) -> int:
     from mlxchat.runner.stage import best_of
     from mlxchat.store.compare import find_runs, make_table, rows_of_runs
 
+    if options.baseline is not None:
+        _print_verdicts(options)
+        return 0
+    if options.format == "tsv":
+        raise ConfigError("--format tsv needs --baseline RUN")
     names, store = options.names, Store(options.outputs)
     rows = rows_of_runs(store, find_runs(store, names))
     if not rows and not names:
@@ -61,6 +96,21 @@ def _compare(options: Namespace) -> int:
         steps = ", ".join(dict.fromkeys(name.partition(".")[0] for name in equal))
         print(f"\nnot shown: {plural(len(equal), 'metric')} without a difference ({steps}); --format csv has all")
     return 0
+
+
+def _print_verdicts(options: Namespace) -> None:
+    """Print the verdicts on experiments."""
+    from mlxchat.report.experiments import describe_verdicts, journal, table_of_verdicts
+
+    verdicts = _judge(options)
+    if options.format == "json":
+        print_json(describe_verdicts(verdicts, options.metric))
+    elif options.format in ("csv", "tsv"):
+        writer = csv.writer(sys.stdout, delimiter="\t" if options.format == "tsv" else ",", lineterminator="\n")
+        writer.writerows([visible(cell) for cell in row] for row in journal(verdicts))
+    else:
+        table = table_of_verdicts(verdicts, options.metric)
+        print(visible(table.markdown()) if options.format == "md" else table.text())
 
 
 def _errors_of(store: Store, scores: dict[str, str]) -> dict[str, float]:
@@ -108,11 +158,12 @@ def _cell(row: Mapping[str, Any], name: str, errors: Mapping[str, Mapping[str, f
 
 def report(parser: Parser) -> None:
     """Declare `mlxchat report`."""
-    parser.take_names("[RUN|ID]", least=0, about=f"{_SWEEPS} Default: the latest run")
+    parser.take_names("[RUN|ID]", least=0, most=None, about=f"{_SWEEPS} Default: the latest run")
     add = parser.add_argument
     add("--out", metavar="FOLDER", help="folder for report.html, report.md and plots")
     add("--cost-per-hour", type=amount, metavar="DOLLARS", help="cost of this machine")
     add("--open", action="store_true", help="open it in a browser")
+    _add_baseline(parser)
     parser.set_defaults(main=_report)
 
 
@@ -120,8 +171,17 @@ def _report(options: Namespace) -> int:
     """Write a report; print its summary and path."""
     from mlxchat.report.comparison import comparison, reports_of_sweep
     from mlxchat.report.document import document, title_of, write_document
+    from mlxchat.report.plots import slug
 
     name, out = next(iter(options.names), LATEST), Path(options.out) if options.out else None
+    if options.baseline is not None:
+        from mlxchat.report.experiments import report_experiments
+
+        place = out or Store(options.outputs).outputs / "reports" / f"since-{slug(options.baseline)}"
+        title = f"Experiments since {options.baseline}"
+        return _show(write_document(place, title, report_experiments(_judge(options), options.metric)), options)
+    if len(options.names) > 1:
+        raise ConfigError("a report is of one run or sweep; with --baseline RUN it is of experiments")
     if sweep := _sweep_folder(options.outputs, name):
         title, reports = called(sweep.name), reports_of_sweep(options.outputs, sweep)
     else:
@@ -135,6 +195,11 @@ def _report(options: Namespace) -> int:
         from mlxchat.report.summary import print_summary
 
         print_summary(reports[0])
+    return _show(place, options)
+
+
+def _show(place: Path, options: Namespace) -> int:
+    """Print the path of a report, and open it if that is wanted."""
     print(f"report: {place}")
     if options.open:
         import webbrowser

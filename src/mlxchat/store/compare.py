@@ -12,7 +12,7 @@ from typing import Any
 from mlxchat.errors import ConfigError, StoreError, suggest
 from mlxchat.store.fingerprint import changes, flatten
 from mlxchat.store.manifest import Manifest
-from mlxchat.store.naming import LATEST, called, latest
+from mlxchat.store.naming import LATEST, called, experiment_of, latest
 from mlxchat.store.store import Store
 
 Change = tuple[Any, Any]
@@ -61,7 +61,7 @@ Plan = tuple[str, list[dict[str, Any]]]
 def find_runs(store: Store, names: list[str]) -> list[Plan]:
     """Return the named runs, oldest first, then the jobs with artifacts of the named sweeps; without names, all runs.
 
-    A name is that of a run's folder, else its last part (smoke: all runs called so), else that of a sweep;
+    A name is that of a run's folder, else its last part (smoke: all runs and jobs called so), else that of a sweep;
     multirun/NAME is always the sweep.
 
     Raises:
@@ -73,7 +73,7 @@ def find_runs(store: Store, names: list[str]) -> list[Plan]:
     jobs: list[Plan] = []
     for name in names:
         last = latest(store) if name == LATEST else name.rstrip("/").rpartition("/")[2]
-        matching = {last} & every.keys() or {run for run in every if called(run) == last}
+        matching = {last} & every.keys() or {run for run in every if last in (called(run), experiment_of(run))}
         if matching and "multirun/" not in name:
             runs |= matching
         elif (sweep := find_sweep(store.outputs, last)) is not None:

@@ -261,6 +261,11 @@ def called(run: str) -> str:
     return (stamp["called"] or run) if stamp else run
 
 
+def experiment_of(run: str) -> str:
+    """Return what a run is called, without the number of a sweep's job: quickstart for …-quickstart-job2."""
+    return re.sub(r"-job\d+$", "", called(run))
+
+
 def links(store: Store, group: str) -> dict[str, Path]:
     """Return name → artifact folder of the refs in a group that lead to a complete artifact."""
     folder = store.outputs / "refs" / group

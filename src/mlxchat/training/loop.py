@@ -80,7 +80,6 @@ def fit(
     with ctx.progress(num_iterations, "iterations", start=done) as progress:
         while True:
             expected = monitor.expect_iterations(done)
-            progress.total = round(expected)
             ends = done == expected
             if not is_observed:
                 numbers: dict[str, float] = {}

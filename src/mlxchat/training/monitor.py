@@ -90,8 +90,6 @@ class Monitor:
         ctx, counts = self.ctx, self.counts
         seconds, waited, communicated = (now - then for now, then in zip(self._clocks(), self._before, strict=True))
         record: dict[str, Any] = {"lr_multiplier": rates.lr_factor}
-        if self.max_seconds is not None:
-            record["expected_iterations"] = progress.total
         if math.isfinite(loss) and math.isfinite(norm):
             counts.skipped_in_a_row = 0
             counts.loss = _EMA_DECAY * counts.loss + (1 - _EMA_DECAY) * loss
@@ -123,6 +121,9 @@ class Monitor:
         if self._mfu_per_speed is not None:
             record["mfu"] = self._mfu_per_speed * speed
             shown["mfu"] = f"{record['mfu']:.0%}"
+        if self.max_seconds is not None:
+            progress.total = round(self.expect_iterations(iteration))
+            record["expected_iterations"] = progress.total
         ctx.log({"iteration": iteration, **record})
         progress.update(iteration, **shown, memory=format_bytes(mx.get_peak_memory()))
 

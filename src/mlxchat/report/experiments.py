@@ -1,0 +1,299 @@
+"""Experiments: runs that are equal but for their seeds are one experiment, which is kept, discarded or undecided.
+
+In the order of their first runs, each experiment is compared with the best one kept before it, as in a search that
+goes on from what was kept (karpathy/autoresearch). The baseline is the first that is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from mlxchat.config.table import Table, escape
+from mlxchat.config.wording import plural
+from mlxchat.errors import ConfigError, suggest
+from mlxchat.report.document import Block
+from mlxchat.report.plots import COLOURS, INK, SOFT, Picture, make_panels, name_axes, one_line
+from mlxchat.report.significance import CONFIDENCE, Difference, compare_means, standard_error
+from mlxchat.store.compare import Plan
+from mlxchat.store.files import Records
+from mlxchat.store.fingerprint import changes, flatten
+from mlxchat.store.manifest import Manifest, read_manifest
+from mlxchat.store.naming import experiment_of
+from mlxchat.store.store import Store
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+KEEP, DISCARD, UNDECIDED, CRASH = "keep", "discard", "not decided", "crash"
+_MOST_CHANGES = 3
+_LETTERS = 7  # of a commit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What equal runs with different seeds made."""
+
+    name: str
+    settings: Mapping[str, Any]
+    """All that led to the artifacts but seeds: dotted keys, stages and the contents of code and data."""
+    made: Sequence[Manifest]
+    """One manifest per artifact; empty: its runs have failed."""
+    values: Sequence[float]
+    """The metric of each."""
+
+    @cached_property
+    def mean(self) -> float:
+        """The mean of the values."""
+        return fmean(self.values)
+
+    @property
+    def error(self) -> float | None:
+        """The standard error of the mean; None: of fewer than two values."""
+        return standard_error(self.values)
+
+    def __str__(self) -> str:
+        """Return the mean and its standard error."""
+        if not self.values:
+            return "-"
+        return f"{self.mean:.4f}" + ("" if self.error is None else f" ± {self.error:.4f}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The judgement of one experiment."""
+
+    experiment: Experiment
+    status: str
+    """keep, discard, not decided or crash; the baseline is kept."""
+    against: Experiment | None = None
+    """The best that was kept before; None: this is the baseline."""
+    difference: Difference | None = None
+    """None: one of both has fewer than two values."""
+    changes: str = ""
+    """The first differences of settings from the baseline."""
+
+    @property
+    def words(self) -> str:
+        """Status, and what would decide an undecided one."""
+        if self.against is None:
+            return "baseline"
+        if self.status != UNDECIDED:
+            return self.status
+        if self.difference is None:
+            return f"{UNDECIDED}: give both at least two seeds"
+        more = self.difference.more_seeds
+        return f"{UNDECIDED}: " + ("too close" if more is None else f"about {plural(more, 'more seed')} each")
+
+
+def find_experiments(store: Store, plans: Iterable[Plan], metric: str) -> list[Experiment]:
+    """Return the experiments of runs, in the order of their first runs.
+
+    Args:
+        store: holds their artifacts.
+        plans: name and steps of each run, oldest first (`find_runs`).
+        metric: STEP.METRIC.
+
+    Raises:
+        ConfigError: no run has the metric.
+    """
+    step_name, _, number = metric.rpartition(".")
+    found: dict[str, Experiment] = {}
+    known: set[str] = set()
+    for run, steps in plans:
+        step = next((step for step in steps if step["step"] == step_name), None)
+        if step is None:
+            continue
+        name = experiment_of(run)
+        made = store.made(step["key"], step["rid"])
+        if made is None:
+            events = Records(store.outputs / "runs" / run / "events.jsonl").read()
+            if any(event["event"] == "step_failed" for event in events):
+                found.setdefault(f"crash {name}", Experiment(name=name, settings={}, made=[], values=[]))
+            continue
+        known |= {f"{step_name}.{key}" for key in made["metrics"]}
+        if number not in made["metrics"]:
+            continue
+        settings = _settings(store, made)
+        group = f"{name} {sorted(settings.items(), key=str)}"
+        before = found.get(group, Experiment(name=name, settings=settings, made=[], values=[]))
+        if made["rid"] not in [each["rid"] for each in before.made]:
+            values = [*before.values, float(made["metrics"][number])]
+            found[group] = Experiment(name=name, settings=settings, made=[*before.made, made], values=values)
+    if not any(each.made for each in found.values()):
+        raise ConfigError(f"no run has recorded {metric}.{suggest(metric, known)}")
+    finished = {each.name for each in found.values() if each.made}
+    return [each for each in found.values() if each.made or each.name not in finished]
+
+
+def _settings(store: Store, made: Manifest) -> dict[str, Any]:
+    """Return all that led to an artifact but seeds, its inputs included."""
+    found = {
+        **{key: value for key, value in flatten(made["config"]).items() if key not in ("seed", "data_seed")},
+        "data_seed": made["data_seed"],
+        **{f"pin {name}": value for name, value in made["pins"].items()},
+        **{f"code {name}": value for name, value in made.get("code", {}).get("modules", {}).items()},
+        f"version of {made['stage']}": made["version"],
+    }
+    for source in made["inputs"].values():
+        place = store.find(source["rid"])
+        found |= {"input": source["rid"]} if place is None else _settings(store, read_manifest(place))
+    return found
+
+
+def judge(experiments: Sequence[Experiment], baseline: str, *, less_is_better: bool) -> list[Verdict]:
+    """Return a verdict on the baseline and on each later experiment.
+
+    Args:
+        experiments: in the order of their runs.
+        baseline: name of one of them.
+        less_is_better: whether small values are good.
+
+    Raises:
+        ConfigError: no experiment is called so, several are, or it has no result.
+    """
+    named = [each for each in experiments if each.name == baseline and each.made]
+    if len(named) != 1:
+        told = ", ".join(dict.fromkeys(each.name for each in experiments)) or "none"
+        if named:
+            told = "; ".join(_describe_changes(named[0], each) or "the first" for each in named)
+        raise ConfigError(f"--baseline {baseline}: {len(named)} experiments with a result are called so ({told})")
+    best = named[0]
+    verdicts = [Verdict(experiment=best, status=KEEP)]
+    for each in experiments[experiments.index(best) + 1 :]:
+        verdict = _judge(each, best, named[0], less_is_better=less_is_better)
+        verdicts.append(verdict)
+        if verdict.status == KEEP:
+            best = each
+    return verdicts
+
+
+def _judge(new: Experiment, best: Experiment, baseline: Experiment, *, less_is_better: bool) -> Verdict:
+    status, difference = CRASH, None
+    if new.values:
+        status, difference = UNDECIDED, compare_means(best.values, new.values)
+        if difference is not None and difference.is_decided:
+            status = KEEP if (difference.mean < 0) is less_is_better else DISCARD
+    told = _describe_changes(baseline, new)
+    return Verdict(experiment=new, status=status, against=best, difference=difference, changes=told)
+
+
+def _describe_changes(old: Experiment, new: Experiment) -> str:
+    if not new.made:
+        return ""
+    changed = changes(old.settings, new.settings, "default")
+    shown = [f"{key} {before} → {after}" for key, (before, after) in [*changed.items()][:_MOST_CHANGES]]
+    further = len(changed) - len(shown)
+    return ", ".join(shown) + (f", {further} more" if further > 0 else "")
+
+
+def table_of_verdicts(verdicts: Sequence[Verdict], metric: str) -> Table:
+    """Return a row per experiment: mean ± standard error, difference from the best kept before, verdict, changes."""
+    rows = [
+        [
+            each.experiment.name,
+            str(len(each.experiment.values)),
+            str(each.experiment),
+            "" if each.difference is None else str(each.difference),
+            each.against.name if each.against is not None else "",
+            each.words,
+            each.changes,
+        ]
+        for each in verdicts
+    ]
+    difference = f"difference [{CONFIDENCE:.0%}]"
+    header = ["experiment", "seeds", metric, difference, "from", "verdict", "changed"]
+    return Table(header=header, align="lrrrlll", rows=rows)
+
+
+def describe_verdicts(verdicts: Sequence[Verdict], metric: str) -> dict[str, Any]:
+    """Return the verdicts as plain data."""
+    return {
+        "metric": metric,
+        "confidence": CONFIDENCE,
+        "experiments": [
+            {
+                "name": each.experiment.name,
+                "values": [*each.experiment.values],
+                "artifacts": [made["name"] for made in each.experiment.made],
+                "mean": each.experiment.mean if each.experiment.values else None,
+                "stderr": each.experiment.error,
+                "against": each.against.name if each.against is not None else None,
+                "difference": each.difference and [each.difference.mean, each.difference.low, each.difference.high],
+                "more_seeds": each.difference and each.difference.more_seeds,
+                "verdict": each.status,
+                "changes": each.changes,
+            }
+            for each in verdicts
+        ],
+    }
+
+
+def journal(verdicts: Sequence[Verdict]) -> Iterator[list[str]]:
+    """Yield the rows of autoresearch's results.tsv: commit, val_bpb, memory_gb, status, description."""
+    yield ["commit", "val_bpb", "memory_gb", "status", "description"]
+    for each in verdicts:
+        one = each.experiment
+        if not one.made:
+            yield ["-", "0.000000", "0.0", CRASH, one.name]
+            continue
+        commit = str(one.made[-1]["git"].get("commit") or "-")[:_LETTERS]
+        memory = max(made.get("peak_memory_bytes") or 0 for made in one.made) / 1e9
+        description = f"{one.name}: {each.changes}" if each.changes else one.name
+        yield [commit, f"{one.mean:.6f}", f"{memory:.1f}", each.status, " ".join(description.split())]
+
+
+def report_experiments(verdicts: Sequence[Verdict], metric: str) -> list[Block]:
+    """Return the report of experiments: what was kept, the picture of the progress, the table."""
+    kept = [each for each in verdicts if each.status == KEEP]
+    count = {
+        status: sum(each.status == status for each in verdicts[1:]) for status in (KEEP, DISCARD, UNDECIDED, CRASH)
+    }
+    told = ", ".join(f"{number} {status}" for status, number in count.items() if number) or "no experiment"
+    first, last = kept[0].experiment, kept[-1].experiment
+    return [
+        f"# Experiments since {escape(first.name)}",
+        f"{told}. Best kept: **{escape(last.name)}** with {escape(metric)} {escape(str(last))}; the baseline has "
+        f"{escape(str(first))}. An experiment is kept or discarded if the {CONFIDENCE:.0%} interval (Welch) of its "
+        "difference from the best kept before leaves out 0.",
+        [draw_progress(verdicts, metric)],
+        table_of_verdicts(verdicts, metric),
+    ]
+
+
+def draw_progress(verdicts: Sequence[Verdict], metric: str) -> Picture:
+    """Return the picture of all experiments in their order, with standard errors, and the line of those kept."""
+    shown = [each for each in verdicts if each.experiment.values]
+    marks = {KEEP: (COLOURS[2], "o"), DISCARD: (SOFT, "x"), UNDECIDED: (COLOURS[1], "D")}
+
+    def draw() -> Figure:
+        from matplotlib.ticker import MaxNLocator
+
+        figure, (axes,) = make_panels(1, 3.6)
+        for status, (colour, mark) in marks.items():
+            at = [number for number, each in enumerate(shown) if each.status == status]
+            means = [shown[number].experiment.mean for number in at]
+            errors = [shown[number].experiment.error or 0.0 for number in at]
+            if at:
+                axes.errorbar(at, means, errors, color=colour, fmt=mark, capsize=2, linewidth=1.2, label=status)
+        kept = [(number, each.experiment) for number, each in enumerate(shown) if each.status == KEEP]
+        xs = [*(number for number, _ in kept), len(shown) - 1]
+        axes.step(xs, [*(one.mean for _, one in kept), kept[-1][1].mean], where="post", color=COLOURS[2], linewidth=1.4)
+        for number, one in kept:
+            axes.annotate(
+                one_line(one.name, 22), (number, one.mean), xytext=(4, 7), textcoords="offset points", rotation=25,
+                fontsize=8.5, color=INK,
+            )  # fmt: skip
+        axes.legend(loc="upper right", fontsize=9)
+        axes.margins(x=0.05, y=0.18)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        name_axes(
+            axes, f"{len(kept)} of {plural(len(shown), 'experiment')} kept", "experiment", f"{metric} (mean ± error)"
+        )
+        return figure
+
+    said = "; ".join(f"{each.experiment.name} {each.experiment} ({each.status})" for each in shown)
+    return Picture(name="progress", title="Progress", alt=f"Experiments in their order: {said}.", draw=draw)

@@ -1,0 +1,78 @@
+"""Whether a difference of means over seeds is more than chance: Welch's interval, and how many seeds would decide.
+
+B. L. Welch (1947), The generalization of "Student's" problem when several different population variances are involved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, variance
+
+CONFIDENCE = 0.95
+_MOST_SEEDS = 30
+"""Further seeds that are worth a suggestion."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The difference of two means, new − old, and its confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+    more_seeds: int | None = None
+    """Seeds that both sides need further, if means and scatter stay as they are, until the interval leaves out 0; 0:
+    it does; None: more than are worth it."""
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        """Return the difference with its interval: -0.0213 [-0.0310, -0.0116]."""
+        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+
+
+def compare_means(old: Sequence[float], new: Sequence[float]) -> Difference | None:
+    """Return the difference of the means of two samples; None: one has fewer than two values, so no known scatter."""
+    if min(len(old), len(new)) < 2:
+        return None
+    mean = fmean(new) - fmean(old)
+    half = _half_width(old, new)
+    if abs(mean) > half:
+        return Difference(mean, mean - half, mean + half, 0)
+    enough = (more for more in range(1, _MOST_SEEDS + 1) if abs(mean) > _half_width(old, new, more))
+    return Difference(mean, mean - half, mean + half, next(enough, None))
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Return the standard error of the mean of at least two values."""
+    return math.sqrt(variance(values) / len(values)) if len(values) > 1 else None
+
+
+def _half_width(old: Sequence[float], new: Sequence[float], more: int = 0) -> float:
+    """Return half the width of Welch's interval, as if each sample had `more` values of the same variance."""
+    sizes = [len(sample) + more for sample in (old, new)]
+    squares = [variance(sample) / size for sample, size in zip((old, new), sizes, strict=True)]
+    total = sum(squares)
+    if total == 0:
+        return 0.0
+    freedom = total**2 / sum(square**2 / (size - 1) for square, size in zip(squares, sizes, strict=True))
+    return student_quantile(0.5 + CONFIDENCE / 2, freedom) * math.sqrt(total)
+
+
+def student_quantile(share: float, freedom: float) -> float:
+    """Return the value below which a `share` of at least 0.5 of Student's t lies; `freedom`: at least 1.
+
+    With t = √freedom · tan a, the density of the angle a is proportional to cos(a)^(freedom − 1).
+    """
+    import numpy as np
+
+    angles = np.linspace(0.0, math.pi / 2, 20_001)
+    density = np.cos(angles) ** (freedom - 1)
+    below = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    angle = np.interp(2 * share - 1, below / below[-1], angles)
+    return math.sqrt(freedom) * math.tan(float(angle))

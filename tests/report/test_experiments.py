@@ -1,0 +1,107 @@
+"""Verdicts on experiments: runs of toys whose score is their number plus a noise that is no setting."""
+
+import csv
+import json
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from kit.commands import Say
+from kit.toys import ONE
+from mlxchat.errors import StepFailed
+from mlxchat.runner.leader import execute
+
+SCORES = {
+    "base": (1, (0, 4, -4)),
+    "better": (0, (0, 5, -5)),
+    "worse": (2, (0, 5, -5)),
+    "same": (3, (-290, -330, -310)),
+    "lucky": (4, (-440,)),
+}
+"""Name → number, and the noise of each seed in hundredths; smaller scores are better."""
+
+
+@pytest.fixture
+def say(say: Say, toys: Any) -> Say:
+    """`mlxchat compare --baseline` on the toys' runs; `same` scores as `better` does, less what its seeds scatter."""
+    toys.add(
+        "make",
+        """
+        (ctx.out / 'result.txt').write_text('')
+        ctx.metrics['score'] = ctx.config.toy.number + ctx.config.toy.cadence / 100
+        """,
+        metrics={"score": "minimize"},
+    )
+    for name, (number, noises) in SCORES.items():
+        for seed, noise in enumerate(noises):
+            toys.config.toy.number, toys.config.toy.cadence = number, noise
+            run_experiment(toys, f"{name}-job{seed}", toys.plan(ONE, seed=seed))
+    ours = ("--metric", "one.score", f"outputs={toys.outputs}")
+    return lambda verb, *arguments, **options: say(verb, *ours, *arguments, **options)
+
+
+def run_experiment(toys: Any, name: str, plan: list[Any]) -> None:
+    """Run a plan as the run of this name."""
+    run = toys.make_run()
+    with suppress(StepFailed):
+        execute(plan, toys.store, run)
+    folder = run.folder.with_name(f"20260101-0000{toys.invocations:02d}-000000-1-{name}")
+    run.folder.rename(folder)
+    steps = [{"step": step.name, "key": step.key, "rid": ""} for step in plan]
+    (folder / "plan.json").write_text(json.dumps({"started": "2026-01-01T00:00:00+00:00", "steps": steps}))
+
+
+def verdicts(text: str) -> dict[str, tuple[str, str | None]]:
+    """Return name → verdict, and with what it was compared."""
+    return {each["name"]: (each["verdict"], each["against"]) for each in json.loads(text)["experiments"]}
+
+
+def test_each_experiment_is_judged_against_the_best_kept_before(say):
+    found = json.loads(say("compare", "--baseline", "base", "--format", "json"))
+    assert verdicts(json.dumps(found)) == {
+        "base": ("keep", None),
+        "better": ("keep", "base"),
+        "worse": ("discard", "better"),
+        "same": ("not decided", "better"),
+        "lucky": ("not decided", "better"),
+    }
+    base, better, _, same, lucky = found["experiments"]
+    assert (base["values"], base["mean"]) == ([1.0, 1.04, 0.96], pytest.approx(1))
+    assert base["stderr"] == pytest.approx(0.04 / 3**0.5)
+    assert better["difference"][0] == pytest.approx(-1)
+    assert better["difference"][1] < -1 < better["difference"][2] < 0
+    assert better["changes"] == "toy.number 1 → 0"
+    assert same["more_seeds"] >= 1
+    assert lucky["difference"] is None, "one seed has no scatter"
+
+
+def test_named_runs_alone_are_judged(say):
+    assert [*verdicts(say("compare", "worse", "--baseline", "base", "--format", "json"))] == ["base", "worse"]
+    table = say("compare", "lucky", "worse", "--baseline", "base")
+    assert "baseline" in table
+    assert "not decided: give both at least two seeds" in table
+    assert "no run has recorded one.scor." in say("compare", "--baseline", "base", "--metric", "one.scor", code=2)
+    assert "--baseline bas: 0 experiments" in say("compare", "--baseline", "bas", code=2)
+    assert "needs --baseline" in say("compare", "--format", "tsv", code=2)
+
+
+def test_journal_has_the_columns_of_autoresearch(say, toys):
+    toys.add("make", "raise ValueError('broken')", metrics={"score": "minimize"}, version=2)
+    toys.config.toy.number = 9
+    run_experiment(toys, "broken", toys.plan(ONE))
+    rows = [*csv.reader(say("compare", "--baseline", "base", "--format", "tsv").splitlines(), delimiter="\t")]
+    assert rows[0] == ["commit", "val_bpb", "memory_gb", "status", "description"]
+    assert [row[1:4:2] for row in rows[1:3]] == [["1.000000", "keep"], ["0.000000", "keep"]]
+    assert rows[2][4] == "better: toy.number 1 → 0"
+    assert rows[-1] == ["-", "0.000000", "0.0", "crash", "broken"]
+
+
+def test_report_draws_the_progress(say, toys):
+    place = say("report", "--baseline", "base").strip().removeprefix("report: ")
+    text = (toys.outputs / "reports" / "since-base" / "report.md").read_text()
+    assert place.endswith("reports/since-base/report.html")
+    assert "1 keep, 1 discard, 2 not decided" in text
+    drawn = (toys.outputs / "reports" / "since-base" / "report" / "progress.svg").read_text()
+    for words in ("2 of 5 experiments kept", ">better<", "worse 2.0000 ± 0.0289 (discard)"):
+        assert words in drawn
