@@ -24,7 +24,6 @@ from mlxchat.config.secrets import redact
 from mlxchat.distributed.ranks import current_team
 from mlxchat.errors import ConfigError, StepFailed, StoreError, visible
 from mlxchat.hub.cache import is_offline
-from mlxchat.hub.client import stop_fetching
 from mlxchat.hub.downloads import endpoint
 from mlxchat.hub.listings import fetch_command
 from mlxchat.ops.machine import device_kind, dtype_name
@@ -187,7 +186,6 @@ class PipelineRun(Execution):
             text = f"the report could not be written ({failure.strerror}: {failure.filename})"
             self.say(f"{text}. Fix that and run: mlxchat report")
         finally:
-            stop_fetching()
             self.tracker.finish(_results(self.plan, self.store, self.run.folder, is_done=error is None))
 
 

@@ -9,8 +9,11 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -60,62 +63,60 @@ def fetch_files(files: Iterable[HubFile], *, check: Check = lambda: None) -> lis
             f"{fetch_command()}"
         )
     check_space(hub_cache(), total, what)
-    pool, ended = ThreadPoolExecutor(_WORKERS, "fetch"), threading.Event()
-    fetched = [pool.submit(_fetch_file, file, ended) for file in missing]
-    try:
-        while wait(fetched, timeout=_POLL_SECONDS).not_done:
-            check()
-    finally:
-        ended.set()
-        pool.shutdown(wait=False, cancel_futures=True)
-    for each in fetched:
-        each.result()
+    _await(_start(partial(_fetch_file, file) for file in missing), check)
     return [file.place for file in files]
 
 
 def fetch_ahead(files: Sequence[HubFile]) -> None:
     """Fetch files in the background in this order, unless HF_HUB_OFFLINE is set.
 
-    Later calls append to the same queue. A reader whose file is missing fetches it or waits for its lock, so a failure
-    here costs only time.
+    A reader whose file is missing fetches it or waits for its lock, so a failure here costs only time.
     """
-    for file in () if is_offline() else files:
-        _ahead.submit(_fetch_file, file, _ahead_ended, is_shown=False)
+    if not is_offline():
+        _start(partial(_fetch_file, file, is_shown=False) for file in files)
 
 
-def stop_fetching() -> None:
-    """Stop the background downloads; complete files are kept."""
-    global _ahead, _ahead_ended
-    _ahead_ended.set()
-    _ahead.shutdown(wait=False, cancel_futures=True)
-    _ahead, _ahead_ended = ThreadPoolExecutor(_WORKERS, "fetch"), threading.Event()
+def _start(jobs: Iterable[Callable[[], object]]) -> list[Future[object]]:
+    """Call jobs in this order in some daemon threads, which end with the process."""
+    waiting = deque((job, Future[object]()) for job in jobs)
+    futures = [future for _, future in waiting]
+
+    def work() -> None:
+        with suppress(IndexError):  # none is left
+            while True:
+                job, future = waiting.popleft()
+                if future.set_running_or_notify_cancel():
+                    try:
+                        future.set_result(job())
+                    except BaseException as error:
+                        future.set_exception(error)
+
+    for _ in range(min(_WORKERS, len(futures))):
+        threading.Thread(target=work, name="fetch", daemon=True).start()
+    return futures
 
 
-_ahead, _ahead_ended = ThreadPoolExecutor(_WORKERS, "fetch"), threading.Event()
+def _await(futures: list[Future[object]], check: Check) -> None:
+    """Wait for jobs and raise their first error; where `check` raises, those that have not begun never will."""
+    try:
+        while wait(futures, timeout=_POLL_SECONDS).not_done:
+            check()
+    finally:
+        for future in futures:
+            future.cancel()
+    for future in futures:
+        future.result()
 
 
-def _bar(check: Check, *, is_shown: bool = True) -> Any:
-    """Return the class of huggingface_hub's progress bars, which calls `check` for each block; it may raise to stop."""
+def _bar(*, is_shown: bool = True) -> Any:
+    """Return huggingface_hub's progress bar, shown after a second and removed at the end."""
     from huggingface_hub.utils.tqdm import tqdm
 
-    class Bar(tqdm):
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            options |= {"leave": False, "delay": 1} if is_shown else {"disable": True}
-            super().__init__(*arguments, **options)  # type: ignore[no-untyped-call]
-
-        def update(self, n: float | None = 1) -> Any:
-            check()
-            return super().update(n)
-
-    return Bar
+    return partial(tqdm, leave=False, delay=1, disable=None if is_shown else True)
 
 
-def _fetch_file(file: HubFile, ended: threading.Event, *, is_shown: bool = True) -> None:
+def _fetch_file(file: HubFile, *, is_shown: bool = True) -> None:
     """Download one file of the Hub into its cache and compare its checksum; the library locks it meanwhile."""
-
-    def check() -> None:
-        if ended.is_set():
-            raise CancelledError
 
     def request() -> None:
         if has_content(file.place, file.etag):
@@ -124,7 +125,7 @@ def _fetch_file(file: HubFile, ended: threading.Event, *, is_shown: bool = True)
             file.discard()  # its content is wrong; the library would keep it
         hub_client().hf_hub_download(
             file.repository, file.path, repo_type=file.kind, revision=file.revision, cache_dir=hub_cache(),
-            tqdm_class=_bar(check, is_shown=is_shown),
+            tqdm_class=_bar(is_shown=is_shown),
         )  # fmt: skip
         if not has_content(file.place, file.etag):
             found = checksum_of(file.place, like=file.etag)
@@ -155,27 +156,26 @@ def fetch_url(url: str, *, sha256: str | None = None, check: Check = lambda: Non
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(place.with_name("fetch.lock")):
         if not is_there():
-            part = place.with_name(f"{place.name}.part")
-            arrived = retried(lambda: _receive(url, part, sha256, check), url, "file")
-            part.replace(place)
-            note_verified(arrived, place)
-            about = {"url": url, "revision": None, "sha256": arrived, "bytes": place.stat().st_size}
-            write_json(place.with_name("source.json"), about)
+            _await(_start([lambda: retried(lambda: _receive(url, place, sha256), url, "file")]), check)
     return place
 
 
-def _receive(url: str, part: Path, sha256: str | None, check: Check) -> str:
-    """Download a URL to a file and return its sha256."""
+def _receive(url: str, place: Path, sha256: str | None) -> None:
+    """Download a URL to a place, and record it."""
     from huggingface_hub.file_download import http_get
 
+    part = place.with_name(f"{place.name}.part")
     with part.open("wb") as file:
-        http_get(url, file, headers={"Accept-Encoding": "identity"}, tqdm_class=_bar(check))
+        http_get(url, file, headers={"Accept-Encoding": "identity"}, tqdm_class=_bar())
         os.fsync(file.fileno())
     found = checksum_of(part)
     if sha256 not in (None, found):
         part.unlink()
         raise WrongContent(f"its sha256 is {found}, not {sha256}")
-    return found
+    part.replace(place)
+    note_verified(found, place)
+    about = {"url": url, "revision": None, "sha256": found, "bytes": place.stat().st_size}
+    write_json(place.with_name("source.json"), about)
 
 
 def find_content(url: str, sha256: str | None) -> str | None:
