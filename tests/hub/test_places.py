@@ -53,17 +53,6 @@ def test_export_and_import_keep_every_byte(place, made, folders, tmp_path):
     assert list((other.outputs / "work").iterdir()) == []
 
 
-def test_files_of_an_unfinished_transfer_are_replaced(place, folders):
-    right = (folders[1] / "result.txt").read_bytes()
-    place.files.makedirs(place.path(folders[1].name), exist_ok=True)
-    place.files.pipe_file(place.path(folders[1].name, "result.txt"), b"x" * len(right))
-    place.files.pipe_file(place.path(folders[1].name, "stray.txt"), b"x")
-    export_to(place, folders)
-    assert place.files.cat_file(place.path(folders[1].name, "result.txt")) == right
-    place.files.invalidate_cache()
-    assert not [path for path in place.files.find(place.path()) if path.endswith("stray.txt")]
-
-
 @pytest.mark.parametrize("damage", ["file", "short", "long", "missing", "manifest"])
 def test_import_refuses_damaged_artifacts(damage, place, folders, tmp_path):
     export_to(place, folders)

@@ -49,7 +49,7 @@ def make_tokenizer() -> Tokenizer:
 def make_model(
     architecture: str = "oct2025", *, seed: int = 7, scale: float = 0.2, head_scale: float | None = None, **sizes: Any
 ) -> GPT:
-    """Return a model with grouped heads, the same each time.
+    """Return a model with grouped heads, the same each time; no weight starts at zero as nanochat's projections do.
 
     Args:
         architecture: a name of conf/architecture.
@@ -61,14 +61,6 @@ def make_model(
     small = {"vocab_size": VOCABULARY, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "width": 32,
              "context_tokens": 64}  # fmt: skip
     model = GPT(GPTSizes(**{**small, **features_of(architecture), **sizes}))
-    return randomise(model, seed=seed, scale=scale, head_scale=head_scale)
-
-
-def randomise(model: GPT, *, seed: int = 7, scale: float = 0.2, head_scale: float | None = None) -> GPT:
-    """Give every parameter normal numbers, so that nothing starts at zero as nanochat's projections do.
-
-    Residual multipliers get 1 plus such numbers.
-    """
     rng = np.random.default_rng(seed)
 
     def drawn(name: str, shape: tuple[int, ...]) -> mx.array:

@@ -15,7 +15,7 @@ each_file = of_files("engine_*.json")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_greedy_continuations(values, variant):
     engine, pairs = Engine(values.core_model(variant), values.tokenizer), []
-    for number, case in enumerate(values.section("greedy")[variant]):
+    for number, case in enumerate(values.json["greedy"][variant]):
         if case["min_top2_logit_gap"] >= TIE:
             (got,) = engine.complete([case["prompt"]], max_new_tokens=case["max_tokens"])
             pairs.append((number, got.ids, case["tokens"]))

@@ -52,7 +52,7 @@ def prompts_of(task: CoreTask, items: list[Any], index: int, values: Values) -> 
 @each_file
 def test_prompts_tokens_and_draws_of_core(values):
     pairs = []
-    for number, case in enumerate(values.section("render")):
+    for number, case in enumerate(values.json["render"]):
         task = task_of(case["task_type"], case["continuation_delimiter"])
         prompts = render_prompts(task, case["item"], case["fewshot_examples"])
         pairs.append((number, prompts, case["prompts"]))
@@ -60,13 +60,13 @@ def test_prompts_tokens_and_draws_of_core(values):
         if "batch_error" not in case:
             expected = case["tokens"], case["start"], case["end"]
             pairs.append((number, (tokens, starts, [len(each) for each in tokens]), expected))
-    for entry in values.section("tasks"):
+    for entry in values.json["tasks"]:
         for case in entry["rendered"]:
             shots, prompts, tokens, starts = prompts_of(task_of_entry(entry), entry["data"], case["index"], values)
             expected = (case["fewshot_indices"], case["prompts"], case["tokens"], case["start"], case["end"])
             got = (shots, prompts, tokens, starts, [len(each) for each in tokens])
             pairs.append((f"{entry['label']} {case['index']}", got, expected))
-    for case in values.section("fewshot_draws"):
+    for case in values.json["fewshot_draws"]:
         pairs.append((case, draw_shots(case["index"], case["num_items"], case["k"]), case["indices"]))
     assert_same(pairs)
 
@@ -76,7 +76,7 @@ def test_prompts_tokens_and_draws_of_core(values):
 def test_answers_of_core(values, variant):
     """Verdicts, losses of options, predicted tokens and accuracies."""
     model, same, losses, accuracies = language_model(values, variant), [], {}, {}
-    for entry in values.section("tasks"):
+    for entry in values.json["tasks"]:
         task = task_of_entry(entry)
         records = {record["index"]: record for batch in answer_examples(model, task, entry["data"]) for record in batch}
         for case in entry[variant]["results"]:
@@ -95,7 +95,7 @@ def test_answers_of_core(values, variant):
 
 @each_file
 def test_order_of_a_suite(values, tmp_path):
-    for key, order in values.section("suite_shuffle").items():
+    for key, order in values.json["suite_shuffle"].items():
         if key.startswith("order_"):
             data = [{"context": str(place), "continuation": "x"} for place in range(len(order))]
             bundle = Bundle(write_bundle(tmp_path / key, {"numbers": ("language_modeling", 0, 0, data)}))
@@ -127,7 +127,7 @@ def token_bytes(values: Values, rule: str) -> Any:
 @each_variant
 def test_bits_per_byte(values, variant):
     model, errors = values.core_model(variant), {}
-    for number, case in enumerate(values.section("cases")):
+    for number, case in enumerate(values.json["cases"]):
         rows, table = rows_of(values, case["batches"][: case["steps"]]), token_bytes(values, case["token_bytes"])
         assert sum(int(table[targets[targets >= 0]].sum()) for _, targets in rows) == case["total_bytes"]
         got = text_loss(model, rows, table, micro_tokens=1000).bits_per_byte

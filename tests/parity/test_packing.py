@@ -63,10 +63,10 @@ class NanochatOrder:
 @each_file
 def test_rows_of_documents(values):
     """Best fit of jul2026 and the stream of oct2025, of one process from the beginning."""
-    encoded = values.tokenizer.encode_documents(values.section("documents"))
+    encoded = values.tokenizer.encode_documents(values.json["documents"])
     assert [ids.tolist() for ids in encoded] == values.json["token_ids"]
     for packing, key in (("best_fit", "jul2026_bestfit"), ("stream", "oct2025_stream")):
-        cases = [case for case in values.section(key) if case["world_size"] == 1 and not case.get("resume_state")]
+        cases = [case for case in values.json[key] if case["world_size"] == 1 and not case.get("resume_state")]
         assert cases
         for number, case in enumerate(cases):
             source: Any = NanochatOrder(values.json, encoded, case)
@@ -84,9 +84,9 @@ def test_rows_of_conversations_by_best_fit(values):
     nanochat never places a conversation that is longer than a row, and ours cuts it; cases with one are left out.
     """
     tokenizer, lengths, compared = values.tokenizer, values.json["conversation_lengths"], 0
-    rendered = [render_conversation(tokenizer, each) for each in values.section("conversations")]
+    rendered = [render_conversation(tokenizer, each) for each in values.json["conversations"]]
     assert [len(ids) for ids, _ in rendered] == lengths
-    for number, case in enumerate(values.section("chat_jul2026")):
+    for number, case in enumerate(values.json["chat_jul2026"]):
         used = case["uses_conversations"][case["rank"] :: case["world_size"]]
         if max(lengths[index] for index in used) > case["max_seq_len"] + 1:
             continue
@@ -109,8 +109,8 @@ def test_rows_of_conversations_of_2025(values):
     nanochat's rows are as long as the longest conversation of the batch; ours all have the same length, with padding.
     """
     tokenizer = values.tokenizer
-    rendered = [render_conversation(tokenizer, each) for each in values.section("conversations")]
-    for number, case in enumerate(values.section("chat_oct2025")):
+    rendered = [render_conversation(tokenizer, each) for each in values.json["conversations"]]
+    for number, case in enumerate(values.json["chat_oct2025"]):
         used, is_stream = case["uses_conversations"], "max_seq_len" in case
         if "mid_train" not in case["generator"]:
             used = used[case["rank"] :: case["world_size"]]

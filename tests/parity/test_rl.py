@@ -42,7 +42,7 @@ def batch_of(case: dict[str, Any], padding: int) -> Batch:
 
 @each_file
 def test_advantages_and_multipliers(values):
-    for case in values.section("cases"):
+    for case in values.json["cases"]:
         for example in case["examples"]:
             got = advantages_of(np.array([example["rewards"]]), "mean")[0]
             assert np.abs(np.subtract(got, example["advantages"])).max() <= 1e-6
@@ -55,7 +55,7 @@ def test_advantages_and_multipliers(values):
 def test_trained_tokens(values):
     """Inputs and targets of the rows with an advantage; ours leaves out the others, which have no effect."""
     padding, pairs = values.tokenizer.assistant_end, []
-    for case in values.section("cases"):
+    for case in values.json["cases"]:
         batch = batch_of(case, padding)
         advantages, inputs, targets = (
             [row for example in case["examples"] for row in example[key]] for key in ("advantages", "inputs", "targets")
@@ -87,7 +87,7 @@ def gradient_error(got: Array, values: dict[str, Any], zero: float) -> float:
 def test_policy_gradient(values, variant):
     """Log-probabilities, loss and gradients of the recipe rl=nanochat."""
     model, losses, norms, parts, logps = values.core_model(variant), {}, {}, {}, {}
-    for case in values.section("cases"):
+    for case in values.json["cases"]:
         loss, gradients = loss_and_gradients(model, batch_of(case, values.tokenizer.assistant_end))
         expected, name = case[variant], case["name"]
         losses[name] = abs(loss - expected["loss_sum_over_passes"])

@@ -66,7 +66,7 @@ def clamped_error(got: list[float], expected: list[float]) -> float:
 @each_variant
 def test_factors_at_every_update(values, variant):
     errors = {}
-    for number, case in enumerate(values.section(variant)["schedules"]):
+    for number, case in enumerate(values.json[variant]["schedules"]):
         # SFT and RL have no such settings: their rates fall from the first update to the last.
         settings = {"warmdown_ratio": 1.0} | case if case["stage"] != "base" else case
         for key, got in rates_of(variant, settings, case["num_iterations"]).items():
@@ -135,7 +135,7 @@ def flat(row: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 @each_file
 @each_variant
 def test_sizes_counts_and_horizons_at_every_depth(values, variant):
-    data = values.section(variant)
+    data = values.json[variant]
     default = data["hyperparameters"][0]["settings"]
     cases = [(each["settings"], row) for each in data["hyperparameters"] for row in each["rows"]]
     cases += [(default | each["override"], each) for each in data["horizon_overrides"]]

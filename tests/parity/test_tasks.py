@@ -43,7 +43,7 @@ def everything(task: Task) -> list[dict[str, Any]]:
 )  # fmt: skip
 def test_conversations_and_their_order(values, section, name, split, tmp_path):
     """By nanochat's keys; ours also have the answer of a choice."""
-    data = values.section(section)
+    data = values.json[section]
     task, expected = task_of(name, split, data, tmp_path), data["conversations"]
     assert_same(
         (number, {key: value for key, value in talk.items() if key in theirs}, theirs)
@@ -55,7 +55,7 @@ def test_conversations_and_their_order(values, section, name, split, tmp_path):
 
 @each_file
 def test_numbers_and_verdicts_of_gsm8k(values, tmp_path):
-    data, pairs = values.section("gsm8k"), []
+    data, pairs = values.json["gsm8k"], []
     task = task_of("gsm8k", "train", data, tmp_path)
     for number, talk in enumerate(everything(task)):
         answer = str(talk["messages"][-1]["content"][-1]["text"])
@@ -72,7 +72,7 @@ def test_numbers_and_verdicts_of_gsm8k(values, tmp_path):
 @each_file
 @pytest.mark.parametrize(("section", "name"), [("mmlu", "mmlu"), ("arc", "arc_easy")])
 def test_verdicts_on_choices(values, section, name, tmp_path):
-    data = values.section(section)
+    data = values.json[section]
     task = task_of(name, "test", data, tmp_path)
     assert_same(
         (case, task.evaluate(task[case["index"]], case["response"]), case["correct"]) for case in data["evaluate"]
@@ -81,19 +81,19 @@ def test_verdicts_on_choices(values, section, name, tmp_path):
 
 @each_file
 def test_texts_of_choices_files_and_programs(values, tmp_path):
-    cases = values.section("render_mc")
+    cases = values.json["render_mc"]
     assert_same((case, render_mc(case["question"], case["letters"], case["choices"]), case["text"]) for case in cases)
-    data, path = values.section("customjson"), tmp_path / "lines.jsonl"
+    data, path = values.json["customjson"], tmp_path / "lines.jsonl"
     path.write_text("\n".join(data["lines"]) + "\n", encoding="utf-8")
     assert list(read_conversations(path, ends_answered=False)) == data["conversations"]
-    data = values.section("humaneval")
+    data = values.json["humaneval"]
     assert_same((case, extract_program(case["completion"]), case["program"]) for case in data["extract_program"])
     assert_same((case, extract_imports(case["prompt"]), case["imports"]) for case in data["extract_imports"])
 
 
 @each_file
 def test_order_of_a_mixture(values):
-    data = values.section("mixture")
+    data = values.json["mixture"]
     listed = [f"{chr(ord('a') + task)}{i}" for task, size in enumerate(data["lengths"]) for i in range(size)]
     mixed = [listed[place] for place in shuffled_places(len(listed), data["shuffle_seed"])]
     cut = data["sliced"]
@@ -114,7 +114,7 @@ def draws(question: str, talk: dict[str, Any]) -> list[bool]:
 @each_file
 def test_spelling(values, tmp_path):
     """Questions have our wording, except where nanochat's values contain it: else their draws are compared."""
-    data, path = values.section("spellingbee"), tmp_path / "words.txt"
+    data, path = values.json["spellingbee"], tmp_path / "words.txt"
     path.write_text("\n".join(data["words"]) + "\n", encoding="utf-8")
     names = {"train": "spelling_bee", "test": "spelling_bee", "simple_train": "simple_spelling",
              "simple_test": "simple_spelling"}  # fmt: skip

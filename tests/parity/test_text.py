@@ -46,7 +46,7 @@ def test_encoding_and_decoding(values):
 @each_tokenizer
 def test_merges_of_small_corpora(values):
     """They have ties, or run out of pairs, where nanochat makes a smaller vocabulary and ours refuses."""
-    for case in values.section("training_cases"):
+    for case in values.json["training_cases"]:
         if case["resulting_vocab_size"] < case["vocab_size"]:
             with pytest.raises(DataError, match=f"only {case['resulting_vocab_size']} tokens"):
                 train_tokenizer(case["documents"], case["vocab_size"])
@@ -58,7 +58,7 @@ def test_merges_of_small_corpora(values):
 
 @each_conversations
 def test_ids_and_masks_of_conversations(values):
-    for case in values.section("cases"):
+    for case in values.json["cases"]:
         most = LIMIT if case["max_tokens"] is None else case["max_tokens"]
         ids, mask = render_conversation(values.tokenizer, case["conversation"], most)
         assert (ids, mask) == (case["ids"], case["mask"]), case["name"]
@@ -68,7 +68,7 @@ def test_ids_and_masks_of_conversations(values):
 def test_prompts(values):
     """Of long ones, the part that nanochat keeps."""
     start = values.tokenizer.special_ids["<|assistant_start|>"]
-    cases = [case for case in values.section("cases") if case.get("completion_ids") is not None]
+    cases = [case for case in values.json["cases"] if case.get("completion_ids") is not None]
     got = [render_for_completion(values.tokenizer, case["conversation"]) for case in cases]
     assert_same(
         (case["name"], ids if len(ids) <= LIMIT else [*ids[:LIMIT], start], case["completion_ids"])

@@ -6,7 +6,6 @@ The environment variable MLXCHAT_PARITY names the folder of the files.
 import base64
 import json
 import os
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,8 +17,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from mlxchat.composition.compose import compose_config
 from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.interop.names import sizes_from_nanochat
 from mlxchat.model.gpt import GPT
 from mlxchat.model.parameters import flatten_parameters, set_parameters
 from mlxchat.model.sizes import GPTSizes
@@ -40,28 +39,14 @@ class Values:
     def json(self) -> Any:
         return json.loads(self.path.read_text(encoding="utf-8"))
 
-    def section(self, name: str) -> Any:
-        """Return a part of a JSON file; without it the test is skipped."""
-        if name not in self.json:
-            pytest.skip(f"{self.path.name} has no {name}")
-        return self.json[name]
-
-    @cached_property
-    def metadata(self) -> dict[str, str]:
-        with safe_open(self.path, "np") as file:
-            return file.metadata() or {}
-
     @cached_property
     def tensors(self) -> Arrays:
         with safe_open(self.path, "np") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     def companion(self, stem: str, suffix: str) -> "Values":
-        """Return another file of the set, whose name ends equally or stands in `about`."""
-        names = [f"{stem}_{self.path.stem.rpartition('_')[2]}{suffix}"]
-        if self.path.suffix == ".json":
-            names += re.findall(rf"\b{stem}_[A-Za-z0-9]+{re.escape(suffix)}", str(self.json.get("about", "")))
-        return Values(next(FOLDER / name for name in names if (FOLDER / name).is_file()))
+        """Return another file of the set, whose name ends equally."""
+        return Values(FOLDER / f"{stem}_{self.path.stem.rpartition('_')[2]}{suffix}")
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -75,20 +60,15 @@ class Values:
         return self.companion(stem, ".safetensors").model("")
 
     @cached_property
-    def variant(self) -> str:
-        """The snapshot of a model, by the names of its weights."""
-        return "jul2026" if any(name.endswith("resid_lambdas") for name in self.tensors) else "oct2025"
-
-    @cached_property
     def sizes(self) -> GPTSizes:
-        given, architecture = json.loads(self.metadata["config"]), composed_architecture(self.variant)
-        if "window_pattern" in given:
-            architecture["window_pattern"] = given["window_pattern"]
-        return GPTSizes(
-            vocab_size=given["vocab_size"], num_layers=given["n_layer"], num_heads=given["n_head"],
-            num_kv_heads=given["n_kv_head"], width=given["n_embd"], context_tokens=given["sequence_len"],
-            **architecture,
-        )  # fmt: skip
+        with safe_open(self.path, "np") as file:
+            config = json.loads(file.metadata()["config"])
+        return sizes_from_nanochat(config, [name.removeprefix("weights.") for name in self.tensors], self.path.name)
+
+    @property
+    def variant(self) -> str:
+        """The snapshot of a model."""
+        return self.sizes.architecture
 
     def weights(self, prefix: str) -> Arrays:
         return {name[len(prefix) :]: value for name, value in self.tensors.items() if name.startswith(prefix)}
@@ -100,13 +80,6 @@ class Values:
         assert shapes == {name: value.shape for name, value in weights.items()}
         set_parameters(model, {name: mx.array(value) for name, value in weights.items()})
         return model
-
-
-def composed_architecture(variant: str) -> dict[str, Any]:
-    """Return conf/architecture/<variant>.yaml as fields of GPTSizes."""
-    found = vars(compose_config([f"architecture={variant}"]).config.architecture)
-    kept = {key: value for key, value in found.items() if key not in ("name", "whole_heads", "dropout")}
-    return {"architecture": found["name"], **kept}
 
 
 def of_files(pattern: str) -> Callable[[Any], Any]:
