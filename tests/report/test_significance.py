@@ -4,7 +4,14 @@ import math
 
 import pytest
 
-from mlxchat.report.significance import compare_means, standard_error, student_quantile
+from mlxchat.report.significance import (
+    compare_means,
+    group_seeds,
+    standard_error,
+    student_quantile,
+    table_of_seeds,
+    why_no_best,
+)
 
 
 def test_quantiles_are_those_of_the_tables():
@@ -40,3 +47,28 @@ def test_more_seeds_are_the_fewest_that_decide():
     assert compare_means([1.0, 1.0], [1.0, 1.0]).is_decided is False
     assert standard_error([1.0, 2.0, 3.0]) == pytest.approx(1 / math.sqrt(3))
     assert standard_error([1.0]) is None
+
+
+def test_sweep_has_a_best_only_where_seeds_show_it():
+    jobs = [
+        {"settings": {"stage": "pretrain", "lr": lr, "seed": seed}, "metrics": {"one.score": lr + noise}}
+        for lr in (0.1, 0.5)
+        for seed, noise in enumerate((0.0, 0.01, -0.01))
+    ]
+    groups = group_seeds(jobs, "one.score", less_is_better=True)
+    assert [group.title for group in groups] == ["lr=0.1", "lr=0.5"]
+    assert why_no_best(groups) == ""
+    assert table_of_seeds(groups, "one.score").rows[1] == [
+        "lr=0.5",
+        "3",
+        "0.5000 ± 0.0058",
+        "+0.4000 [+0.3773, +0.4227]",
+    ]
+    assert [group.title for group in group_seeds(jobs, "one.score", less_is_better=False)] == ["lr=0.5", "lr=0.1"]
+    close = [
+        job | {"metrics": {"one.score": job["metrics"]["one.score"] / 100 + number % 3}}
+        for number, job in enumerate(jobs)
+    ]
+    assert "may be chance" in why_no_best(group_seeds(close, "one.score", less_is_better=True))
+    assert "seeds only" in why_no_best(group_seeds(jobs[:3], "one.score", less_is_better=True))
+    assert group_seeds(jobs[::3], "one.score", less_is_better=True) == [], "no seeds"

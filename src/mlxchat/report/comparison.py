@@ -13,6 +13,7 @@ from mlxchat.errors import ConfigError
 from mlxchat.report.collect import RunReport, StepReport, checkpoint_name, collect_steps
 from mlxchat.report.document import Block, Group
 from mlxchat.report.plots import COLOURS, Curve, Picture, draw_curves, slug, smooth
+from mlxchat.report.significance import group_seeds, table_of_seeds, why_no_best
 from mlxchat.report.tables import format_value
 from mlxchat.store.naming import called
 
@@ -26,11 +27,15 @@ def reports_of_sweep(outputs: Path, folder: Path) -> list[RunReport]:
     Raises:
         ConfigError: no job has artifacts.
     """
-    state = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
-    jobs = [job for job in state["jobs"].values() if job.get("steps")]
+    jobs = [job for job in _state(folder)["jobs"].values() if job.get("steps")]
     if not jobs:
         raise ConfigError(f"{folder}: no job of it has artifacts")
     return [collect_steps(outputs, job["title"], job["steps"], folder) for job in jobs]
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+    return state
 
 
 def comparison(folder: Path, reports: Sequence[RunReport], further: Sequence[Block] = ()) -> list[Block]:
@@ -41,6 +46,12 @@ def comparison(folder: Path, reports: Sequence[RunReport], further: Sequence[Blo
         "## Results",
         Group("runs", [_table_of(folder, reports)]),
     ]
+    state = _state(folder)
+    metric, jobs = state.get("sorted_by"), [job for job in state["jobs"].values() if job.get("metrics")]
+    if metric and (groups := group_seeds(jobs, metric, less_is_better=state["less_is_better"])):
+        reason = why_no_best(groups)
+        told = f"No best: {escape(reason)}." if reason else f"Best: {escape(groups[0].title)}."
+        blocks += ["## Over seeds", told, Group("runs", [table_of_seeds(groups, metric)])]
     if charts := comparison_charts(reports):
         blocks += ["## Curves", charts]
     written = (

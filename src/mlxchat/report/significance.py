@@ -6,9 +6,13 @@ B. L. Welch (1947), The generalization of "Student's" problem when several diffe
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, variance
+from typing import Any
+
+from mlxchat.config.table import Table
+from mlxchat.config.wording import plural
 
 CONFIDENCE = 0.95
 _MOST_SEEDS = 30
@@ -46,6 +50,55 @@ def compare_means(old: Sequence[float], new: Sequence[float]) -> Difference | No
         return Difference(mean, mean - half, mean + half, 0)
     enough = (more for more in range(1, _MOST_SEEDS + 1) if abs(mean) > _half_width(old, new, more))
     return Difference(mean, mean - half, mean + half, next(enough, None))
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Jobs of a sweep that differ in their seeds only."""
+
+    title: str
+    """The settings that differ from other jobs', as overrides."""
+    values: list[float]
+
+
+def group_seeds(jobs: Iterable[Mapping[str, Any]], metric: str | None, *, less_is_better: bool) -> list[Seeds]:
+    """Return the jobs with a value of a metric by their settings but `seed`, the best mean first; [] without seeds."""
+    groups: dict[str, Seeds] = {}
+    jobs = [job for job in jobs if metric in job["metrics"]]
+    keys = dict.fromkeys(key for job in jobs for key in job["settings"])
+    telling = [key for key in keys if len({str(job["settings"].get(key)) for job in jobs}) > 1]
+    for job in jobs if "seed" in telling else []:
+        pairs = ((key, job["settings"].get(key, "")) for key in telling if key != "seed")
+        title = " ".join(f"{key}={value}" for key, value in pairs) or "all jobs"
+        groups.setdefault(title, Seeds(title, [])).values.append(job["metrics"][metric])
+    return sorted(groups.values(), key=lambda group: fmean(group.values) * (1 if less_is_better else -1))
+
+
+def table_of_seeds(groups: Sequence[Seeds], metric: str) -> Table:
+    """Return a row for each group: mean ± standard error, and the difference from the first group."""
+    rows = []
+    for group in groups:
+        difference = compare_means(groups[0].values, group.values) if group is not groups[0] else None
+        error = standard_error(group.values)
+        mean = f"{fmean(group.values):.4f}" + ("" if error is None else f" ± {error:.4f}")
+        rows.append([group.title, str(len(group.values)), mean, "" if difference is None else str(difference)])
+    header = ["settings", "seeds", metric, f"difference from the first [{CONFIDENCE:.0%}]"]
+    return Table(header=header, align="lrrr", rows=rows)
+
+
+def why_no_best(groups: Sequence[Seeds]) -> str:
+    """Return why the first group is not known to be better than the second; "": it is."""
+    if len(groups) < 2:
+        return "the jobs differ in their seeds only"
+    difference = compare_means(groups[0].values, groups[1].values)
+    told = f"{groups[0].title} and {groups[1].title}"
+    if difference is None:
+        return f"{told}: give both at least two seeds"
+    if difference.is_decided:
+        return ""
+    more = difference.more_seeds
+    advice = "too close to decide" if more is None else f"about {plural(more, 'more seed')} each would decide"
+    return f"{told} differ by {difference}, which may be chance; {advice}"
 
 
 def standard_error(values: Sequence[float]) -> float | None:

@@ -10,6 +10,7 @@ from typing import Any
 from mlxchat.config.secrets import redact
 from mlxchat.config.table import Table
 from mlxchat.errors import ConfigError, suggest, visible
+from mlxchat.report.significance import group_seeds, table_of_seeds, why_no_best
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.store.files import write_whole
 from mlxchat.store.manifest import MEASURED, Manifest, read_manifest
@@ -114,7 +115,7 @@ def main_metric(rows: Sequence[Row]) -> str | None:
 
 def write_state(folder: Path, rows: Sequence[Row], **facts: Any) -> None:
     """Write sweep.json, from which `compare` and `report` read the jobs of a sweep."""
-    jobs = {str(row["job"]): {key: row[key] for key in ("title", "settings", "steps")} for row in rows}
+    jobs = {str(row["job"]): {key: row[key] for key in ("title", "settings", "steps", "metrics")} for row in rows}
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "sweep.json", json.dumps(redact({**facts, "jobs": jobs}), indent=1) + "\n", durable=False)
 
@@ -141,13 +142,19 @@ def conclude(
         redact([row | _product_of(row, store) for row in rows]), key=lambda row: _rank(row, metric, less_is_better)
     )
     keys = differing([row["settings"] for row in rows])
-    write_state(folder, rows, name=called(folder.name), sorted_by=metric)
+    write_state(folder, rows, name=called(folder.name), sorted_by=metric, less_is_better=less_is_better)
     _write_table(folder, rows, keys, metric, unit, less_is_better=less_is_better)
+    groups = group_seeds(rows, metric, less_is_better=less_is_better)
+    if groups and metric is not None:
+        print(f"\nover seeds:\n{visible(table_of_seeds(groups, metric).text())}\n", flush=True)
     manifests = [store.made(step["key"]) for row in rows for step in row["steps"]]
     trainings = trainings_of(filter(None, manifests))
     if any(step["rid"] for row in rows for step in row["steps"]):
         print(f"report: {_write_report(folder, store, laws_of_report(trainings))}", flush=True)
-    _name_best(rows, metric, folder, store, unit)
+    if groups and (reason := why_no_best(groups)):
+        print(f"no best {unit}: {visible(reason)}", flush=True)
+    else:
+        _name_best(rows, metric, folder, store, unit, "best" if groups else "best of one seed each")
     return rows
 
 
@@ -199,8 +206,8 @@ def _write_report(folder: Path, store: Store, laws: Sequence[Any]) -> Path:
     return write_document(folder, called(folder.name), blocks)
 
 
-def _name_best(rows: Sequence[Row], metric: str | None, folder: Path, store: Store, unit: str) -> None:
-    """Name the model of the first of the sorted rows SWEEP/best, and print how to chat with it.
+def _name_best(rows: Sequence[Row], metric: str | None, folder: Path, store: Store, unit: str, title: str) -> None:
+    """Name the model of the first of the sorted rows SWEEP/best, and print how to chat with it, after a title.
 
     Without any other run it also becomes the latest one.
     """
@@ -212,4 +219,4 @@ def _name_best(rows: Sequence[Row], metric: str | None, folder: Path, store: Sto
     if not (store.outputs / "refs" / LATEST).exists():
         store.link_group(LATEST, best["run"])
     name = f"{called(folder.name)}/{BEST}"
-    print(f"best: {unit} {best['job']}, {name}. To chat with it: mlxchat chat {name}", flush=True)
+    print(f"{title}: {unit} {best['job']}, {name}. To chat with it: mlxchat chat {name}", flush=True)
