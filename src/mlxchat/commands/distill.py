@@ -141,7 +141,7 @@ def _field(text: str) -> tuple[str, Any]:
 def _check_out(out: Path) -> None:
     """Check that the file may be written: it is new, or an unchanged file of an earlier command."""
     from mlxchat.distill.collect import provenance_place
-    from mlxchat.hub.cache import read_json
+    from mlxchat.store.files import read_json
     from mlxchat.store.fingerprint import hash_file
 
     if out.suffix != ".jsonl" or not out.absolute().parent.is_dir():

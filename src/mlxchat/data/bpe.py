@@ -25,9 +25,9 @@ from mlxchat.data.sources import LISTING, Corpus
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.vocabulary import PATTERNS, SPECIAL_TOKENS, SPLIT_PATTERN
 from mlxchat.errors import DataError, StepFailed
-from mlxchat.hub.cache import read_json
 from mlxchat.runner.context import Context
 from mlxchat.runner.process import SIGNALS
+from mlxchat.store.files import read_json
 
 _LOOK_SECONDS = 0.1
 

@@ -26,7 +26,8 @@ from mlxchat.config.pins import UNKNOWN
 from mlxchat.config.schema import CorpusConfig, EvalConfig, HubConfig
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.hub import listings
-from mlxchat.hub.cache import HubFile, check_space, hub_cache, missing_bytes, read_json
+from mlxchat.hub.cache import HubFile, check_space, hub_cache, missing_bytes
+from mlxchat.store.files import read_json
 from mlxchat.store.fingerprint import hash_file
 from mlxchat.store.manifest import MANIFEST
 

@@ -7,7 +7,6 @@ Listings, plain downloads and notes are in `cache_folder()`. Files of the Huggin
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -15,11 +14,10 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from mlxchat.config.wording import format_bytes
 from mlxchat.errors import DataError
-from mlxchat.store.files import write_whole
+from mlxchat.store.files import read_json, write_json
 
 # Left free on a disk that is fetched to.
 SPARE_BYTES = 256 << 20
@@ -36,20 +34,6 @@ def is_offline() -> bool:
     """Return whether HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE, as in the official client) forbids the network."""
     value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
     return value.upper() in ("1", "ON", "YES", "TRUE")
-
-
-def write_json(path: Path, record: Any) -> None:
-    """Write plain data by an atomic rename; missing parent folders are created."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(record) + "\n", durable=False)
-
-
-def read_json(path: Path) -> Any:
-    """Return the plain data of a file; None if it is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def checksum_of(path: Path, like: str | None = None) -> str:

@@ -32,11 +32,10 @@ from mlxchat.hub.cache import (
     is_offline,
     missing_bytes,
     note_verified,
-    read_json,
-    write_json,
 )
 from mlxchat.hub.downloads import WrongContent, hub_client, retried
 from mlxchat.hub.listings import fetch_command
+from mlxchat.store.files import read_json, write_json
 
 Check = Callable[[], None]
 """Called repeatedly during a transfer; it may raise to stop it."""

@@ -11,8 +11,9 @@ from typing import Any
 from urllib.parse import quote
 
 from mlxchat.errors import DataError, PassingError
-from mlxchat.hub.cache import HubFile, cache_folder, folder_name, is_offline, read_json, write_json
+from mlxchat.hub.cache import HubFile, cache_folder, folder_name, is_offline
 from mlxchat.hub.downloads import TRIES, endpoint, hub_client, retried
+from mlxchat.store.files import read_json, write_json
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 

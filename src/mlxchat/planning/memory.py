@@ -21,7 +21,6 @@ from mlxchat.config.schema import AdapterConfig, Config, MachineConfig, Optimize
 from mlxchat.config.wording import format_bytes
 from mlxchat.distributed.ranks import current_team
 from mlxchat.errors import ConfigError
-from mlxchat.hub.cache import read_json, write_json
 from mlxchat.model.sizes import (
     GPTSizes,
     count_parameters,
@@ -33,6 +32,7 @@ from mlxchat.ops import machine as bounds
 from mlxchat.ops.machine import available_cores, device_kind, dtype_name
 from mlxchat.planning.inputs import find_model_sizes
 from mlxchat.runner.plan import PlannedStep
+from mlxchat.store.files import read_json, write_json
 
 if TYPE_CHECKING:
     from mlxchat.runner.context import Context

@@ -8,7 +8,6 @@ only, so that importing this module is fast.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,9 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mlxchat.errors import StoreError
+from mlxchat.errors import DataError, StoreError
 from mlxchat.evals.scores import Scores, mapping, number, read_scores
-from mlxchat.store.bases import folder_of_weights
+from mlxchat.store.files import Records, read_json
 from mlxchat.store.manifest import Manifest
 from mlxchat.store.store import Store
 
@@ -150,7 +149,7 @@ def collect(outputs: Path, run: Path) -> RunReport:
     Raises:
         StoreError: `run` has no readable plan.json.
     """
-    plan = read_json(run / "plan.json")
+    plan = mapping(read_json(run / "plan.json"))
     entries = [mapping(entry) for entry in sequence(plan.get("steps"))]
     entries = [entry for entry in entries if text(entry.get("step"))]
     if not entries:
@@ -158,7 +157,7 @@ def collect(outputs: Path, run: Path) -> RunReport:
             f"{run / 'plan.json'} is absent, unreadable or without steps; expected the plan of a run; "
             "name a folder of outputs/runs"
         )
-    events = read_jsonl(run / "events.jsonl")
+    events = Records(run / "events.jsonl").read()
     outcome, error = _run_outcome(events)
     return RunReport(
         name=text(plan.get("run")) or run.name,
@@ -191,7 +190,7 @@ def entries_of_artifacts(outputs: Path, places: list[Path]) -> list[dict[str, An
     entries: list[dict[str, Any]] = []
 
     def visit(place: Path) -> str:
-        manifest = read_json(place / "manifest.json")
+        manifest = mapping(read_json(place / "manifest.json"))
         rid, step = text(manifest.get("rid")) or place.name, text(manifest.get("step")) or place.name
         if rid in names:
             return names[rid]
@@ -218,7 +217,7 @@ def _read_step(outputs: Path, entry: dict[str, Any], events: list[dict[str, Any]
     with suppress(StoreError):  # a run that was killed did not note the id
         made = Store(outputs).made(key, rid) or {}
     folder = _find_artifact(outputs / "store", text(made.get("rid")) or rid, [*named, artifact])
-    manifest = made or (read_json(folder / "manifest.json") if folder else {})
+    manifest = made or (mapping(read_json(folder / "manifest.json")) if folder else {})
     if folder and manifest:
         artifact = folder.name
         records = folder
@@ -229,9 +228,10 @@ def _read_step(outputs: Path, entry: dict[str, Any], events: list[dict[str, Any]
     outcome, error = _step_outcome([text(event.get("event")) for event in own], bool(manifest)), ""
     if outcome == "failed":
         error = next((message for event in reversed(own) if (message := text(event.get("error")))), "")
-    scores = read_json(folder / "scores.json")
+    scores = mapping(read_json(folder / "scores.json"))
     if scores:
         scores.setdefault("checkpoint", mapping(entry.get("inputs")).get("checkpoint"))
+    samples = Records(records / "samples.jsonl").read()
     return StepReport(
         name=name,
         stage=text(entry.get("stage")),
@@ -244,12 +244,12 @@ def _read_step(outputs: Path, entry: dict[str, Any], events: list[dict[str, Any]
         reason=text(entry.get("reason")),
         error=error,
         manifest=manifest,
-        records=_by_iteration(read_jsonl(records / "metrics.jsonl")),
-        samples=_last_samples([*read_jsonl(records / "samples.jsonl"), *map(mapping, sequence(scores.get("samples")))]),
+        records=_by_iteration(Records(records / "metrics.jsonl").read()),
+        samples=_last_samples([*samples, *map(mapping, sequence(scores.get("samples")))]),
         scores=read_scores(scores) if scores else None,
-        compression=read_json(folder / "compression.json"),
-        model=read_json(folder / "config.json"),
-        num_parameters=count_parameters(folder_of_weights(folder) / "model.safetensors"),
+        compression=mapping(read_json(folder / "compression.json")),
+        model=mapping(read_json(folder / "config.json")),
+        num_parameters=num_parameters(folder),
         folder=folder if manifest else None,
     )
 
@@ -325,33 +325,12 @@ def text(value: object) -> str:
     return found.encode(errors="backslashreplace").decode()  # unpaired surrogates have no UTF-8
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, empty if the file is absent or unreadable."""
+def num_parameters(folder: Path) -> int | None:
+    """Return a checkpoint's number of parameters (its base model's for adapters); None if it cannot be read."""
+    from mlxchat.model.sizes import count_parameters
+    from mlxchat.planning.inputs import sizes_of_folder
+
     try:
-        return mapping(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError):
-        return {}
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSON-lines file; damaged lines are left out."""
-    records = []
-    try:
-        # "replace": the file may end within a character.
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError:
-        return []
-    for line in lines:
-        with suppress(ValueError, RecursionError):
-            records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict)]
-
-
-def count_parameters(path: Path) -> int | None:
-    """Return the number of parameters in a safetensors file by its header, None if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    except (OSError, ValueError):
+        return count_parameters(sizes_of_folder(folder))["total"]
+    except (OSError, ValueError, DataError):
         return None
-    return int(sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__"))

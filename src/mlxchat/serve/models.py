@@ -27,12 +27,12 @@ from mlxchat.errors import ConfigError, DataError, StoreError, suggest
 from mlxchat.evals.quantised import measure_quantised
 from mlxchat.interop.source import PREFIX
 from mlxchat.model.checkpoint import load_for_inference
-from mlxchat.model.sizes import count_parameters
 from mlxchat.planning.inputs import sizes_of_folder
 from mlxchat.planning.memory import Decoding, find_device
-from mlxchat.report.collect import read_jsonl, text
+from mlxchat.report.collect import num_parameters, text
 from mlxchat.serve.security import Fault, Limits
 from mlxchat.store.catalog import Summary, read_catalog
+from mlxchat.store.files import Records
 from mlxchat.store.fingerprint import canonical_json
 from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import find
@@ -43,6 +43,7 @@ _log = logging.getLogger("mlxchat.serve")
 _NAME = re.compile(r"[\w.:@+-]+(/[\w.:@+-]+)*")
 _MOST_NAME_CHARS, _SHOWN_CHARS = 300, 80
 _MOST_PROMPTS, _MOST_PROMPT_CHARS = 4, 200
+_num_parameters = lru_cache(maxsize=10_000)(num_parameters)
 
 
 @dataclass(frozen=True)
@@ -237,17 +238,8 @@ def _judges(found: list[Summary]) -> dict[str, Summary]:
 @lru_cache(maxsize=10_000)
 def _prompts(path: Path) -> list[str]:
     """Return the first prompts of a file of samples."""
-    prompts = (text(record.get("prompt")).strip() for record in read_jsonl(path))
+    prompts = (text(record.get("prompt")).strip() for record in Records(path).read())
     return list(dict.fromkeys(prompt for prompt in prompts if 0 < len(prompt) <= _MOST_PROMPT_CHARS))[:_MOST_PROMPTS]
-
-
-@lru_cache(maxsize=10_000)
-def _num_parameters(folder: Path) -> int | None:
-    """Return a checkpoint's number of parameters (its base model's for adapters); None if it cannot be read."""
-    try:
-        return count_parameters(sizes_of_folder(folder))["total"]
-    except (OSError, ValueError, DataError):
-        return None
 
 
 def _entry(name: str, owner: str, published: str, own: dict[str, Any]) -> dict[str, Any]:

@@ -12,11 +12,12 @@ from typing import Any
 from fastapi import APIRouter
 
 from mlxchat.errors import StoreError
-from mlxchat.evals.scores import number
-from mlxchat.report.collect import RunReport, StepReport, collect, read_json, text
+from mlxchat.evals.scores import mapping, number
+from mlxchat.report.collect import RunReport, StepReport, collect, text
 from mlxchat.runner.context import DERIVED
 from mlxchat.serve.security import Fault
 from mlxchat.store import locks
+from mlxchat.store.files import read_json
 from mlxchat.store.store import Store
 
 Json = dict[str, Any]
@@ -42,7 +43,7 @@ def run_routes(store: Store) -> APIRouter:
 
     @routes.get("")
     def list_runs() -> Json:
-        plans = [(folder.name, read_json(folder / "plan.json")) for folder in folders()]
+        plans = [(folder.name, mapping(read_json(folder / "plan.json"))) for folder in folders()]
         data = [
             {"run": name, **{key: text(plan.get(key)) or None for key in ("experiment", "started")}}
             for name, plan in plans
@@ -74,7 +75,7 @@ def _step(store: Store, step: StepReport) -> Json:
     last, expected = (
         step.all_series.get(name, ([], []))[1] if running else [] for name in ("iteration", "expected_iterations")
     )
-    planned = read_json(store.outputs / "work" / step.key / "ckpt" / DERIVED) if running else {}
+    planned = mapping(read_json(store.outputs / "work" / step.key / "ckpt" / DERIVED)) if running else {}
     measured = step.manifest.get("metrics") or {}
     return {
         "step": step.name, "stage": step.stage, "state": "running" if running else step.outcome, "error": step.error,

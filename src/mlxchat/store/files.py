@@ -71,6 +71,20 @@ def write_whole(path: Path, data: bytes | str, *, durable: bool = True) -> None:
         unfinished.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
+def write_json(path: Path, record: Any) -> None:
+    """Write plain data by an atomic rename; missing parent folders are created."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(record) + "\n", durable=False)
+
+
+def read_json(path: Path) -> Any:
+    """Return the plain data of a file; None if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
 def list_folder(folder: Path) -> list[str]:
     """Return the sorted names in a folder without hidden ones; empty if it cannot be read."""
     try:
