@@ -41,18 +41,6 @@ def place(tmp_path: Path) -> Iterator[Place]:
     MemoryFileSystem.pseudo_dirs[:] = [""]
 
 
-def test_export_and_import_keep_every_byte(place, made, folders, tmp_path):
-    assert export_to(place, folders) == 2
-    other = Store(tmp_path / "other")
-    new, known = import_from(other, place, [])
-    assert ([path.name.split("-")[0] for path in new], known) == (["make", "copy"], [])
-    assert contents(other.outputs / "store") == contents(made.outputs / "store")
-    assert [fault for path in new for fault in find_faults(other, path)] == []
-    assert export_to(place, folders) == 0
-    assert import_from(other, place, [])[0] == []
-    assert list((other.outputs / "work").iterdir()) == []
-
-
 @pytest.mark.parametrize("damage", ["file", "short", "long", "missing", "manifest"])
 def test_import_refuses_damaged_artifacts(damage, place, folders, tmp_path):
     export_to(place, folders)

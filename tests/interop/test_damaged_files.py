@@ -145,23 +145,17 @@ HF: dict[str, tuple[Spoil, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NANOCHAT)
-def test_faulty_checkpoints_are_refused(twin, tmp_path, name):
-    made, (spoil, message) = twin(), NANOCHAT[name]
-    spoil(made.folder)
+@pytest.mark.parametrize(("form", "name"), [*(("nanochat", name) for name in NANOCHAT), *(("hf", name) for name in HF)])
+def test_faulty_models_are_refused(twin, tmp_path, form, name):
+    made, (spoil, message) = twin(), (NANOCHAT if form == "nanochat" else HF)[name]
+    config, out = made.config(), tmp_path / "out"
+    out.mkdir()
+    if form == "hf":
+        import_model(config, out, lambda: None)
+        config = made.config(format="hf", folder=str(out))
+    spoil(Path(config.folder))
     with pytest.raises(DataError, match=message):
-        import_model(made.config(), tmp_path / "out", lambda: None)
-
-
-@pytest.mark.parametrize("name", HF)
-def test_faulty_hugging_face_models_are_refused(twin, tmp_path, name):
-    made, (spoil, message) = twin(), HF[name]
-    for folder in ("ours", "out"):
-        (tmp_path / folder).mkdir()
-    import_model(made.config(), tmp_path / "ours", lambda: None)
-    spoil(tmp_path / "ours")
-    with pytest.raises(DataError, match=message):
-        import_model(made.config(format="hf", folder=str(tmp_path / "ours")), tmp_path / "out", lambda: None)
+        import_model(config, tmp_path / "again", lambda: None)
 
 
 def test_versions_between_the_two_are_refused():

@@ -65,37 +65,27 @@ def logits_of_ours(made: Path, name: str, ids: np.ndarray[Any, Any]) -> np.ndarr
     return np.asarray(load_checkpoint(artifact(made, name))[0](mx.array(ids)))
 
 
-@pytest.mark.parametrize("name", ["oct", "jul"])
-def test_mlx_export_has_our_logits_in_mlx_lm(export, made, tmp_path, name):
+@pytest.mark.parametrize(("name", "bits"), [("oct", None), ("jul", None), ("oct", 8), ("jul", 4)])
+def test_mlx_export_has_our_logits_in_mlx_lm(export, made, tmp_path, name, bits):
     mlx_lm = pytest.importorskip("mlx_lm")
-    code, said = export(name, "--to", "mlx", tmp_path / "out")
+    code, said = export(name, "--to", "mlx", tmp_path / "out", *(["--bits", bits] if bits else []))
     assert code == 0
     assert ("--trust-remote-code" in said) == (name == "jul")
-    model, tokenizer = mlx_lm.load(str(tmp_path / "out"), trust_remote_code=name == "jul")
-    ids = np.asarray(some_ids())
-    np.testing.assert_allclose(np.asarray(model(mx.array(ids))), logits_of_ours(made, name, ids), atol=1e-3)
-    messages = [{"role": "user", "content": "Why?\n"}]
-    expected = render_for_completion(load_checkpoint(artifact(made, name))[1], {"messages": messages})
-    assert list(tokenizer.apply_chat_template(messages, add_generation_prompt=True)) == list(expected)
-
-
-@pytest.mark.parametrize(("name", "bits"), [("oct", 8), ("jul", 4)])
-def test_quantised_export_computes_with_rounded_weights(export, made, tmp_path, name, bits):
-    mlx_lm = pytest.importorskip("mlx_lm")
-    code, said = export(name, "--to", "mlx", tmp_path / "out", "--bits", bits)
-    assert code == 0
-    assert f"Its weights were rounded to {bits} bits." in said
-    model, _ = mlx_lm.load(str(tmp_path / "out"), trust_remote_code=name == "jul")
-    ours, _, _ = load_checkpoint(artifact(made, name))
+    assert (f"Its weights were rounded to {bits} bits." in said) == bool(bits)
+    model, words = mlx_lm.load(str(tmp_path / "out"), trust_remote_code=name == "jul")
+    ours, tokenizer, _ = load_checkpoint(artifact(made, name))
     weights = flatten_parameters(ours)
     for key, value in weights.items():  # rounded as MLX's quantisation is documented, by NumPy
         group = next((each for each in (64, 32) if value.ndim == 2 and value.shape[1] % each == 0), None)
-        if group is not None:
+        if bits and group is not None:
             packed = mx.quantize(value, group_size=group, bits=bits)
             weights[key] = mx.dequantize(*packed, group_size=group, bits=bits)
     set_parameters(ours, weights)
     ids = np.asarray(some_ids())
     np.testing.assert_allclose(np.asarray(model(mx.array(ids))), np.asarray(ours(mx.array(ids))), atol=1e-3)
+    messages = [{"role": "user", "content": "Why?\n"}]
+    expected = render_for_completion(tokenizer, {"messages": messages})
+    assert list(words.apply_chat_template(messages, add_generation_prompt=True)) == list(expected)
 
 
 def test_transformers_computes_our_logits_prompts_and_masks(export, made, tmp_path):

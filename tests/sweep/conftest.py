@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kit.sweeps import Swept
+from sweep.swept import Swept
 
 
 @pytest.fixture(scope="session")

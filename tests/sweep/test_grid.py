@@ -5,11 +5,11 @@ import re
 import pytest
 
 from kit.commands import run_captured
-from kit.sweeps import Swept
 from mlxchat.errors import StoreError
 from mlxchat.store.naming import latest, resolve
 from mlxchat.store.store import Store
 from mlxchat.sweep.sweeper import read_sweep
+from sweep.swept import Swept
 
 RATES = [0.001, 0.0013, 0.00169]
 COLUMNS = {"job", "optimizer.matrix_lr", "pretrain.val_bpb", "run", "id", "status"}
