@@ -37,8 +37,8 @@ def watched(toys: Toys, served: Path, tmp_path: Path, start: Callable[..., Any])
         plan = toys.plan(CHAIN)
         folder = toys.outputs / "runs" / f"run{number}"
         folder.mkdir(parents=True)
-        entries = [{"step": step.name, "stage": step.stage.name, "inputs": step.inputs} for step in plan]
-        record = {"experiment": f"toy{number}{LONG}", "started": f"2026-01-0{number}T10:00:00+00:00", "steps": entries}
+        steps = [{"step": step.name, "stage": step.stage.name, "inputs": step.inputs} for step in plan]
+        record = {"experiment": f"toy{number}{LONG}", "steps": steps}
         (folder / "plan.json").write_text(json.dumps(record))
         toys.run(plan)
 

@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mlxchat.data.tokenizer import Tokenizer
@@ -71,6 +72,26 @@ def render_for_completion(tokenizer: Tokenizer, conversation: Conversation) -> l
         messages = messages[:-1]
     ids, _ = render_conversation(tokenizer, {"messages": messages}, max_tokens=None)
     return [*ids, tokenizer.special_ids["<|assistant_start|>"]]
+
+
+def fit_turns(
+    messages: Sequence[Conversation], render: Callable[[list[Conversation]], list[int]], room: int
+) -> tuple[list[int], int]:
+    """Return the prompt of messages without as many of the oldest turns as needed, and how many were dropped.
+
+    A turn is a user message with its replies. System messages and the last turn stay, even beyond `room` tokens.
+    """
+    turns: list[int | None] = []
+    turn = -1
+    for message in messages:
+        turn += message["role"] == "user"
+        turns.append(None if message["role"] in ("system", "developer") else turn)
+
+    def without(dropped: int) -> list[int]:
+        return render([each for each, own in zip(messages, turns, strict=True) if own is None or own >= dropped])
+
+    dropped = bisect_left(range(turn), True, key=lambda number: len(without(number)) <= room)
+    return without(dropped), dropped
 
 
 def parse_answer(tokenizer: Tokenizer, ids: Sequence[int]) -> Content | None:

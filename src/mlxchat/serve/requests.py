@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import secrets
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from mlxchat.data.conversation import fit_turns
 from mlxchat.engine.batch import Request
 from mlxchat.engine.sample import Constraint, Sampling
 from mlxchat.errors import ConfigError, DataError, suggest
 from mlxchat.serve.models import Model
 from mlxchat.serve.security import Fault
+from mlxchat.tasks.answers import Conversation
 
 _SEEDS = 2**63
 _MOST_CHOICES = 16
@@ -31,6 +32,7 @@ _NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "suffix": ("",), "echo": (False,), "modalities": (["text"],), "best_of": (1,),
 }  # fmt: skip
 _SHOWN_CHARS = 80
+_SYSTEM = ("system", "developer")
 
 
 def _listed(value: Any) -> Any:
@@ -138,11 +140,6 @@ class Message(BaseModel):
         BeforeValidator(_as_parts, json_schema_input_type=str | list[ContentPart] | None),
     ] = []
 
-    @property
-    def text(self) -> str:
-        """The text of its text parts."""
-        return "".join(part.text for part in self.content if part.type == "text")
-
 
 class JsonSchema(BaseModel):
     """A JSON schema with its name; always enforced strictly."""
@@ -217,21 +214,19 @@ def chat_prompt(model: Model, messages: Sequence[Message], *, answer_tokens: int
             param="model", code="unsupported_model",
         )  # fmt: skip
     _check_order(messages)
-    turns = _turn_numbers(messages)
+    given = [{"role": each.role, "content": [part.model_dump() for part in each.content]} for each in messages]
 
-    def render(dropped: int) -> list[int]:
-        kept = [each for each, turn in zip(messages, turns, strict=True) if turn is None or turn >= dropped]
+    def render(kept: Sequence[Conversation]) -> list[int]:
         try:
             return model.render(_joined(kept))
         except DataError as error:
             raise Fault(str(error), param="messages") from None
 
-    dropped = 0
     if truncate:
         room = model.context_tokens - min(answer_tokens or 256, model.context_tokens // 2)
-        last = turns[-1] or 0
-        dropped = bisect_left(range(last), True, key=lambda number: len(render(number)) <= room)
-    ids = render(dropped)
+        ids, dropped = fit_turns(given, render, room)
+    else:
+        ids, dropped = render(given), 0
     if len(ids) >= model.context_tokens:
         # No double quote: Python's repr would then escape the apostrophe as \', and litellm, which searches for these
         # words, would miss them.
@@ -323,12 +318,8 @@ def json_constraint(model: Model, form: ResponseFormat | None) -> Constraint | N
         raise Fault(str(error), param="response_format") from None
 
 
-def _is_system(message: Message) -> bool:
-    return message.role in ("system", "developer")
-
-
 def _check_order(messages: Sequence[Message]) -> None:
-    if next((each.role for each in messages if not _is_system(each)), None) != "user":
+    if next((each.role for each in messages if each.role not in _SYSTEM), None) != "user":
         raise Fault("the first message after the system's must be the user's", param="messages")
     if messages[-1].role != "user":
         raise Fault("the last message must be the user's", param="messages")
@@ -337,39 +328,28 @@ def _check_order(messages: Sequence[Message]) -> None:
             raise Fault("only the assistant's messages may have parts of Python", param="messages")
 
 
-def _turn_numbers(messages: Sequence[Message]) -> list[int | None]:
-    """Return the number of each message's turn, which its user message begins; None for system messages."""
-    numbers: list[int | None] = []
-    turn = -1
-    for each in messages:
-        turn += each.role == "user"
-        numbers.append(None if _is_system(each) else turn)
-    return numbers
-
-
-def _joined(messages: Sequence[Message]) -> list[dict[str, Any]]:
+def _joined(messages: Sequence[Conversation]) -> list[Conversation]:
     """Return alternating user and assistant messages; system messages are joined to the user message that follows.
 
     Those at the beginning become one system message.
     """
-    joined: list[dict[str, Any]] = []
+    joined: list[Conversation] = []
     waiting: list[str] = []
     for each in messages:
-        if _is_system(each):
-            waiting.append(each.text)
-        elif each.role == "user":
+        role, text = each["role"], "".join(part["text"] for part in each["content"] if part["type"] == "text")
+        if role in _SYSTEM:
+            waiting.append(text)
+        elif role == "user":
             if waiting and not joined:
                 joined.append({"role": "system", "content": "\n\n".join(waiting)})
                 waiting = []
-            text, waiting = "\n\n".join([*waiting, each.text]), []
+            text, waiting = "\n\n".join([*waiting, text]), []
             if joined and joined[-1]["role"] == "user":
                 joined[-1]["content"] += "\n\n" + text
             else:
                 joined.append({"role": "user", "content": text})
+        elif joined[-1]["role"] == "assistant":
+            joined[-1]["content"] += each["content"]
         else:
-            parts = [part.model_dump() for part in each.content]
-            if joined[-1]["role"] == "assistant":
-                joined[-1]["content"] += parts
-            else:
-                joined.append({"role": "assistant", "content": parts})
+            joined.append({"role": "assistant", "content": list(each["content"])})
     return joined

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from mlxchat.data.conversation import fit_turns
 from mlxchat.engine.batch import Request
 from mlxchat.engine.generate import Engine, Scheduler, content_of
 from mlxchat.engine.sample import Sampling
@@ -169,7 +170,7 @@ class Chat:
             self._stream(prompt)
             return
         question = {"role": "user", "content": text}
-        content = self._stream(self.engine.render(self._fitting(question)))
+        content = self._stream(self._prompt(question))
         self.messages += [question, {"role": "assistant", "content": content}]
 
     def last_question(self) -> str | None:
@@ -217,20 +218,19 @@ class Chat:
             self._note(f"the first {len(ids) - most} of {len(ids)} tokens of the text")
         return [self.engine.tokenizer.bos, *ids[-most:]]
 
-    def _fitting(self, question: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return the latest turns and a question, with room for an answer; print to stderr what is dropped."""
+    def _prompt(self, question: dict[str, Any]) -> list[int]:
+        """Return the prompt of the latest turns and a question, with room for an answer; print what is dropped."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        turns, room = self.messages, self._room()
-        while turns and len(self.engine.render([*system, *turns, question])) > room:
-            turns = turns[2:]
-        if left_out := (len(self.messages) - len(turns)) // 2:
+        room = self._room()
+        prompt, left_out = fit_turns([*system, *self.messages, question], self.engine.render, room)
+        if left_out:
             self._note("the oldest turn" if left_out == 1 else f"the {left_out} oldest turns")
-        if (tokens := len(self.engine.render([*system, *turns, question]))) > room:
+        if len(prompt) > room:
             raise ConfigError(
-                f"the question and the system prompt have {tokens} tokens, more than {room}: the model reads "
+                f"the question and the system prompt have {len(prompt)} tokens, more than {room}: the model reads "
                 f"{self.engine.context_tokens} with its answer. Shorten them, or the answer (/tokens)"
             )
-        return [*system, *turns, question]
+        return prompt
 
     def _do_retry(self, _: str) -> str:
         return self._do_edit(self.last_question() or "")
