@@ -117,16 +117,6 @@ def test_file_has_our_tokens_template_and_stop(command, tmp_path):
     assert f"llama-server -m FOLDER/{file.name}" in (file.parent / "README.md").read_text()
 
 
-def test_what_llama_cpp_cannot_compute_is_refused(command, tmp_path):
-    publish_model(tmp_path, "jul", "jul2026")
-    code, text = command("export", "jul", "--to", "gguf", str(tmp_path / "x"), f"outputs={tmp_path}")
-    assert code == 2
-    assert "but not value embeddings" in text
-    assert "Use --to mlx" in text
-    code, text = command("export", "jul", "--to", "mlx", str(tmp_path / "x"), "--dtype", "q8_0", f"outputs={tmp_path}")
-    assert (code, "expected float32, bfloat16 with --to mlx" in text) == (2, True)
-
-
 LLAMA = """
 import json, sys, urllib.request
 import xllamacpp

@@ -74,32 +74,10 @@ async ([text, sizes]) => {
   return [grow(ends), grow([text.length])];
 }
 """
-DOCUMENT = """# Top
-
-Some **bold** text
-and a second line
-
-- one
-
-  with a paragraph
-para
-===
-1. a
-   ```python
-   x = 1
-
-   ```
-
-> quote
-lazy
-
-a | b
--|-
-1 | 2
-
-```
-open fence
-"""
+DOCUMENT = (
+    "# Top\n\nSome **bold** text\nand a second line\n\n- one\n\n  with a paragraph\npara\n===\n"
+    "1. a\n   ```python\n   x = 1\n\n   ```\n\n> quote\nlazy\n\na | b\n-|-\n1 | 2\n\n```\nopen fence\n"
+)
 
 
 @pytest.mark.slow
