@@ -165,7 +165,7 @@ def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Toys]:
     package.joinpath("__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(stage_module, "_PACKAGE", name)
-    monkeypatch.setattr(stage_module, "_folder", lambda: package)
+    monkeypatch.setattr(stage_module, "_FOLDER", package)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     found = Toys(package, tmp_path / "outputs")
     found.add("make", "(ctx.out / 'result.txt').write_text(str(ctx.config.toy.number))")

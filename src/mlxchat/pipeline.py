@@ -77,31 +77,22 @@ def compose(*overrides: str) -> Pipeline:
     return Pipeline(compose_config(*split_options(list(overrides))))
 
 
-def run_pipeline(
-    composed: Composed,
-    plan: list[PlannedStep] | None = None,
-    *,
-    is_verb: bool = False,
-    job: str | None = None,
-    on_record: Callable[[str, Record], None] = lambda step, record: None,
-) -> Path | None:
+def run_pipeline(composed: Composed, plan: list[PlannedStep] | None = None, **options: Any) -> Path | None:
     """Complete the targets of a configuration; return the run's folder, or None if everything was done.
 
     Args:
         composed: the configuration and its command line.
         plan: plan of its targets from `plan_to_run`; None: make it here. Updated with each step's result.
-        is_verb: as in PipelineRun.
-        job: as in PipelineRun.
-        on_record: as in PipelineRun.
+        options: of PipelineRun.
     """
     store = Store(Path(composed.config.outputs))
     plan = plan_to_run(composed.config, store) if plan is None else plan
-    work = PipelineRun(composed, plan, store, is_verb=is_verb, job=job, on_record=on_record)
+    work = PipelineRun(composed, plan, store, **options)
     _say("\n".join(filter(None, [format_plan(plan), str(work.need or "")])))
     if all(step.done for step in plan):
         with suppress(StoreError, PermissionError):  # a user who may only read the folder cannot name runs in it
             store.prepare()
-            if not is_verb and job is None:
+            if work.becomes_latest:
                 _name_again(composed, plan, store)
         which = "the step is" if len(plan) == 1 else f"all {len(plan)} steps are"
         print(f"nothing to do: {which} done. mlxchat report shows the results.")
@@ -124,7 +115,7 @@ class PipelineRun(Execution):
         *,
         is_verb: bool = False,
         job: str | None = None,
-        say: Callable[[str], None] | None = None,
+        say: Callable[[str], None] = lambda line: _say(line),
         on_record: Callable[[str, Record], None] = lambda step, record: None,
     ) -> None:
         """Check that the plan can run.
@@ -136,12 +127,12 @@ class PipelineRun(Execution):
             is_verb: run by a verb such as import: no report, and it does not become the latest run.
             job: part of a sweep that it runs, such as job3. It is appended to the run's name, and the run does not
                 become the latest one: the names RUN, latest and STEP never mean a job.
-            say: prints a line; None: to standard output.
+            say: prints a line.
             on_record: called with a step's name and each record of its metrics.jsonl.
         """
         super().__init__(plan, store, self._start)
         self.composed, self.is_verb, self.job = composed, is_verb, job
-        self.say, self.on_record = say or _say, on_record
+        self.say, self.on_record = say, on_record
         self.executors = place_steps(composed.config, plan)
         self.becomes_latest = not is_verb and job is None
         self.need = find_text_need(composed.config, plan, store)
@@ -237,11 +228,7 @@ def plan_to_run(config: Config, store: Store) -> list[PlannedStep]:
         return plan
     if branches := {place: what for place, what in unknown.items() if "://" not in what}:
         why = "HF_HUB_OFFLINE is set" if is_offline() else f"the Hub at {endpoint()} does not answer"
-        lines = [
-            f"{place}: the commit of {what} is unknown, since {why}. To set it: "
-            f"{place.removesuffix('.revision')}.revision=COMMIT"
-            for place, what in branches.items()
-        ]
+        lines = [f"{place}: the commit of {what} is unknown, since {why}" for place, what in branches.items()]
         raise ConfigError("\n".join([*lines, fetch_command()]))
     from mlxchat.hub.client import fetch_url
 
@@ -255,7 +242,7 @@ def _name_again(composed: Composed, plan: list[PlannedStep], store: Store) -> No
     places = {step.name: place for step in plan if (place := store.find(step.rid)) is not None}
     known = [run for run in runs(store) if (store.outputs / "runs" / run).is_dir()]
     same = [run for run in known if places.items() <= links(store, run).items()]
-    same = [run for run in same if called(run) == composed.config.name] or same
+    same.sort(key=lambda run: called(run) == composed.config.name)
     if not same:
         folder = _make_folder(composed, plan, store)
         same = [folder.name]
@@ -304,10 +291,6 @@ def place_steps(config: Config, plan: list[PlannedStep]) -> dict[str, ExecutorCo
     """Return `find_executors` of a plan, after checking that it can run.
 
     Steps elsewhere compute in this machine's dtype, since it is part of their keys.
-
-    Raises:
-        ConfigError: a step does not fit into this machine's memory, an executor's library is missing, or the dtype of
-            a step depends on the machine that runs it.
     """
     executors, machine = find_executors(config, plan), config.machine
     check_memory(config, [step for step in plan if step.name not in executors])
@@ -328,19 +311,15 @@ def place_steps(config: Config, plan: list[PlannedStep]) -> dict[str, ExecutorCo
 
 def _results(plan: list[PlannedStep], store: Store, folder: Path, *, is_done: bool) -> Results:
     """Return the final results for a tracker."""
-    made = [(step, manifest) for step in plan if (manifest := store.made(step.key)) is not None]
-    page = folder / "report.html"
-    return Results(
-        numbers={step.name: numbers for step, manifest in made if (numbers := numbers_of(manifest["metrics"]))},
-        artifacts={
-            step.name: Published(
-                id=manifest["rid"], kind=step.stage.produces, folder=store.outputs / "store" / manifest["name"]
-            )
-            for step, manifest in made
-        },
-        report=page if page.is_file() else None,
-        is_done=is_done,
-    )
+    page, found = folder / "report.html", Results(is_done=is_done)
+    for step in plan:
+        if (manifest := store.made(step.key)) is None:
+            continue
+        if numbers := numbers_of(manifest["metrics"]):
+            found.numbers[step.name] = numbers
+        place = store.outputs / "store" / manifest["name"]
+        found.artifacts[step.name] = Published(id=manifest["rid"], kind=step.stage.produces, folder=place)
+    return replace(found, report=page if page.is_file() else None)
 
 
 def _describe_device() -> dict[str, Any]:

@@ -32,7 +32,7 @@ def use_stubs() -> None:
     sys.path.insert(0, str(HERE))
     sys.dont_write_bytecode = True
     stage._PACKAGE = "stubs"
-    stage._folder = lambda: HERE / "stubs"  # type: ignore[assignment]  # it is cached
+    stage._FOLDER = HERE / "stubs"
 
 
 if __name__ in ("__main__", "__mp_main__"):  # not in the tests' own process; the second in children of a run

@@ -15,9 +15,9 @@ from kit.toys import PIPELINE
 from mlxchat.cli import dispatch
 from mlxchat.errors import ConfigError, PassingError, StoreError
 from mlxchat.hub.places import Place, export_to, import_from, open_place, push_artifacts, push_folder
+from mlxchat.store.catalog import closure
 from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
-from mlxchat.store.transfer import closure
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ from mlxchat.hub import places
 from mlxchat.hub.places import open_place
 from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
-from mlxchat.store.transfer import closure
+from mlxchat.store.catalog import closure
 way, url, outputs = sys.argv[1:]
 store = Store(Path(outputs))
 if way == "export":

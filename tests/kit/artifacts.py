@@ -12,10 +12,10 @@ from kit import models
 from mlxchat.data.bpe import train_tokenizer
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.model.checkpoint import save_checkpoint
+from mlxchat.store.catalog import check_contents, find_absent
 from mlxchat.store.fingerprint import compute_key
 from mlxchat.store.manifest import read_manifest
 from mlxchat.store.store import Store
-from mlxchat.store.verify import check_contents, find_absent
 
 FACTS = {"stage": "sft", "format": "chat", "pretrain_batch_tokens": 512}
 make_model = partial(

@@ -7,7 +7,7 @@ import pytest
 
 from kit.models import composed
 from mlxchat.pipeline import plan_of
-from mlxchat.planning.duration import estimate_trainings
+from mlxchat.planning.duration import estimate_steps
 from mlxchat.runner.reasons import Estimate
 from mlxchat.store.store import Store
 
@@ -18,7 +18,7 @@ MADE = [(1e7, 1e4, "cpu"), (2e9, 100.0, "cpu"), (3e9, 5e6, "cuda")]  # FLOPs per
 
 def estimate(tmp_path: Path, *overrides: str) -> Estimate | None:
     config, store = composed("machine.device=cpu", "stage=pretrain", *overrides), Store(tmp_path)
-    return estimate_trainings(config, plan_of(config, store), store).get("pretrain")
+    return estimate_steps(plan_of(config, store), store)["pretrain"]
 
 
 def test_only_long_trainings_are_estimated_by_the_devices_peak(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from mlxchat.config.schema import Config, ExecutorConfig
 from mlxchat.errors import ConfigError, Interrupted
 from mlxchat.pipeline import place_steps, plan_of
 from mlxchat.runner import executors
-from mlxchat.runner.executors import Call, Job, attach, submit
+from mlxchat.runner.executors import Job, attach, submit
 from mlxchat.runner.process import stop_on_signals
 from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import refs_of
@@ -65,8 +65,8 @@ def submitted(tmp_path: Path) -> Iterator[list[Job]]:
 
 
 def start(file: Path, submitted: list[Job], *arguments: Any, settings: ExecutorConfig = LOCAL) -> Job:
-    call = Call(record=file.parent / "job.jsonl", call=partial(count, file, *arguments), facts={})
-    (job,) = submit(settings, "test", [call], file.parent / "jobs")
+    folder, call = file.parent, partial(count, file, *arguments)
+    job = submit(settings, "test", call, folder / "job.jsonl", {}, folder / "jobs")
     submitted.append(job)
     return job
 

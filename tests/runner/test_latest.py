@@ -61,15 +61,10 @@ def test_stopped_run_with_a_model_is_latest(models):
     assert chosen(models) == ("pretrain", "run2")
 
 
-def repeated(models: Any, pipeline: dict[str, dict[str, str]]) -> None:
-    """Do what a command does whose steps are all done."""
-    _name_again(compose_config(["name=again"]), models.plan(pipeline), models.store)
-
-
 def test_finished_command_makes_its_run_latest(models):
     models.run(models.plan(WHOLE))
     models.config.toy.number = 2
     models.run(models.plan(BASE))
     models.config.toy.number = 1
-    repeated(models, WHOLE)
+    _name_again(compose_config(["name=again"]), models.plan(WHOLE), models.store)
     assert chosen(models) == ("sft", "run1")

@@ -13,7 +13,7 @@ from kit.commands import run_here, run_process
 from kit.toys import PIPELINE
 from mlxchat.errors import ConfigError
 from mlxchat.store import locks
-from mlxchat.store.gc import DAY_SECONDS, collect, collect_removal, find_garbage, find_removal
+from mlxchat.store.gc import DAY_SECONDS, Collection, collect, find_garbage, find_removal
 from mlxchat.store.naming import groups, latest, resolve
 
 NONE, ALL = None, 0
@@ -34,6 +34,10 @@ def run_with(toys: Any, first: int, second: int = 1) -> str:
 
 def names(toys: Any, keep_last: int | None) -> set[str]:
     return {item.path.name for item in find_garbage(toys.store, keep_last).garbage if item.kind == "artifact"}
+
+
+def remove(toys: Any, run: str) -> Collection:
+    return collect(toys.store, lambda: find_removal(toys.store, {run}))
 
 
 def artifact(toys: Any, name: str) -> str:
@@ -81,7 +85,7 @@ def test_gc_refuses_while_a_step_runs(toys):
     run_with(toys, 1)
     run_with(toys, 2)
     with locks.hold(toys.store.lock("x" * 52), {"step": "first"}), pytest.raises(ConfigError, match="no step is run"):
-        collect(toys.store, ALL)
+        collect(toys.store, lambda: find_garbage(toys.store, ALL))
     assert len(whole_artifacts(toys)) == 4
 
 
@@ -112,8 +116,8 @@ def test_kill_leaves_a_valid_store(verb, point, toys):
     kill(toys, point, *(("gc", "--keep-last", "0") if verb == "gc" else ("rm", run)))
     whole_artifacts(toys)
     if verb == "rm" and (run in groups(toys.store) or (toys.outputs / "runs" / run).exists()):
-        collect_removal(toys.store, {run})
-    collect(toys.store, ALL if verb == "gc" else NONE)
+        remove(toys, run)
+    collect(toys.store, lambda: find_garbage(toys.store, ALL if verb == "gc" else NONE))
     assert artifact(toys, "second") == kept
     assert len(whole_artifacts(toys)) == 2
     assert list((toys.outputs / "work").iterdir()) == []
@@ -126,7 +130,7 @@ def test_removing_a_run_removes_its_unshared_artifacts(toys):
     found = find_removal(toys.store, {old})
     assert {item.path.name for item in found.garbage if item.kind == "artifact"} == {only_old}
     assert set(found.kept) == {shared}, "the newer run has it"
-    collect_removal(toys.store, {old})
+    remove(toys, old)
     assert (groups(toys.store), latest(toys.store)) == ([new], new)
     assert {path.name for path in (toys.outputs / "store").iterdir()} == {shared, artifact(toys, f"{new}/second")}
 
@@ -134,7 +138,7 @@ def test_removing_a_run_removes_its_unshared_artifacts(toys):
 def test_pin_outlives_its_removed_run(toys):
     run = run_with(toys, 1)
     toys.store.set_ref("pins", "best", resolve(toys.store, "second"))
-    kept = collect_removal(toys.store, {run}).kept
+    kept = remove(toys, run).kept
     assert len(kept) == 2, "the pinned artifact, and what it was made from"
     assert artifact(toys, "best") in kept
     assert latest(toys.store) == ""

@@ -36,14 +36,10 @@ def refuse(folder: Path) -> dict[str, float]:
     raise AssertionError("it exists already")
 
 
-def test_existing_artifact_is_reused(shared):
+def test_existing_artifact_is_reused_and_has_lineage_and_digests(shared):
     place = obtain(shared, write)
     assert (place / "tokens").read_text() == "content"
     assert obtain(shared, refuse) == obtain(open_shared(shared.outputs), refuse, label="other") == place
-
-
-def test_shared_artifact_has_lineage_and_digests(shared):
-    place = obtain(shared, write)
     (manifest,) = Store(shared.outputs).manifests()
     assert place.name == manifest["name"] == f"tokens-shard-{manifest['rid'][:16]}"
     assert manifest["kind"] == manifest["stage"] == manifest["step"] == SHARED_KIND

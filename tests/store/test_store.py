@@ -53,11 +53,11 @@ def test_artifact_exists_if_its_manifest_does(store):
     place = store.outputs / "store" / f"sft-d4-{RID[:16]}"
     place.mkdir()
     (place / "model.safetensors").write_text("weights")
-    assert (store.find(RID), store.read(RID), list(store.manifests())) == (None, None, [])
+    assert (store.find(RID), list(store.manifests())) == (None, [])
     made = manifest(rid=RID, schema=SCHEMA)
     write_manifest(place, made)
     store.forget()
-    assert (store.find(RID), store.read(RID), list(store.manifests())) == (place, made, [made])
+    assert (store.find(RID), list(store.manifests())) == (place, [made])
 
 
 def test_damaged_artifact_is_replaced_by_equal_contents(store):

@@ -9,13 +9,13 @@ from kit.artifacts import contents, find_faults
 from kit.toys import PIPELINE
 from mlxchat.errors import StoreError
 from mlxchat.hub.places import export_to, import_from, open_place
+from mlxchat.store.catalog import closure
 from mlxchat.store.files import seal
 from mlxchat.store.fingerprint import compute_key
 from mlxchat.store.gc import find_garbage
 from mlxchat.store.manifest import identify, tree_of
 from mlxchat.store.naming import latest, refs_of, resolve
 from mlxchat.store.store import Store
-from mlxchat.store.transfer import closure
 
 
 @pytest.fixture

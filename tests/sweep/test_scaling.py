@@ -1,7 +1,6 @@
 """Scaling laws of a sweep: exponents of the published loss surface, what is written."""
 
 import math
-import re
 from typing import Any
 
 import numpy as np
@@ -48,7 +47,7 @@ def test_standard_error_is_that_of_least_squares():
     x = np.geomspace(1, 100, 6)
     y = 3 * x**0.5 * np.exp(np.array([0.1, -0.2, 0.05, 0.15, -0.1, 0.02]))
     law: Any = fit_power_law(x.tolist(), y.tolist())
-    rest = np.log(y) - np.log([law(each) for each in x])
+    rest = np.log(y) - np.log(law.at_centre * (x / law.centre) ** law.exponent)
     spread = ((np.log(x) - np.log(x).mean()) ** 2).sum()
     assert abs(rest.sum()) < 1e-12, "least squares leave residuals of mean 0"
     assert abs((rest * np.log(x)).sum()) < 1e-12, "and uncorrelated with x"
@@ -65,13 +64,11 @@ def test_budget_without_minimum_suggests_sizes():
     assert "| 1e+13 | 3 | 200,000 | 8,333,333 | 41.7 | 2.5000 |" in text
 
 
-def test_report_has_the_laws_in_words_and_as_a_picture():
+def test_report_has_the_laws_in_words():
     sizes = (10**5, 2 * 10**5, 4 * 10**5, 8 * 10**5)
     bowl = [(size, flops, 2.5 + (size / best - 1) ** 2) for flops, best in ((1e12, 2e5), (1e13, 5e5)) for size in sizes]
-    words, pictures = laws_of_report([training(*one) for one in bowl])
+    (words,) = laws_of_report([training(*one) for one in bowl])
     assert str(words).startswith("## Scaling laws")
-    assert isinstance(pictures, list)
-    assert {"1e12 FLOPs", "1e13 FLOPs"} <= set(re.findall(r"<text[^>]*>([^<]*)</text>", pictures[0].svg))
     assert laws_of_report([training(*bowl[0])]) == laws_of_report([]) == []
 
 

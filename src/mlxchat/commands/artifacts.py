@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from mlxchat.commands.arguments import Parser, count
@@ -12,11 +13,11 @@ from mlxchat.commands.output import print_json
 from mlxchat.config.table import aligned
 from mlxchat.config.wording import format_bytes, plural
 from mlxchat.errors import ConfigError, suggest
-from mlxchat.store.gc import Collection, collect, collect_removal, find_garbage, find_removal, runs_in_progress
+from mlxchat.store.catalog import closure
+from mlxchat.store.gc import Collection, collect, find_garbage, find_removal, runs_in_progress
 from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import MODEL, PINS, Run, find_all, links, meaning, resolve
 from mlxchat.store.store import Store
-from mlxchat.store.transfer import closure
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -67,8 +68,8 @@ def gc(parser: Parser) -> None:
 def _gc(options: Namespace) -> int:
     """Print what may be removed, with size and reason; with --apply remove it."""
     store = Store(options.outputs)
-    find = collect if options.apply and (store.outputs / "store").is_dir() else find_garbage
-    found = find(store, options.keep_last)
+    find = partial(find_garbage, store, options.keep_last)
+    found = collect(store, find) if options.apply and (store.outputs / "store").is_dir() else find()
     _print_garbage(found, options)
     if not found.garbage and options.keep_last is None and found.kept and not options.json:
         print("Runs keep their artifacts: --keep-last N releases all but the newest N of each step")
@@ -125,8 +126,8 @@ def _rm(options: Namespace) -> int:
         runs.add(meant.name)
     if not options.force and (busy := ", ".join(sorted(runs & runs_in_progress(store).keys()))):
         raise ConfigError(f"run {busy} began less than a day ago and has no recorded end. To remove it: --force")
-    find = collect_removal if options.apply else find_removal
-    _print_garbage(find(store, runs), options)
+    find = partial(find_removal, store, runs)
+    _print_garbage(collect(store, find) if options.apply else find(), options)
     return 0
 
 

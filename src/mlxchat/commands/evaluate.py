@@ -16,9 +16,9 @@ from mlxchat.commands.output import print_json
 from mlxchat.config.table import Table
 from mlxchat.config.wording import plural
 from mlxchat.errors import ConfigError
+from mlxchat.store.catalog import check_model
 from mlxchat.store.naming import describe_model, find_model
 from mlxchat.store.store import Store
-from mlxchat.store.verify import check_model
 from mlxchat.tasks import task_class, task_names
 
 _THIRD_PARTY = "hf:"

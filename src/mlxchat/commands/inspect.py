@@ -421,7 +421,7 @@ def verify(parser: Parser) -> None:
 
 def _verify(options: Namespace) -> int:
     """Verify all or the named artifacts; return 1 if something differs."""
-    from mlxchat.store.verify import check_contents, find_absent, makers, remedy
+    from mlxchat.store.catalog import check_contents, find_absent, makers, remedy
 
     names, store = options.names, Store(options.outputs)
     every = [store.outputs / "store" / name for name in list_folder(store.outputs / "store")]

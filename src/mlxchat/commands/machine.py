@@ -22,11 +22,11 @@ from mlxchat.config.secrets import redact
 from mlxchat.config.table import aligned
 from mlxchat.config.wording import format_bytes
 from mlxchat.errors import ConfigError, MlxchatError, StoreError
+from mlxchat.store.catalog import check_model
 from mlxchat.store.environment import versions
 from mlxchat.store.files import now, write_whole
 from mlxchat.store.naming import find_model
 from mlxchat.store.store import Store
-from mlxchat.store.verify import check_model
 
 _SLOW_GFLOPS = 30
 _LITTLE_DISK_BYTES = 5e9

@@ -18,11 +18,11 @@ from mlxchat.commands.arguments import Parser, amount, count, number, positive, 
 from mlxchat.config.table import aligned
 from mlxchat.config.wording import format_bytes
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError, suggest, visible
+from mlxchat.store.catalog import check_model
 from mlxchat.store.locks import is_held
 from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import IMPORTS, describe_model, find_model, links
 from mlxchat.store.store import Store
-from mlxchat.store.verify import check_model
 
 if TYPE_CHECKING:
     from mlxchat.interop.exporting import Checkpoint

@@ -44,9 +44,9 @@ def _plan(options: Namespace) -> int:
     """Print the plan of the settings."""
     from mlxchat.composition.compose import compose_config, split_options
     from mlxchat.pipeline import place_steps, plan_of
-    from mlxchat.planning.duration import estimate_trainings
+    from mlxchat.planning.duration import estimate_steps
     from mlxchat.planning.memory import forecast_memory
-    from mlxchat.runner.reasons import estimate_steps, format_plan
+    from mlxchat.runner.reasons import format_plan
     from mlxchat.store.store import Store
 
     if options.multirun:
@@ -58,12 +58,11 @@ def _plan(options: Namespace) -> int:
         print(visible(draw_plan(plan) if options.graph == "ascii" else draw_mermaid(plan)))
         return 0
     memory = {name: each.text for name, each in forecast_memory(config, plan).items() if each.text}
-    times = estimate_trainings(config, plan, store)
-    estimates = estimate_steps(plan, store) | times
+    estimates = estimate_steps(plan, store)
     if options.json:
         print_json(describe_plan(plan, estimates, memory))
     else:
-        for line in _describe_recipe(composed, plan, store, times):
+        for line in _describe_recipe(composed, plan, store, estimates):
             print(line)
         print(format_plan(plan, _remarks(config, plan, store, memory), estimates), flush=True)
     place_steps(config, plan)
@@ -95,7 +94,7 @@ def _remarks(config: Config, plan: list[PlannedStep], store: Store, memory: Mapp
 
 
 def _describe_recipe(
-    composed: Composed, plan: list[PlannedStep], store: Store, times: Mapping[str, Estimate]
+    composed: Composed, plan: list[PlannedStep], store: Store, estimates: Mapping[str, Estimate | None]
 ) -> Iterator[str]:
     """Yield the lines before a plan: downloads and duration, then the implied recipe.
 
@@ -107,14 +106,15 @@ def _describe_recipe(
     config, implied = composed.config, composed.implied
     downloads = find_downloads(config, plan, store)
     waiting = [step for step in plan if not step.done]
-    pretrained = {step.name for step in plan if step.stage.name == "pretrain"}
-    seconds = sum(each.seconds for name, each in times.items() if name in pretrained)
+    pretrainings = [step.name for step in waiting if step.stage.name == "pretrain"]
+    times = [each.seconds for name in pretrainings if (each := estimates[name]) is not None]
+    seconds = sum(times)
     if not waiting or not (implied or downloads or seconds > _DAY_SECONDS):
         return
     time = ""
     if times:
         time = f". Pretraining on this machine: about {format_seconds(seconds)} (predicted)"
-    elif any(step.stage.name == "pretrain" for step in waiting):
+    elif pretrainings:
         time = ". Pretraining on this machine: unknown; `mlxchat bench train` measures its speed"
     yield f"downloads: {describe_downloads(downloads)}{time}"
     if implied:
@@ -129,9 +129,9 @@ def _describe_recipe(
 def _plan_sweep(options: Namespace) -> int:
     """Print what each job of a sweep would run; a step is listed under the first job that needs it."""
     from mlxchat.config.wording import plural
-    from mlxchat.planning.duration import estimate_trainings
+    from mlxchat.planning.duration import estimate_steps
     from mlxchat.planning.memory import forecast_memory
-    from mlxchat.runner.reasons import Estimate, estimate_steps, format_plan
+    from mlxchat.runner.reasons import Estimate, format_plan
     from mlxchat.store.store import Store
     from mlxchat.sweep.sweeper import read_sweep
 
@@ -141,7 +141,7 @@ def _plan_sweep(options: Namespace) -> int:
     described = []
     for job in jobs:
         config = job.composed.config
-        estimates = estimate_steps(job.plan, store) | estimate_trainings(config, job.plan, store)
+        estimates = estimate_steps(job.plan, store)
         memory = {name: each.text for name, each in forecast_memory(config, job.plan).items() if each.text}
         own = [step for step in job.plan if not step.done and step.key not in known]
         known |= {step.key: estimates.get(step.name) for step in own}

@@ -582,7 +582,6 @@ class ExecutorConfig:
     setup: list[str] = setting([], "Shell lines that run before the job, such as `module load cuda`.")
     options: dict[str, Any] = setting({}, "Further options of sbatch, such as {account: lab, qos: long}.")
     signal_delay_s: int = setting(120, "Seconds before the time limit at which a job starts to save.")
-    array_parallelism: int = setting(64, "Jobs of a sweep that run at the same time.", at_least=1)
     address: str | None = setting(None, "Ray cluster: auto, or HOST:PORT; null: start one on this machine.")
 
 

@@ -22,7 +22,7 @@ from mlxchat.config.wording import format_bytes
 from mlxchat.errors import ConfigError, MlxchatError, PassingError, StoreError
 from mlxchat.hub.downloads import endpoint, hub_client
 from mlxchat.store import locks
-from mlxchat.store.catalog import references
+from mlxchat.store.catalog import references, take_in
 from mlxchat.store.crash import crash_point
 from mlxchat.store.files import sync, write_whole
 from mlxchat.store.manifest import (
@@ -34,7 +34,6 @@ from mlxchat.store.manifest import (
     parse_manifest,
 )
 from mlxchat.store.store import Store
-from mlxchat.store.transfer import take_in
 
 # The commit deletes older weights of these names, because loaders would read them as part of the model.
 _FORMER = [

@@ -1,4 +1,4 @@
-"""Predicted time of pretrainings: FLOPs divided by a speed. Published peaks of devices, for that and for MFU."""
+"""Predicted time of steps: of similar artifacts, for pretrainings from FLOPs. Published peaks of devices."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from mlxchat.config.schema import Config
 from mlxchat.model.sizes import flops_per_token, sizes_of
 from mlxchat.ops.machine import device_kind
 from mlxchat.planning.horizon import derive_hyperparameters
 from mlxchat.planning.memory import Training
 from mlxchat.runner.plan import PlannedStep
-from mlxchat.runner.reasons import Estimate
+from mlxchat.runner.reasons import Estimate, nearest_of
 from mlxchat.store.store import Store
 
 if TYPE_CHECKING:
@@ -26,38 +25,52 @@ _SHARE_OF_PEAK = 0.4
 _LONG_FLOPS = 1e15
 
 
-def estimate_trainings(config: Config, plan: Iterable[PlannedStep], store: Store) -> dict[str, Estimate]:
-    """Return step → estimate of pending pretrainings with a known speed; the bytes are those of weights and moments.
+def estimate_steps(plan: Iterable[PlannedStep], store: Store) -> dict[str, Estimate | None]:
+    """Return step → estimate for unfinished steps: of a pretraining its prediction, else a similar artifact's; or None.
+
+    Similar is the artifact of the same stage and label (a model's size, a corpus) with the fewest other differences in
+    its config: a small model's duration says nothing about a large one's.
+    """
+    found: dict[str, Estimate | None] = {}
+    for step in plan:
+        if step.done:
+            continue
+        made = (made for made in store.recent(step.stage.name) if made["name"].rpartition("-")[0] == step.title)
+        found[step.name] = _predict(step, store) if step.stage.name == "pretrain" else None
+        if found[step.name] is None and (near := nearest_of(step.identity, made)) is not None:
+            size = sum(file["bytes"] for file in near["outputs"])
+            found[step.name] = Estimate(seconds=near["seconds"], bytes=size, artifact=near["name"])
+    return found
+
+
+def _predict(step: PlannedStep, store: Store) -> Estimate | None:
+    """Return the estimate of a pretraining with a known speed; the bytes are those of weights and moments.
 
     The speed is that of the finished pretraining with the nearest FLOPs per token on the same kind of device, else
     `machine.training_flops`, else, for a training that may take a day, a share of this device's peak.
     """
-    found: dict[str, Estimate] = {}
-    for step in plan:
-        if step.done or step.stage.name != "pretrain":
-            continue
-        config = step.config
-        sizes = sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
-        derived, per_token = derive_hyperparameters(config, sizes), flops_per_token(sizes)
-        flops = per_token * derived.batch_tokens * derived.num_iterations
-        kind = device_kind(config.machine.device)
-        made = [each for each in store.recent("pretrain") if _speed(each) and each["device"]["backend"] == kind]
-        speed, source = config.machine.training_flops, "machine.training_flops"
-        if made:
-            nearest = min(made, key=lambda each: abs(math.log(each["derived"]["flops_per_token"] / per_token)))
-            speed, source = _speed(nearest), nearest["name"]
-        elif speed is None and flops > _LONG_FLOPS and config.pretrain.max_seconds is None:
-            from mlxchat.ops.device import select_device  # imports MLX
+    config = step.config
+    sizes = sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
+    derived, per_token = derive_hyperparameters(config, sizes), flops_per_token(sizes)
+    flops = per_token * derived.batch_tokens * derived.num_iterations
+    kind = device_kind(config.machine.device)
+    made = [each for each in store.recent("pretrain") if _speed(each) and each["device"]["backend"] == kind]
+    speed, source = config.machine.training_flops, "machine.training_flops"
+    if made:
+        nearest = min(made, key=lambda each: abs(math.log(each["derived"]["flops_per_token"] / per_token)))
+        speed, source = _speed(nearest), nearest["name"]
+    elif speed is None and flops > _LONG_FLOPS and config.pretrain.max_seconds is None:
+        from mlxchat.ops.device import select_device  # imports MLX
 
-            dtype = select_device(config.machine.device, config.machine.compute_dtype)
-            speed, source = _SHARE_OF_PEAK * (peak_flops(dtype) or measure_flops(dtype)), "this device's peak"
-        seconds, most = flops / speed if speed is not None else math.inf, config.pretrain.max_seconds
-        if most is not None and most <= seconds:
-            seconds, source = most, "pretrain.max_seconds"
-        if seconds < math.inf:
-            held = Training(sizes=sizes, optimizer=config.optimizer, rows=1, row_tokens=1).held_bytes
-            found[step.name] = Estimate(seconds=seconds, bytes=held, artifact=source)
-    return found
+        dtype = select_device(config.machine.device, config.machine.compute_dtype)
+        speed, source = _SHARE_OF_PEAK * (peak_flops(dtype) or measure_flops(dtype)), "this device's peak"
+    seconds, most = flops / speed if speed is not None else math.inf, config.pretrain.max_seconds
+    if most is not None and most <= seconds:
+        seconds, source = most, "pretrain.max_seconds"
+    if seconds == math.inf:
+        return None
+    held = Training(sizes=sizes, optimizer=config.optimizer, rows=1, row_tokens=1).held_bytes
+    return Estimate(seconds=seconds, bytes=held, artifact=source)
 
 
 def _speed(made: Mapping[str, Any]) -> float:

@@ -50,26 +50,16 @@ class Sections:
 class Context:
     """Everything that a stage may use."""
 
-    step: str
-    """Name of the step in the pipeline."""
-    config: Config
-    """The typed configuration, limited to the sections that the stage declares."""
-    inputs: dict[str, Path]
-    """Role → folder of the artifact that fills it; an optional role may be absent."""
-    out: Path
-    """Folder of the new artifact. A stage may write only here and in `work`."""
-    work: Path
-    """Folder of resumable state; survives crashes and is removed when the step is done."""
-    root_seed: int
-    """The run's seed."""
-    root_data_seed: int = 0
-    """The data's seed."""
-    stage: str
-    """Name of the stage."""
-    stop_signal: Callable[[], int | None]
-    """Returns the signal that requested the run to stop, or None."""
-    on_metrics: Callable[[str, Record], None]
-    """Called with the step's name and each record, for trackers."""
+    step: str  # name of the step in the pipeline
+    config: Config  # the typed configuration, limited to the sections that the stage declares
+    inputs: dict[str, Path]  # role → folder of the artifact that fills it; an optional role may be absent
+    out: Path  # folder of the new artifact. A stage may write only here and in `work`
+    work: Path  # folder of resumable state; survives crashes and is removed when the step is done
+    root_seed: int  # the run's seed
+    root_data_seed: int = 0  # the data's seed
+    stage: str  # name of the stage
+    stop_signal: Callable[[], int | None]  # returns the signal that requested the run to stop, or None
+    on_metrics: Callable[[str, Record], None]  # called with the step's name and each record, for trackers
     encoded: Callable[..., Path] = field(default=lambda **request: Path())
     """Returns the folder of a shared artifact, creating it if needed: `SharedArtifacts.obtain`."""
     publish: Callable[[int, Callable[[Path], None], Mapping[str, Any]], str] = field(default=lambda *model: "")
@@ -85,12 +75,9 @@ class Context:
     text that its steps will read."""
     externals: list[dict[str, Any]] = field(default_factory=list)
     """External data that was read: name, version or revision, licence, sha256."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    """The step's final numbers, for its manifest."""
-    derived: dict[str, Any] = field(default_factory=dict)
-    """Derived hyperparameters, for its manifest and the terminal."""
-    resumed_from: int | None = None
-    """Iteration from which this attempt resumed, if it did."""
+    metrics: dict[str, float] = field(default_factory=dict)  # the step's final numbers, for its manifest
+    derived: dict[str, Any] = field(default_factory=dict)  # derived hyperparameters, for its manifest and the terminal
+    resumed_from: int | None = None  # iteration from which this attempt resumed, if it did
 
     def seed(self, purpose: str) -> int:
         """Return a seed for one purpose of this stage, in [0, 2^32); equal settings give equal seeds."""

@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -47,7 +47,7 @@ class Job:
 
     def __init__(self, path: Path) -> None:
         """Read its record."""
-        self.path, self._told, self.is_cancelled = path, "", False
+        self.path, self.is_cancelled = path, False
         self._read()
 
     def _read(self) -> None:
@@ -62,11 +62,6 @@ class Job:
         """Return SLURM's word for its state; of other jobs _GONE, or "" while they run."""
         cluster = _CLUSTERS.get(self.facts["kind"])
         return _GONE if cluster is None else cluster.look(self.facts)
-
-    @property
-    def waits(self) -> bool:
-        """Whether it waits in the queue, for its first or another start."""
-        return self.state() == "PENDING" or not self.starts
 
     def done(self) -> bool:
         """Read its record again; return True if it has ended in any way."""
@@ -87,16 +82,12 @@ class Job:
 
     def describe(self) -> str:
         """Return its state in words: is queued, runs on a host, or has ended."""
-        if self.end is not None or self.state() in _OVER:
+        state = self.state()
+        if self.end is not None or state in _OVER:
             return "has ended"
-        if self.waits:
+        if state == "PENDING" or not self.starts:
             return f"is queued{' again' if self.starts else ''}"
         return f"runs on {self.starts[-1]['host']}"
-
-    def news(self) -> str:
-        """Return `describe` if it has changed since the last call, else an empty text."""
-        told, self._told = self._told, self.describe()
-        return self._told if told != self._told else ""
 
     @property
     def outlives(self) -> bool:
@@ -126,41 +117,29 @@ def check_installed(settings: ExecutorConfig) -> None:
         raise ConfigError(f"executor={settings.kind} needs {library}: pip install 'mlxchat[{library}]'")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Call:
-    """A call for a job."""
-
-    record: Path
-    """Record of the job, a file of `outputs/jobs`."""
-    call: Callable[[], None]
-    """`partial` of a function of a module with texts and numbers. It raises Interrupted if a signal stopped it; what it
-    prints is in the job's log."""
-    facts: Mapping[str, str]
-    """For the record."""
-
-
-def submit(settings: ExecutorConfig, name: str, calls: Sequence[Call], folder: Path) -> list[Job]:
-    """Submit calls, several to SLURM as one job array, and return their jobs.
+def submit(
+    settings: ExecutorConfig, name: str, call: Callable[[], None], record: Path, facts: Mapping[str, str], folder: Path
+) -> Job:
+    """Submit a call and return its job.
 
     Args:
         settings: the executor and its resources.
         name: name in SLURM's queue.
-        calls: the calls.
+        call: `partial` of a function of a module with texts and numbers. It raises Interrupted if a signal stopped it;
+            what it prints is in the job's log.
+        record: record of the job, a file of `outputs/jobs`.
+        facts: further facts for the record.
         folder: folder for submitit's inputs and logs, on a file system that all machines share.
-
-    Raises:
-        ConfigError: they cannot be submitted here.
     """
-    here = [_Here(each.call, Path.cwd(), each.record.resolve(), os.urandom(4).hex(), settings.kind) for each in calls]
+    here = _Here(call, Path.cwd(), record.resolve(), os.urandom(4).hex(), settings.kind)
     try:
-        found = _CLUSTERS[settings.kind].submit(settings, name, here, folder)
+        known = _CLUSTERS[settings.kind].submit(settings, name, here, folder)
     except Exception as error:  # of many kinds: the cluster refuses, or cannot be reached
         raise ConfigError(f"executor={settings.kind}: {(str(error).splitlines() or ['?'])[0]}") from None
-    shared: Record = {"kind": settings.kind, "submitted": now(), "host": host_name()}
+    shared: Record = {"job": here.job, "kind": settings.kind, "submitted": now(), "host": host_name()}
     shared["address"] = settings.address or os.environ.get("RAY_ADDRESS")
-    for each, job, known in zip(calls, here, found, strict=True):
-        Records(each.record).append({"job": job.job, **shared, **each.facts, **known})
-    return [Job(each.record) for each in calls]
+    Records(record).append({**shared, **facts, **known})
+    return Job(record)
 
 
 @dataclass(frozen=True)
@@ -211,7 +190,7 @@ class _Here:
 
         def hear(number: int, frame: FrameType | None) -> None:
             at_limit.append(number)
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
         def is_cancelled() -> bool:
             return any(line.get("cancel") == self.job for line in Records(self.record).read())
@@ -265,7 +244,7 @@ class _Slurm:
         """Job → name and state, of all jobs of this user; None: the controller has not answered yet."""
         self._asked = -_ASK_SECONDS
 
-    def submit(self, settings: ExecutorConfig, name: str, calls: Sequence[_Here], folder: Path) -> list[Record]:
+    def submit(self, settings: ExecutorConfig, name: str, call: _Here, folder: Path) -> Record:
         import submitit
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -273,7 +252,7 @@ class _Slurm:
             "timeout_min": settings.timeout_min, "cpus_per_task": settings.cpus_per_task, "name": f"mlxchat-{name}",
             "gpus_per_node": settings.gpus_per_node, "mem_gb": settings.mem_gb, "stderr_to_stdout": True,
             "slurm_partition": settings.partition, "slurm_setup": settings.setup or None,
-            "slurm_signal_delay_s": settings.signal_delay_s, "slurm_array_parallelism": settings.array_parallelism,
+            "slurm_signal_delay_s": settings.signal_delay_s,
             "slurm_additional_parameters": {"requeue": True, **settings.options},
         }  # fmt: skip
         executor = submitit.AutoExecutor(
@@ -281,10 +260,9 @@ class _Slurm:
             slurm_max_num_timeout=settings.requeues, local_max_num_timeout=settings.requeues,
         )  # fmt: skip
         executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
-        with executor.batch():
-            jobs = [executor.submit(call) for call in calls]
+        job = executor.submit(call)
         self._asked = -_ASK_SECONDS
-        return [{"id": job.job_id, "log": str(job.paths.stdout), "queue": f"mlxchat-{name}"} for job in jobs]
+        return {"id": job.job_id, "log": str(job.paths.stdout), "queue": f"mlxchat-{name}"}
 
     def look(self, facts: Record) -> str:
         if time.monotonic() - self._asked > _ASK_SECONDS:
@@ -305,36 +283,32 @@ class _Slurm:
 class _Local(_Slurm):
     """submitit without SLURM: a process of this machine."""
 
-    def submit(self, settings: ExecutorConfig, name: str, calls: Sequence[_Here], folder: Path) -> list[Record]:
-        return [each | {"born": self._born(each["id"])} for each in super().submit(settings, name, calls, folder)]
-
     def look(self, facts: Record) -> str:
-        with suppress(ChildProcessError):  # it is another process's child
-            os.waitpid(int(facts["id"]), os.WNOHANG)
-        return "" if facts["host"] == host_name() and self._born(facts["id"]) == facts["born"] else _GONE
+        if facts["host"] == host_name():
+            with suppress(ChildProcessError):  # it is another process's child
+                os.waitpid(int(facts["id"]), os.WNOHANG)
+            with suppress(ProcessLookupError):
+                os.kill(int(facts["id"]), 0)
+                return ""
+        return _GONE
 
     def cancel(self, job: Job) -> None:
         """Do nothing: it runs at once, and sees the request in its record."""
-
-    @staticmethod
-    def _born(pid: str) -> str:
-        """Return when a process began: its number may be used again."""
-        return subprocess.run(["ps", "-o", "lstart=", "-p", pid], capture_output=True, text=True, check=False).stdout
 
 
 class _Ray:
     """Ray: a task is a detached actor, which outlives the command and starts again after the loss of its machine."""
 
-    def submit(self, settings: ExecutorConfig, name: str, calls: Sequence[_Here], folder: Path) -> list[Record]:
+    def submit(self, settings: ExecutorConfig, name: str, call: _Here, folder: Path) -> Record:
         import ray
 
         self._connect(settings.address)
-        for call in calls:
-            ray.remote(_Actor).options(
-                name=f"{name}_{call.job}", lifetime="detached", num_cpus=settings.cpus_per_task,
-                num_gpus=int(settings.gpus_per_node or 0), max_restarts=settings.requeues,
-            ).remote(call)  # fmt: skip
-        return [{"id": f"{name}_{call.job}"} for call in calls]
+        id = f"{name}_{call.job}"
+        ray.remote(_Actor).options(
+            name=id, lifetime="detached", num_cpus=settings.cpus_per_task,
+            num_gpus=int(settings.gpus_per_node or 0), max_restarts=settings.requeues,
+        ).remote(call)  # fmt: skip
+        return {"id": id}
 
     def look(self, facts: Record) -> str:
         import ray
@@ -360,10 +334,8 @@ class _Ray:
 
         if not ray.is_initialized() and (start or address is not None):
             # On a CPU, TMPDIR is the folder of MLX's kernels by now, too long a path for Ray's sockets.
-            place: dict[str, Any] = (
-                {} if address else {"_temp_dir": f"{tempfile.gettempdir()}/ray", "include_dashboard": False}
-            )
-            ray.init(address=address, namespace="mlxchat", logging_level=logging.ERROR, **place)
+            own: dict[str, Any] = {"_temp_dir": f"{tempfile.gettempdir()}/ray", "include_dashboard": False}
+            ray.init(address=address, namespace="mlxchat", logging_level=logging.ERROR, **({} if address else own))
 
 
 class _Actor:

@@ -9,14 +9,12 @@ import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from mlxchat.config.schema import ExecutorConfig
 from mlxchat.errors import Interrupted, MlxchatError, StepFailed, StoreError
-from mlxchat.runner.executors import Call, Job, attach, submit
+from mlxchat.runner.executors import Job, attach, submit
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.process import keep_awake, stop_on_signals
 from mlxchat.runner.run import Run, complete, find_done, summarise
@@ -33,10 +31,8 @@ _LOOK_SECONDS = 1.0
 class Execution:
     """The plan of one run, and how its steps have ended so far."""
 
-    executors: Mapping[str, ExecutorConfig] = {}
-    """Of the steps that do not run here."""
-    becomes_latest = True
-    """Whether the run becomes the latest one once it has finished a model."""
+    executors: Mapping[str, ExecutorConfig] = {}  # of the steps that do not run here
+    becomes_latest = True  # whether the run becomes the latest one once it has finished a model
 
     def __init__(self, plan: list[PlannedStep], store: Store, begin: Callable[[], Run]) -> None:
         """`begin` makes the run; it is called before the first step."""
@@ -45,10 +41,8 @@ class Execution:
         self.finished: set[str] = set()
         self.failures: dict[str, MlxchatError] = {}
         self.skipped: set[str] = set()
-        self.left: dict[str, str] = {}
-        """Step → its job, which continues although this process ends."""
-        self.current: str | None = None
-        """The step that ran last."""
+        self.left: dict[str, str] = {}  # step → its job, which continues although this process ends
+        self.current: str | None = None  # the step that ran last
         self.has_begun = self.has_ended = False
 
     @cached_property
@@ -116,24 +110,20 @@ class Execution:
     def fail(self, step: PlannedStep, error: MlxchatError) -> None:
         """Record that a step failed, and that those which need it are skipped."""
         self.failures[step.name] = error
-        lost = {step.name}
+        lost: list[str] = []
         for other in self.plan:
-            if lost & set(other.inputs.values()) and other.name not in self.skipped:
-                lost.add(other.name)
+            if {step.name, *lost} & set(other.inputs.values()) and other.name not in self.skipped:
+                lost.append(other.name)
                 self.run.event("step_skipped", step=other.name, failed=step.name)
-        self.skipped |= lost - {step.name}
+        self.skipped |= {*lost}
         if not self.run.fail_fast and not self.is_over:
             self.run.say(f"{step.name:<10} failed: {_first_line(error)} (other steps continue)")
-        for other in self.plan:
-            if other.name in lost - {step.name}:
-                self.run.say(f"{other.name:<10} is skipped: {step.name} failed")
+        for name in lost:
+            self.run.say(f"{name:<10} is skipped: {step.name} failed")
 
 
 def execute(plan: list[PlannedStep], store: Store, run: Run) -> None:
-    """Run the unfinished steps of a plan, and set this run's refs to every step's artifact.
-
-    A failed step also fails the steps that need it; the others continue, unless fail_fast is set.
-    """
+    """Run the unfinished steps of a plan, and set this run's refs to every step's artifact."""
     execution = Execution(plan, store, lambda: run)
     lead([execution], store)
     if execution.error is not None:
@@ -141,44 +131,29 @@ def execute(plan: list[PlannedStep], store: Store, run: Run) -> None:
 
 
 def lead(executions: Sequence[Execution], store: Store) -> None:
-    """Run the unfinished steps of all executions, whose `error` says how they failed.
-
-    Raises:
-        Interrupted: a signal arrived.
-        StoreError: the outputs folder cannot be used.
-    """
+    """Run the unfinished steps of all executions, whose `error` says how they failed."""
     for execution in executions:
         for step in execution.plan:
             _ = step.code  # digested now: later edits must not be recorded for steps that run now
     leader = _Leader(executions, store)
     try:
-        with keep_awake(), stop_on_signals(leader.request_stop, leader.announce_stop), _store_errors(store):
+        with keep_awake(), stop_on_signals(leader.request_stop, leader.announce_stop):
             leader.complete_all()
     except BaseException as error:
+        if isinstance(error, OSError):
+            where = f"{error.strerror or error}: {error.filename}"
+            error = StoreError(
+                f"outputs folder {store.outputs} can no longer be used ({where}). Its contents are intact. "
+                "Fix that and run the same command again: it continues."
+            )
         for execution in executions:
             if execution.has_begun and not execution.has_ended:
                 execution.end(error)
-        raise
+        raise error
 
 
-@contextmanager
-def _store_errors(store: Store) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StoreError(
-            f"outputs folder {store.outputs} can no longer be used ({error.strerror or error}: {error.filename}). "
-            "Its contents are intact. Fix that and run the same command again: it continues."
-        ) from error
-
-
-@dataclass(kw_only=True, eq=False)
-class _Away:
-    """A step in a job."""
-
-    of: Execution
-    step: PlannedStep
-    job: Job
+_Away = tuple[Execution, PlannedStep, Job]
+"""A step in a job."""
 
 
 class _Leader:
@@ -187,10 +162,8 @@ class _Leader:
     def __init__(self, executions: Sequence[Execution], store: Store) -> None:
         self.executions, self.store = executions, store
         self.away: list[_Away] = []
-        self.made: set[str] = set()
-        """Keys of the steps that ran under this leader."""
-        self.failed: dict[str, MlxchatError] = {}
-        """Key → why that step failed."""
+        self.made: set[str] = set()  # keys of the steps that ran under this leader
+        self.failed: dict[str, MlxchatError] = {}  # key → why that step failed
         self.stop_signal: int | None = None
         self.interrupted: Interrupted | None = None
 
@@ -220,12 +193,14 @@ class _Leader:
                     time.sleep(_LOOK_SECONDS)
                 else:
                     break
-                for away in list(self.away):
-                    self._look(away)
+                for away in [away for away in self.away if away[2].done()]:
+                    self.away.remove(away)
+                    self._take(*away)
                 self._end_those_over()
+            self._end_those_over()
         finally:
-            for away in self.away:
-                away.job.cancel()
+            for _, _, job in self.away:
+                job.cancel()
         self._conclude()
 
     def _end_those_over(self) -> None:
@@ -235,18 +210,15 @@ class _Leader:
 
     def _conclude(self) -> None:
         """Raise Interrupted if steps are left because of a signal; end the runs that fail_fast stopped."""
-        self._end_those_over()
         unfinished = [each for each in self.executions if not each.is_over]
         failed = any(execution.failures for execution in self.executions)
         if self.interrupted is not None:
             raise self.interrupted
         if (number := self.stop_signal) is not None and unfinished and not failed:
-            left = [f"{name} in {job}" for execution in unfinished for name, job in execution.left.items()]
-            if left:
-                jobs = ", ".join(left)
-                text = f"stopped; {jobs} continues: the same command awaits it, mlxchat status --cancel ends it."
-                raise Interrupted(text, number)
-            raise Interrupted("stopped between two steps. The same command continues from there.", number)
+            text = "stopped between two steps. The same command continues from there."
+            if left := ", ".join(f"{name} in {job}" for each in unfinished for name, job in each.left.items()):
+                text = f"stopped; {left} continues: the same command awaits it, mlxchat status --cancel ends it."
+            raise Interrupted(text, number)
         for execution in unfinished:
             if execution.has_begun:
                 execution.end(execution.error or StepFailed("it was stopped, since another job failed"))
@@ -260,29 +232,26 @@ class _Leader:
     def _stop_jobs(self) -> None:
         """Cancel all jobs, which save; after SIGTERM and SIGHUP leave those that outlive this process."""
         for away in list(self.away):
-            if self.stop_signal in (signal.SIGTERM, signal.SIGHUP) and away.job.outlives:
-                away.of.left[away.step.name] = away.job.name
+            execution, step, job = away
+            if self.stop_signal in (signal.SIGTERM, signal.SIGHUP) and job.outlives:
+                execution.left[step.name] = job.name
                 self.away.remove(away)
             else:
-                away.job.cancel()
+                job.cancel()
 
     def _submit_ready(self) -> tuple[Execution, PlannedStep] | None:
         """Finish what is done and submit every step with an executor whose inputs exist; return the next local step."""
-        ready: list[tuple[Execution, PlannedStep]] = []
-        in_jobs = {away.step.key for away in self.away}
         here = None
         for execution in self.executions:
             for step in execution.ready():
-                is_away = any(away.step is step for away in self.away)
+                is_away = any(other is step for _, other, _ in self.away)
                 is_local = step.name not in execution.executors
                 if is_away or (is_local and here is not None) or not self._judge(execution, step):
                     continue
                 if is_local:
                     here = execution, step
-                elif step.key not in in_jobs:
-                    in_jobs.add(step.key)
-                    ready.append((execution, step))
-        self._submit(ready)
+                elif all(other.key != step.key for _, other, _ in self.away):  # else another run's job makes it
+                    self._submit(execution, step)
         return here
 
     def _judge(self, execution: Execution, step: PlannedStep) -> bool:
@@ -318,46 +287,22 @@ class _Leader:
         self.failed[step.key] = error
         execution.fail(step, error)
 
-    def _submit(self, ready: Sequence[tuple[Execution, PlannedStep]]) -> None:
-        """Submit steps, those of one name and executor together; take the jobs that earlier commands submitted."""
-        new: dict[tuple[str, str], list[tuple[Execution, PlannedStep]]] = {}
-        for execution, step in ready:
-            record, run = self.store.jobs / f"{step.key}.jsonl", execution.run
-            if (job := attach(record)) is None:
-                new.setdefault((step.name, str(execution.executors[step.name])), []).append((execution, step))
-                continue
-            if job.facts["run"] != run.name:
-                run.say(f"{step.name:<10} awaits {job.name} of run {job.facts['run']}")
-            self.away.append(_Away(of=execution, step=step, job=job))
-        for (name, _), steps in new.items():
-            first, _ = steps[0]
-            calls = [
-                Call(
-                    record=self.store.jobs / f"{step.key}.jsonl", call=execution.order(step),
-                    facts={"step": name, "run": execution.run.name},
-                )
-                for execution, step in steps
-            ]  # fmt: skip
+    def _submit(self, execution: Execution, step: PlannedStep) -> None:
+        """Submit a step, unless the job of an earlier command makes it."""
+        record, run = self.store.jobs / f"{step.key}.jsonl", execution.run
+        if (job := attach(record)) is None:
+            executor, facts = execution.executors[step.name], {"step": step.name, "run": run.name}
             try:
-                jobs = submit(first.executors[name], name, calls, first.run.folder / "jobs")
+                job = submit(executor, step.name, execution.order(step), record, facts, run.folder / "jobs")
             except MlxchatError as error:
-                for execution, step in steps:
-                    self._fail(execution, step, error)
-                continue
-            for (execution, step), job in zip(steps, jobs, strict=True):
-                self.away.append(_Away(of=execution, step=step, job=job))
+                self._fail(execution, step, error)
+                return
+        is_own, whose = job.facts["run"] == run.name, f"of run {job.facts['run']}"
+        run.say(f"{step.name:<10} {f'{job.name} {job.describe()}' if is_own else f'awaits {job.name} {whose}'}")
+        self.away.append((execution, step, job))
 
-    def _look(self, away: _Away) -> None:
-        """Print what is new about a job, and take its result once it has ended."""
-        if away.job.done():
-            self.away.remove(away)
-            self._take(away)
-        elif news := away.job.news():
-            away.of.run.say(f"{away.step.name:<10} {away.job.name} {news}")
-
-    def _take(self, away: _Away) -> None:
+    def _take(self, execution: Execution, step: PlannedStep, job: Job) -> None:
         """Record the result of a step whose job has ended: what is in the store, or why the job failed."""
-        execution, step, job = away.of, away.step, away.job
         run = execution.run
         execution.current = step.name
         error = job.take()

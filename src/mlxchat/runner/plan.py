@@ -50,9 +50,6 @@ def order_steps(pipeline: Pipeline, targets: Iterable[str] | None, stages: Mappi
         pipeline: see `Pipeline`.
         targets: steps, or stages (all steps of that stage); None: every step.
         stages: all known stages.
-
-    Raises:
-        ConfigError: names every unknown stage, role, step or target, every unfilled role, every wrong kind, or a cycle.
     """
     problems = list(_check_wiring(pipeline, stages))
     wanted: set[str] = set()
@@ -227,9 +224,6 @@ def make_plan(
         store: store of artifacts.
         compute_dtype: dtype of steps that need the GPU; part of their key unless it is float32.
         config_of: returns the configuration of a step with its own settings (`with`).
-
-    Raises:
-        ConfigError: the pipeline is wired wrongly, or a file of the configuration cannot be read.
     """
     pipeline, stages = config.pipeline, Stages(config.stages)
     force = [str(name) for name in config.force]
@@ -294,7 +288,8 @@ def _find_named(step: PlannedStep, store: Store, planned: Mapping[str, PlannedSt
             place, run = find(store, name)
             found[role] = read_manifest(place)
             before = found[role]["inputs"].get(role)
-            if run is not None and before and (first := store.read(before["rid"])) is not None:
+            if run is not None and before and (source := store.find(before["rid"])) is not None:
+                first = store.manifest_of(source)
                 repeated = replace(step, artifacts={**step.artifacts, role: first})
                 key = repeated.key_with(repeated.contents(store, planned), found[role]["config"].get("iteration"))
                 if key == found[role].get("key"):

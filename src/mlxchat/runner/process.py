@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import stat
 import subprocess
@@ -83,12 +82,11 @@ def leave_terminal() -> None:
 @contextmanager
 def keep_awake() -> Iterator[None]:
     """Keep a Mac awake in the body; its display may sleep. Does nothing elsewhere."""
-    program = shutil.which("caffeinate") if sys.platform == "darwin" else None
-    if program is None:
+    if sys.platform != "darwin":
         yield
         return
     # -w: caffeinate ends with this process
-    with subprocess.Popen([program, "-i", "-w", str(os.getpid())], start_new_session=True) as watcher:
+    with subprocess.Popen(["caffeinate", "-i", "-w", str(os.getpid())], start_new_session=True) as watcher:
         try:
             yield
         finally:

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
 _PLAIN_INTERVAL_SECONDS = 5.0
-_CELLS = 16
-_WITH_BAR_COLUMNS = 72
 _SPINNER_COLUMNS = 2
 
 
@@ -64,21 +62,15 @@ class Progress:
         before, then = self._first
         eta = [f"eta {format_seconds((now - then) / (done - before) * (self.total - done))}"] if done > before else []
         parts = [value if key in ("speed", "memory") else f"{key} {value}" for key, value in numbers.items() if value]
-        share = min(1.0, done / max(1, self.total))
+        share, amount = min(1.0, done / max(1, self.total)), f"{done}/{self.total} {self.unit}"
         if self.bar is not None:
             width = self.bar.console.width - _SPINNER_COLUMNS
-            full = round(_CELLS * share)
-            bar = "━" * full + "─" * (_CELLS - full) + " " if width >= _WITH_BAR_COLUMNS else ""
-            line = f"{self.title:<9} {bar}" + "  ".join([self.amount(done), *eta, *parts])
+            line = f"{self.title:<9} {share:>4.0%}  " + "  ".join([amount, *eta, *parts])
             self.bar.update(self.task, line=line[:width])
         elif now - self.last_line >= _PLAIN_INTERVAL_SECONDS or done >= self.total:
             self.last_line = now
-            text = "  ".join([self.amount(done), *parts, *eta])
+            text = "  ".join([amount, *parts, *eta])
             print(f"  {self.title:<9} {share:>4.0%}  {text}", file=self.stream, flush=True)
-
-    def amount(self, done: int) -> str:
-        """Return the amount done, such as 3/10."""
-        return f"{done}/{self.total} {self.unit}"
 
     def note(self, text: str) -> None:
         """Print a permanent line, above the live one if there is one."""

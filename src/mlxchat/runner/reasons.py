@@ -38,7 +38,8 @@ class Difference:
         if self.version is not None:
             return f"stage changed: version {self.version[0]} → {self.version[1]}"
         if self.config:
-            texts = [f"{key} {_show(old)} → {_show(new)}" for key, (old, new) in self.config.items()]
+            pairs = {key: ["null" if one is None else str(one) for one in both] for key, both in self.config.items()}
+            texts = [f"{key} {' → '.join(both)}" for key, both in pairs.items()]
             return f"config changed: {first_of(texts, _MOST_CHANGES_SHOWN)}"
         if self.inputs:
             return f"input changed: {', '.join(f'{role} ({source})' for role, source in self.inputs.items())}"
@@ -47,14 +48,10 @@ class Difference:
         return "external data changed" if self.externals else "missing"
 
 
-def _show(value: Any) -> str:
-    return "null" if value is None else str(value)
-
-
 def find_difference(step: PlannedStep, store: Store, contents: Mapping[str, str]) -> Difference:
     """Return the differences between a step, whose inputs have these contents, and its nearest artifact."""
     made = (made for made in store.recent(step.stage.name) if made["step"] == step.name)
-    nearest = _nearest_of(step.identity, made)
+    nearest = nearest_of(step.identity, made)
     if nearest is None:
         return Difference()
     defaults = _defaults("", step.sections)
@@ -91,7 +88,7 @@ def _defaults(where: str, value: Any) -> dict[str, Any]:
     return found
 
 
-def _nearest_of(identity: Mapping[str, Any], candidates: Iterable[Manifest]) -> Manifest | None:
+def nearest_of(identity: Mapping[str, Any], candidates: Iterable[Manifest]) -> Manifest | None:
     """Return the artifact whose config differs from `identity` in the fewest keys; the newest among equals."""
     flat = flatten(identity)
     ranked = [
@@ -112,24 +109,6 @@ class Estimate:
     def __str__(self) -> str:
         """Return the estimate as text."""
         return f"~{format_seconds(self.seconds)}, {format_bytes(self.bytes)}"
-
-
-def estimate_steps(plan: list[PlannedStep], store: Store) -> dict[str, Estimate | None]:
-    """Return step → estimate for unfinished steps; None if the store has no similar artifact.
-
-    The estimate comes from the artifact of the same stage and label (a model's size, a corpus) with the fewest other
-    differences in its config: a small model's duration says nothing about a large one's.
-    """
-    found: dict[str, Estimate | None] = {}
-    for step in plan:
-        if not step.done:
-            made = (made for made in store.recent(step.stage.name) if made["name"].rpartition("-")[0] == step.title)
-            near = _nearest_of(step.identity, made)
-            found[step.name] = None
-            if near is not None:
-                size = sum(file["bytes"] for file in near["outputs"])
-                found[step.name] = Estimate(seconds=near["seconds"], bytes=size, artifact=near["name"])
-    return found
 
 
 def format_plan(

@@ -93,10 +93,9 @@ def find_done(
 def complete(step: PlannedStep, store: Store, run: Run, planned: dict[str, PlannedStep]) -> Path:
     """Make the artifact of a step, unless another process does so first; return it."""
     work, lock = store.work(step.key), store.lock(step.key)
-    known = attempt_log.ended(work)
     with _hold(run, step, lock, "is making it", work) as waited:
         crash_point("step.locked")
-        if waited and (error := attempt_log.new_failure(work, known)) is not None:
+        if waited and (error := attempt_log.failure(work)) is not None:
             raise StepFailed(f"step {step.name} failed in another process: {error}")
         place = find_done(step, store, run, planned, forced=step.forced and not waited)
         if place is None:
@@ -117,7 +116,8 @@ def _hold(run: Run, step: PlannedStep, lock: Path, doing: str, work: Path | None
 
     def begin(owner: dict[str, Any]) -> None:
         run.event("step_waits", step=step.name, owner=owner)
-        iteration = attempt_log.iteration(work) if work is not None else None
+        metrics = Records(work / "ckpt" / "records" / "metrics.jsonl") if work is not None else None
+        iteration = metrics.last().get("iteration") if metrics is not None else None
         far = f", at iteration {iteration}" if iteration else ""
         who = f"{locks.name_process(owner)} (run {owner.get('run', '?')})"
         run.say(f"{step.name:<10} waits: {who} {doing}{far}")

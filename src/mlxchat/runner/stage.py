@@ -6,7 +6,6 @@ they import what only `run` needs inside `run`.
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from mlxchat.config.parts import import_module, module_files
 from mlxchat.errors import ConfigError, suggest
 
 _PACKAGE = "mlxchat.stages"
+_FOLDER = Path(__file__).parents[1] / "stages"
 _DECLARATION = "stage = Stage(version=1, inputs={…}, produces=KIND, outputs=[FILE])"
 
 CHECKPOINT_FILES = ("config.json", "checkpoint.json", "tokenizer.json", "tokenizer_config.json")
@@ -119,11 +119,7 @@ class Stages(Mapping[str, Stage]):
     """Name → stage: ours, and those of a configuration."""
 
     def __init__(self, places: Iterable[str] = ()) -> None:
-        """Find the stage files; ours are imported on demand.
-
-        Args:
-            places: folders (with a slash, such as ./my_stages) and modules, as in the configuration's `stages`.
-        """
+        """Find our stages, which are imported on demand, and those of `places`, folders (./my_stages) and modules."""
         self._ours = stage_files()
         self.own: dict[str, Stage] = {}
         """The stages of users."""
@@ -148,7 +144,7 @@ class Stages(Mapping[str, Stage]):
 
 def stage_files() -> dict[str, Path]:
     """Return name → file of our stages."""
-    return {path.stem: path for path in sorted(_folder().glob("*.py")) if path.stem != "__init__"}
+    return {path.stem: path for path in sorted(_FOLDER.glob("*.py")) if path.stem != "__init__"}
 
 
 @cache
@@ -205,11 +201,3 @@ def _files_of(module: str, root: Path) -> list[tuple[str, Path]]:
     # Users' folders may lack __init__.py.
     folder = root.joinpath(*module.split(".")) if file is None else file.parent
     return [(f"{module}.{each.stem}", each) for each in sorted(folder.glob("[!_]*.py"))]
-
-
-@cache
-def _folder() -> Path:
-    spec = importlib.util.find_spec(_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError("the stages are not installed: run `make setup` in the checkout, or install the package")
-    return Path(next(iter(spec.submodule_search_locations)))

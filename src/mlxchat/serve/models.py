@@ -31,13 +31,12 @@ from mlxchat.planning.inputs import sizes_of_folder
 from mlxchat.planning.memory import Decoding, find_device
 from mlxchat.report.collect import num_parameters, text
 from mlxchat.serve.security import Fault, Limits
-from mlxchat.store.catalog import Summary, read_catalog
+from mlxchat.store.catalog import Summary, check_model, read_catalog
 from mlxchat.store.files import Records
 from mlxchat.store.fingerprint import canonical_json
 from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import find
 from mlxchat.store.store import Store
-from mlxchat.store.verify import check_model
 
 _log = logging.getLogger("mlxchat.serve")
 _NAME = re.compile(r"[\w.:@+-]+(/[\w.:@+-]+)*")

@@ -70,23 +70,12 @@ def explain_killed(work: Path, *, on_mac: bool = sys.platform == "darwin") -> st
     return f"probably killed, maybe by the out-of-memory killer (see dmesg). If it happens again: {smaller}"
 
 
-def ended(work: Path) -> set[int]:
-    """Return the numbers of the finished executions."""
-    return {record["attempt"] for record in read(work) if record["ended"] is not None}
-
-
-def new_failure(work: Path, known: set[int]) -> str | None:
-    """Return the error of the last execution if it failed and its number is not in `known`, else None."""
+def failure(work: Path) -> str | None:
+    """Return the error of the last execution if it failed, else None."""
     last = (read(work) or [{}])[-1]
-    return str(last["error"]) if last.get("outcome") == "failed" and last["attempt"] not in known else None
+    return str(last["error"]) if last.get("outcome") == "failed" else None
 
 
 def has_saved(work: Path) -> bool:
     """Return whether a step has saved a state in its work folder, besides records of its progress."""
     return any(name != "records" for name in list_folder(work / "ckpt"))
-
-
-def iteration(work: Path) -> int | None:
-    """Return the last recorded iteration of a training in this work folder, or None."""
-    found: int | None = Records(work / "ckpt" / "records" / "metrics.jsonl").last().get("iteration")
-    return found

@@ -27,12 +27,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def find_chain(folder: Path) -> list[Path]:
-    """Return a checkpoint's folder, then its base, the base's base and so on; the last has all weights.
-
-    Raises:
-        DataError: a checkpoint.json cannot be read or is malformed.
-        StoreError: a base is not in the same store.
-    """
+    """Return a checkpoint's folder, then its base, the base's base and so on; the last has all weights."""
     chain = [folder]
     while (adapter := _adapter_of(chain[-1])) is not None:
         here, store = chain[-1].resolve(), Store(chain[-1].resolve().parent.parent)

@@ -1,14 +1,33 @@
-"""A summary of every artifact, for lists, lineage and garbage collection."""
+"""All artifacts of a store: summaries, lineage, verification, and artifacts from other places."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
 from typing import Any, Literal
 
+from mlxchat.config.wording import first_of
 from mlxchat.errors import StoreError
-from mlxchat.store.files import list_folder
-from mlxchat.store.manifest import MANIFEST, read_manifest
+from mlxchat.store import locks
+from mlxchat.store.bases import find_chain
+from mlxchat.store.crash import crash_point
+from mlxchat.store.files import list_folder, sync
+from mlxchat.store.manifest import (
+    CONTINUATION,
+    MANIFEST,
+    OBSERVATIONS,
+    SHARED_KIND,
+    Manifest,
+    check_manifest,
+    find_damage,
+    parse_manifest,
+    read_manifest,
+)
 from mlxchat.store.store import Store
+
+_MOST_COMMANDS = 3
 
 Summary = dict[str, Any]
 """folder, rid, key, stage, step, kind, version, published, seconds, bytes, files, tokens_per_second, metrics, inputs,
@@ -72,3 +91,114 @@ def lineage(rid: str, known: Mapping[str, Summary], below: Literal["inputs", "us
         }  # fmt: skip
 
     return grow({"rid": rid}, "")
+
+
+def closure(store: Store, folders: Iterable[Path], elsewhere: Store | None = None) -> list[Path]:
+    """Return artifacts and all their inputs, inputs first.
+
+    Args:
+        store: holds them.
+        folders: the artifacts.
+        elsewhere: a store that may hold inputs that `store` lacks; these are omitted.
+    """
+    seen: set[Path] = set()
+    ordered: list[Path] = []
+
+    def visit(folder: Path) -> None:
+        if folder in seen:
+            return
+        seen.add(folder)
+        for rid in references(read_manifest(folder)):
+            if (place := store.find(rid)) is not None:
+                visit(place)
+            elif elsewhere is None or elsewhere.find(rid) is None:
+                where = (elsewhere or store).outputs
+                raise StoreError(f"{folder.name} was made from {rid[:16]}, which is not in {where}")
+        ordered.append(folder)
+
+    for folder in folders:
+        visit(folder)
+    return ordered
+
+
+def take_in(store: Store, incoming: Path) -> tuple[list[Path], list[Path]]:
+    """Rename verified artifacts into the store, inputs first; the caller holds `import.lock`.
+
+    Args:
+        store: the target.
+        incoming: folder of the artifacts, on the store's file system; new ones are moved out of it.
+
+    Returns:
+        the new ones, and those that the store had.
+    """
+    ordered = closure(Store(incoming.parent), [incoming / name for name in list_folder(incoming)], elsewhere=store)
+    crash_point("import.checked")
+    new, known = [], []
+    with locks.hold(store.outputs / "locks" / "publish.lock", {"step": "import"}):
+        for folder in ordered:
+            manifest = read_manifest(folder)
+            store.forget()
+            store.learn(manifest)
+            if (here := store.find(manifest["rid"])) is not None:
+                known.append(here)
+                continue
+            place = store.outputs / "store" / folder.name
+            folder.rename(place)
+            sync(place.parent)
+            crash_point("import.renamed")
+            new.append(place)
+    group = f"imported-{datetime.now():%Y%m%d-%H%M%S}"
+    steps: dict[str, Path] = {}
+    for place in [*new, *known] if new else []:
+        manifest = read_manifest(place)
+        if manifest["kind"] != SHARED_KIND:  # gc keeps encoded text with its source
+            steps[place.name if manifest["step"] in steps else manifest["step"]] = place
+    for step, place in steps.items():
+        store.set_ref(group, step, place)
+    store.forget()
+    return new, known
+
+
+def check_model(folder: Path) -> None:
+    """Verify the files that a model and its bases are loaded from."""
+    for each in find_chain(folder):
+        manifest = read_manifest(each)
+        read = [file for file in manifest["outputs"] if file["path"] not in OBSERVATIONS + CONTINUATION]
+        if damage := list(find_damage(each, {**manifest, "outputs": read}, again=False)):
+            raise StoreError(f"{each.name} is damaged: {'; '.join(damage[:5])}. {remedy([manifest])}")
+
+
+def remedy(manifests: list[Manifest]) -> str:
+    """Return how to repair damaged artifacts: the commands that made them, without duplicates."""
+    return f"Remove the folder{'s' * (len(manifests) > 1)} and run again: {makers(manifests)}"
+
+
+def makers(manifests: list[Manifest]) -> str:
+    """Return the commands that made artifacts, without duplicates."""
+    commands = list(dict.fromkeys(shlex.join(["mlxchat", *manifest.get("overrides", ())]) for manifest in manifests))
+    return first_of(commands, _MOST_COMMANDS) or "the command that made it"
+
+
+def check_contents(folder: Path) -> Iterator[str]:
+    """Yield a line for everything in an artifact's folder that differs from its manifest."""
+    try:
+        manifest = parse_manifest((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError) as error:
+        yield f"its manifest is damaged ({error})"
+        return
+    if faults := list(check_manifest(folder.name, manifest)):
+        yield from faults
+        return
+    yield from find_damage(folder, manifest)
+    listed = {file["path"] for file in manifest["outputs"]} | {MANIFEST}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and str(path.relative_to(folder)) not in listed:
+            yield f"{path.relative_to(folder)} is not listed in its manifest"
+
+
+def find_absent(store: Store, folder: Path) -> Iterator[str]:
+    """Yield a line for each input of an artifact that the store lacks."""
+    manifest = read_manifest(folder)
+    for role, made in manifest["inputs"].items():
+        if manifest["kind"] != SHARED_KIND and store.find(made["rid"]) is None:
+            yield f"{made.get('artifact')}, its {role}, is no longer in the store"

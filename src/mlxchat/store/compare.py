@@ -52,8 +52,6 @@ def _sections(manifest: Manifest) -> dict[str, dict[str, Any]]:
 
 
 Row = dict[str, Any]
-
-
 Plan = tuple[str, list[dict[str, Any]]]
 """The name of a run or of a job of a sweep, and the steps of its plan: step, key, rid and more."""
 
@@ -63,10 +61,6 @@ def find_runs(store: Store, names: list[str]) -> list[Plan]:
 
     A name is that of a run's folder, else its last part (smoke: all runs and jobs called so), else that of a sweep;
     multirun/NAME is always the sweep.
-
-    Raises:
-        ConfigError: a name matches no run and no sweep.
-        StoreError: a plan cannot be read.
     """
     every = {path.parent.name: path for path in sorted((store.outputs / "runs").glob("*/plan.json"))}
     runs = set[str]() if names else {*every}
@@ -127,13 +121,10 @@ def rows_of_runs(store: Store, runs: list[Plan]) -> list[Row]:
 class Table:
     """Runs side by side."""
 
-    rows: list[Row]
-    """One per run, sorted: `name`, settings and metrics."""
-    settings: list[str]
-    """Settings that differ among the runs that have their section: settings of RL, for example, among runs with RL."""
+    rows: list[Row]  # one per run, sorted: `name`, settings and metrics
+    settings: list[str]  # those that differ among the runs that have their section, as only runs with RL have rl
     metrics: list[str]
-    equal: list[str]
-    """Metrics that are equal in all of several runs that have them, or that one of several runs has."""
+    equal: list[str]  # metrics that are equal in all of several runs that have them, or that one of several runs has
 
 
 def make_table(

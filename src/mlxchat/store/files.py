@@ -134,11 +134,8 @@ def whole_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
     Args:
         path: absent, or an empty folder.
         force: replace an existing folder or file.
-
-    Raises:
-        StoreError: `path` exists, or cannot be written.
     """
-    unfinished, replaced = (path.with_name(f".{path.name}.{state}") for state in ("unfinished", "replaced"))
+    unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         check_free(path, force=force)
         remove(unfinished)
@@ -147,11 +144,8 @@ def whole_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
         settle(unfinished)
         crash_point("export.synced")
         check_free(path, force=force)  # another process may have filled it
-        remove(replaced)
-        if os.path.lexists(path):
-            path.rename(replaced)
+        remove(path)
         unfinished.rename(path)
-        remove(replaced)
         sync(path.parent)
     except OSError as error:
         raise StoreError(f"{path} cannot be written ({error.strerror or error}); no partial output was left") from error

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import enum
 import hashlib
 import json
 import math
@@ -22,11 +21,7 @@ _SCALARS = (str, int, float, bool, type(None))
 
 
 def identity_of(config: Any) -> Any:
-    """Return the identity part of a typed configuration as plain, canonical data.
-
-    Raises:
-        TypeError: a value has no canonical form (a function, NaN, an object whose repr has an address).
-    """
+    """Return the identity part of a typed configuration as plain, canonical data."""
     return _plain(config, identity_only=True)
 
 
@@ -117,8 +112,6 @@ def _plain(value: Any, *, identity_only: bool) -> Any:
         return plain
     if isinstance(value, list | tuple):
         return [_plain(item, identity_only=identity_only) for item in value]
-    if isinstance(value, enum.Enum):
-        return value.name
     if isinstance(value, float):
         if identity_only and not math.isfinite(value):
             raise TypeError(f"{value} cannot be part of an identity")

@@ -11,6 +11,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -20,8 +21,8 @@ from mlxchat.store import locks
 from mlxchat.store.catalog import Summary, by_rid, read_catalog, references
 from mlxchat.store.crash import crash_point
 from mlxchat.store.files import Records, list_folder, remove
-from mlxchat.store.manifest import MANIFEST, SHARED_KIND
-from mlxchat.store.naming import LATEST, PINS, groups, latest, links, running_steps
+from mlxchat.store.manifest import SHARED_KIND
+from mlxchat.store.naming import LATEST, groups, latest, links, running_steps
 from mlxchat.store.store import SAVED, Store, rid_of_record, sweep
 
 DAY_SECONDS = 86400.0
@@ -34,8 +35,7 @@ class Garbage:
     """A file or folder that can be removed."""
 
     path: Path
-    kind: str
-    """artifact, work, run or ref."""
+    kind: str  # artifact, work, run or ref
     bytes: int
     reason: str
 
@@ -45,8 +45,7 @@ class Collection:
     """What can be removed, and what is kept."""
 
     garbage: list[Garbage]
-    kept: dict[str, int]
-    """Artifact's folder → bytes."""
+    kept: dict[str, int]  # artifact's folder → bytes
 
 
 def find_garbage(store: Store, keep_last: int | None = None, *, without: Set[str] = frozenset()) -> Collection:
@@ -109,8 +108,7 @@ def _unreadable(store: Store, known: Mapping[str, Summary]) -> Iterator[Garbage]
     readable = {summary["folder"] for summary in known.values()}
     for path in _entries(store.outputs / "store"):
         if path.name not in readable:
-            reason = "its manifest is damaged" if (path / MANIFEST).exists() else "unfinished: it has no manifest"
-            yield Garbage(path, "artifact", _size_of(path), reason)
+            yield Garbage(path, "artifact", _size_of(path), "its manifest is missing or damaged")
 
 
 def _abandoned(store: Store) -> Iterator[Garbage]:
@@ -118,16 +116,17 @@ def _abandoned(store: Store) -> Iterator[Garbage]:
     work = store.outputs / "work"
     for path in [*_entries(work), *work.glob(".import-*")]:
         lock = store.lock("import" if path.name.startswith(".") else path.name)
-        idle = time.time() - max(each.lstat().st_mtime for each in [path, *path.rglob("*")])
-        if idle >= _LEFT_OVER_DAYS * DAY_SECONDS and not locks.is_held(lock):
-            yield Garbage(path, "work", _size_of(path), f"abandoned, unchanged for {idle / DAY_SECONDS:.0f} days")
+        days = (time.time() - max(each.lstat().st_mtime for each in [path, *path.rglob("*")])) / DAY_SECONDS
+        if days >= _LEFT_OVER_DAYS and not locks.is_held(lock):
+            yield Garbage(path, "work", _size_of(path), f"abandoned, unchanged for {days:.0f} days")
 
 
 def find_removal(store: Store, runs: Set[str]) -> Collection:
-    """Return what is removed with these runs, and which of their artifacts something else keeps; nothing is changed."""
-    already = {each.path for each in find_garbage(store).garbage}
+    """Return what is removed with these runs, and which of their artifacts something else keeps; nothing is changed.
+
+    What nothing needed before goes along.
+    """
     found = find_garbage(store, without=runs)
-    found.garbage = [each for each in found.garbage if each.path not in already]
     own = {place.name for run in runs for place in links(store, run).values()}
     found.kept = {folder: size for folder, size in found.kept.items() if folder in own}
     refs = store.outputs / "refs"
@@ -156,28 +155,18 @@ def runs_in_progress(store: Store) -> dict[str, list[str]]:
     return found
 
 
-def collect(store: Store, keep_last: int | None = None) -> Collection:
-    """Remove garbage and return it. No step can start meanwhile."""
-    return _delete(store, "gc", lambda: find_garbage(store, keep_last))
-
-
-def collect_removal(store: Store, runs: Set[str]) -> Collection:
-    """Remove what `find_removal` returns, and return it."""
-    return _delete(store, "rm", lambda: find_removal(store, runs))
-
-
-def _delete(store: Store, verb: str, find: Callable[[], Collection]) -> Collection:
-    """Remove what `find` returns, while no step runs.
+def collect(store: Store, find: Callable[[], Collection]) -> Collection:
+    """Remove what `find` returns, and return it. No step can start meanwhile.
 
     Each item is renamed and then deleted, so that a kill leaves no partial artifact.
     """
 
     def refuse(owner: object = None) -> None:
         running = ", ".join(sorted({run for run, _ in running_steps(store)})) or "another process"
-        raise ConfigError(f"{verb} needs that no step is running, but {running} is. See: mlxchat status")
+        raise ConfigError(f"removing needs that no step is running, but {running} is. See: mlxchat status")
 
     folder = store.outputs / "locks"
-    with locks.hold(folder / "gc.lock", {"step": verb}, refuse):
+    with locks.hold(folder / "gc.lock", {"step": "gc"}, refuse):
         # A step takes its own lock first and then waits for this one.
         if any(locks.is_held(lock) for lock in _entries(folder) if lock.name != "gc.lock"):
             refuse()
@@ -197,16 +186,14 @@ def _delete(store: Store, verb: str, find: Callable[[], Collection]) -> Collecti
             if store.find(rid_of_record(record.name)) is None:
                 record.unlink()
         for group in groups(store):
-            refs = store.outputs / "refs" / group
-            if group != PINS and not any(refs.iterdir()):
-                refs.rmdir()
+            with suppress(OSError):  # it is not empty
+                (store.outputs / "refs" / group).rmdir()
     return found
 
 
 def _size_of(path: Path) -> int:
     """Return the bytes of a file, or of all files of a folder."""
-    files = path.rglob("*") if path.is_dir() and not path.is_symlink() else [path]
-    return sum(file.lstat().st_size for file in files if file.is_file() and not file.is_symlink())
+    return sum(file.lstat().st_size for file in [path, *path.rglob("*")] if file.is_file() and not file.is_symlink())
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -44,9 +44,6 @@ def hold(
         owner: the record that waiting processes see (process id and host are added).
         on_wait: called once, with the holder's record, before waiting; it may raise instead.
         check: called repeatedly while waiting; it may raise to stop waiting.
-
-    Raises:
-        StoreError: the file cannot be created, or its file system has no locks.
     """
     from filelock import FileLock  # slow: not for verbs that only read
 

@@ -39,11 +39,7 @@ def identify(manifest: Manifest) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Return an artifact's manifest.
-
-    Raises:
-        StoreError: it is damaged.
-    """
+    """Return an artifact's manifest."""
     return read_record(folder / MANIFEST)
 
 
@@ -111,8 +107,6 @@ def find_damage(folder: Path, manifest: Manifest, *, again: bool = True) -> Iter
                 _read[path] = (hash_file(path), stamp)
             if _read[path][0] != file["sha256"]:
                 yield f"{file['path']} has other contents than its manifest says"
-        except FileNotFoundError:
-            yield f"{file['path']} is missing"
         except OSError as error:
             is_absent = isinstance(error, FileNotFoundError)
             yield f"{file['path']} {'is missing' if is_absent else f'cannot be read ({error.strerror})'}"
@@ -143,14 +137,11 @@ def check_manifest(name: str, manifest: Manifest) -> Iterator[str]:
         for what, value in (("folder", name), ("stage", manifest["stage"]), ("step", manifest["step"])):
             if not is_name(value):
                 yield f"its {what} is called {str(value)[:80]!r}, expected a plain name"
-        if not all(isinstance(value, str) for value in (manifest["published"], *_rids(manifest))):
+        rids = [made["rid"] for made in manifest["inputs"].values()]
+        if not all(isinstance(value, str) for value in (manifest["published"], *rids)):
             yield "it does not name its inputs by id, or say when it was published"
     except (KeyError, TypeError, AttributeError) as error:
         yield f"its manifest lacks a value or has one of a wrong type ({type(error).__name__}: {error})"
-
-
-def _rids(manifest: Manifest) -> list[Any]:
-    return [made["rid"] for made in manifest["inputs"].values()]
 
 
 def is_name(value: object) -> bool:

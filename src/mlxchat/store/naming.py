@@ -4,7 +4,7 @@ sft                             a step of the latest run; if that run lacks it, 
 latest/sft, RUN/sft             a step of a run; of a training in progress, its last intermediate model
 sft@500, RUN/sft@500            the model after 500 iterations of a training (save_every)
 latest, RUN                     a run; where one artifact is expected, the run's model
-best, pins/best                 a pin
+best, pins/best                 a pin; where a step of the latest run has its name, only pins/best
 town-sweep/best                 the best model of a sweep
 import:d32                      a model that was imported under this name
 247by4                          an id, or a prefix that only one id has
@@ -44,10 +44,8 @@ _JOB = re.compile(r".-(job\d+|trial\d+|shared)$")
 class Found(NamedTuple):
     """An artifact, and the run through which its name was resolved."""
 
-    place: Path
-    """Its folder."""
-    run: str | None = None
-    """The run's folder name; None if the name is that of an artifact, a pin or an import."""
+    place: Path  # its folder
+    run: str | None = None  # the run's folder; None if the name is that of an artifact, a pin or an import
 
 
 class Run(NamedTuple):
@@ -62,11 +60,7 @@ def resolve(store: Store, name: str) -> Path:
 
 
 def find(store: Store, name: str) -> Found:
-    """Return the artifact with this name; the name of a run gives the run's model.
-
-    Raises:
-        StoreError: the name is unknown or ambiguous; the message lists candidates.
-    """
+    """Return the artifact with this name; the name of a run gives the run's model."""
     meant = meaning(store, name)
     if isinstance(meant, Found):
         return meant
@@ -100,29 +94,20 @@ def find_model(store: Store, name: str | None) -> Found:
 def describe_model(store: Store, found: Found) -> str:
     """Return a readable description of a model: its step and run or import, folder and date."""
     manifest = read_manifest(found.place)
-    when = str(manifest.get("published", ""))[:16].replace("T", " ")
-    run = found.run or str(manifest.get("run"))
-    names = [name for name, place in links(store, IMPORTS).items() if place == found.place]
-    is_run = called(run) != "import" and found.place in links(store, run).values()
-    what = f"import:{names[0]}" if names and not is_run else f"{manifest.get('step')} of run {called(run)}"
-    return visible(f"{what} ({found.place.name}, {when})")
-
-
-# Names typed by users are looked up by `os.path`: `pathlib` raises OSError for names that are too long, and
-# RuntimeError for the home of an unknown user.
+    when = str(manifest["published"])[:16].replace("T", " ")
+    names = [f"import:{name}" for name, place in links(store, IMPORTS).items() if place == found.place]
+    what = [f"{manifest['step']} of run {called(found.run or str(manifest['run']))}"]
+    return visible(f"{(names if found.run is None and names else what)[0]} ({found.place.name}, {when})")
 
 
 def meaning(store: Store, name: str) -> Found | Run:
-    """Return the artifact or the run with this name.
-
-    Raises:
-        StoreError: the name is unknown or ambiguous; the message lists candidates.
-    """
+    """Return the artifact or the run with this name."""
     base = store.outputs / "store"
     if name.startswith("import:"):
         return Found(_find_import(store, name.removeprefix("import:")))
-    if "/" in name:
-        name = _without_path(store, name)
+    if "/" in name and os.path.isdir(name):  # noqa: PTH112  (pathlib raises for names that are too long)
+        real, outputs = Path(name).resolve(), store.outputs.resolve()
+        name = real.name if real.parent in (outputs / "store", outputs / "runs", outputs / "refs") else name
     if name and "/" not in name and os.path.exists(base / name / MANIFEST):  # noqa: PTH110
         return Found(base / name)
     if "/" in name.strip("/"):
@@ -141,21 +126,11 @@ def meaning(store: Store, name: str) -> Found | Run:
     return Found(base / found[0])
 
 
-def _without_path(store: Store, name: str) -> str:
-    """Return the name of the artifact or run at a path; anything else is returned unchanged."""
-    path = os.path.expanduser(name)  # noqa: PTH111
-    if not os.path.isdir(path):  # noqa: PTH112
-        return name
-    real, outputs = Path(path).resolve(), store.outputs.resolve()
-    return real.name if real.parent in (outputs / "store", outputs / "runs", outputs / "refs") else name
-
-
 def _find_import(store: Store, name: str) -> Path:
     """Return the model that was last imported under a name, by the verb or by a pipeline."""
-    base = store.outputs / "store"
-    folders = [base / folder for folder in list_folder(base) if folder.startswith("imported-")]
-    made = sorted((place for place in folders if (place / MANIFEST).exists()), key=_published)
-    named = {place.name.removeprefix("imported-")[: -_ID_CHARS - 1]: place for place in made} | links(store, IMPORTS)
+    made = sorted((store.outputs / "store").glob(f"imported-*/{MANIFEST}"), key=lambda path: _published(path.parent))
+    named = {path.parent.name.removeprefix("imported-")[: -_ID_CHARS - 1]: path.parent for path in made}
+    named |= links(store, IMPORTS)
     if (place := named.get(name) or named.get(clean_label(name))) is not None:
         return place
     text = f"Imports: {', '.join(sorted(named))}." if named else "Nothing was imported yet."
@@ -178,14 +153,11 @@ def _in_group(store: Store, group: str, step: str) -> Found:
 
 
 def _step_or_pin(store: Store, name: str) -> Found | None:
-    """Return the step or pin with exactly this name."""
+    """Return the step of the latest run, the pin or the step of another run with exactly this name."""
     group = latest(store)
-    step, pin = _saved(store, links(store, group), name), links(store, PINS).get(name)
-    if step is not None and pin is not None and step != pin:
-        raise StoreError(f'"{name}" is ambiguous: use {LATEST}/{name} ({step.name}), {PINS}/{name} ({pin.name})')
-    if step is not None:
+    if (step := _saved(store, links(store, group), name)) is not None:
         return Found(step, group)
-    if pin is not None:
+    if (pin := links(store, PINS).get(name)) is not None:
         return Found(pin)
     others = [(run, links(store, run)) for run in reversed(runs(store)) if _JOB.search(run) is None]
     finished = next((Found(steps[name], run) for run, steps in others if name in steps), None)
@@ -216,7 +188,7 @@ def _run_called(store: Store, name: str) -> str | None:
     """Return the run with this folder name, or the last run called so, preferably one that finished a model."""
     if name == LATEST:
         return latest(store) or None
-    known = _all_runs(store)
+    known = runs(store, planned=True)
     same = [name] if name in known else [run for run in reversed(known) if called(run) == name]
     return max(same, key=lambda run: _worth(store, run), default=None)
 
@@ -225,7 +197,7 @@ def _unknown(store: Store, name: str, text: str = "") -> StoreError:
     """Return the error for an unknown name, with the existing names and the nearest one."""
     known = {
         "Steps of the latest run": [*links(store, latest(store))],
-        "Runs": [*dict.fromkeys(called(run) for run in reversed(_all_runs(store)))],
+        "Runs": [*dict.fromkeys(called(run) for run in reversed(runs(store, planned=True)))],
         "Pins": [*links(store, PINS)],
         "Imports": [*links(store, IMPORTS)],
     }
@@ -292,20 +264,11 @@ def groups(store: Store) -> list[str]:
     return [name for name in list_folder(folder) if not (folder / name).is_symlink()]
 
 
-def runs(store: Store) -> list[str]:
-    """Return the runs with refs, in order of time."""
-    return sorted((name for name in groups(store) if name not in (PINS, IMPORTS)), key=_moment)
-
-
-def _all_runs(store: Store) -> list[str]:
-    """Return all runs in order of time, including those without artifacts."""
-    planned = (name for name in list_folder(store.outputs / "runs") if (store.outputs / "runs" / name).is_dir())
-    return sorted({*runs(store), *planned}, key=_moment)
-
-
-def _moment(run: str) -> tuple[str, str]:
-    stamp = _STAMP.search(run)
-    return (stamp[1] if stamp else "", run)
+def runs(store: Store, *, planned: bool = False) -> list[str]:
+    """Return the runs with refs, in order of time; with `planned` also those without artifacts."""
+    others = list_folder(store.outputs / "runs") if planned else []
+    names = {*groups(store), *others} - {PINS, IMPORTS}
+    return sorted(names, key=lambda run: (stamp[1] if (stamp := _STAMP.search(run)) else "", run))
 
 
 def model_of(steps: Mapping[str, Path]) -> Path | None:

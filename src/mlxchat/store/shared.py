@@ -28,15 +28,10 @@ class SharedArtifacts:
     """A stage's access to shared artifacts. Thread-safe."""
 
     outputs: Path
-    """The outputs folder."""
-    run: str
-    """Name of the run, for the manifest and for waiting processes."""
-    inputs: dict[str, Manifest]
-    """Role → record of the step's input: lineage, not identity."""
-    facts: Callable[[], dict[str, Any]]
-    """Returns code, versions and machine for the manifest."""
-    say: Callable[[str], None]
-    """Prints a line."""
+    run: str  # its name, for the manifest and for waiting processes
+    inputs: dict[str, Manifest]  # role → record of the step's input: lineage, not identity
+    facts: Callable[[], dict[str, Any]]  # returns code, versions and machine for the manifest
+    say: Callable[[str], None]  # prints a line
 
     def obtain(
         self,
@@ -57,9 +52,6 @@ class SharedArtifacts:
             identity: the contents that determine it, as plain data.
             make: fills the folder it is given and returns metrics.
             check: called while waiting for another process; it may raise to stop waiting.
-
-        Raises:
-            StoreError: it could not be written.
         """
         key = compute_key(SHARED_KIND, version, identity, {}, {})
         store = Store(self.outputs)  # a new one, because stores cache their listing

@@ -57,6 +57,7 @@ class Store:
     def __init__(self, outputs: Path) -> None:
         """Reads and writes nothing."""
         self.outputs = outputs
+        self.jobs = outputs / "jobs"  # records of jobs in queues and on clusters
         self._folders: dict[str, str] | None = None
         self._records: list[str] | None = None
         self._read: dict[Path, Manifest] = {}
@@ -92,11 +93,6 @@ class Store:
         self._folders = self._records = None
         self._read = {}
 
-    def read(self, rid: str) -> Manifest | None:
-        """Return the manifest of the complete artifact with this id, or None."""
-        folder = self.find(rid)
-        return self.manifest_of(folder) if folder is not None else None
-
     def made(self, key: str, rid: str = "") -> Manifest | None:
         """Return the record of the newest execution of a key whose artifact exists, or None.
 
@@ -105,9 +101,6 @@ class Store:
         Args:
             key: of the step.
             rid: only executions that gave this artifact; "": any.
-
-        Raises:
-            StoreError: the record or the artifact's manifest is damaged.
         """
         for name in reversed(self._names_of_records()):
             made = rid_of_record(name)
@@ -181,11 +174,6 @@ class Store:
         """Return the message that the folder holds no `what`, such as "model"."""
         return f"{self.outputs.resolve()} holds no {what} yet: `mlxchat` makes some; outputs=PATH reads another folder"
 
-    @property
-    def jobs(self) -> Path:
-        """Return the folder of the records of jobs in queues and on clusters."""
-        return self.outputs / "jobs"
-
     def lock(self, key: str) -> Path:
         """Return the step's lock file."""
         return self.outputs / "locks" / f"{key}.lock"
@@ -203,15 +191,13 @@ class Store:
 
         Returns:
             the artifact's folder.
-
-        Raises:
-            StoreError: the manifest has values of wrong types, such as a metric that is text.
         """
         outputs, tree = describe_outputs(out)
         rid = identify({**manifest, "outputs": outputs})
         self.forget()
         here = self.find(rid)
-        name = artifact_name(manifest["stage"], label, rid) if here is None else here.name  # maybe with another label
+        name = f"{artifact_title(manifest['stage'], label)}-{rid[:_SHORT]}"
+        name = name if here is None else here.name  # maybe with another label
         manifest = {"rid": rid, "name": name, **manifest, "outputs": outputs, "tree": tree}
         crash_point("publish.described")
         try:
@@ -286,11 +272,6 @@ def artifact_title(stage: str, label: str) -> str:
     """Return the name of an artifact without its id."""
     clean = clean_label(label)
     return f"{stage}-{clean}" if clean else stage
-
-
-def artifact_name(stage: str, label: str, rid: str) -> str:
-    """Return the folder name of an artifact: its title, then 80 bits of its id."""
-    return f"{artifact_title(stage, label)}-{rid[:_SHORT]}"
 
 
 def rid_of_record(name: str) -> str:

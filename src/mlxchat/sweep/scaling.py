@@ -11,17 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 
 from mlxchat.report.document import Block
-from mlxchat.report.plots import COLOURS, Picture, label_log_axis, make_panels, name_axes
 from mlxchat.store.manifest import Manifest
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _SAME_BUDGET = 0.1
 """Trainings whose FLOPs differ by less than this share have one budget: iterations are whole numbers."""
@@ -59,18 +54,8 @@ class PowerLaw:
     exponent: float
     error: float | None  # standard error of the exponent; None with two points, which leave no residuals
 
-    def __call__(self, x: float) -> float:
-        """Return y."""
-        return self.at_centre * math.exp(self.exponent * math.log(x / self.centre))
 
-    @property
-    def growth(self) -> str:
-        """The exponent with its standard error."""
-        return f"{self.exponent:.3f}" + ("" if self.error is None else f" ± {self.error:.3f}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScalingLaws:
+class ScalingLaws(NamedTuple):
     """Laws fitted to trainings at several budgets; a law is None unless two budgets have a minimum."""
 
     budgets: list[Budget]  # by FLOPs
@@ -97,11 +82,9 @@ def fit_power_law(xs: Sequence[float], ys: Sequence[float]) -> PowerLaw | None:
     if len(set(xs)) < 2:
         return None
     x, y = np.log(np.array(xs)), np.log(np.array(ys))
-    exponent, at_centre = np.polyfit(x - x.mean(), y, 1)
-    error = None
-    if len(xs) > 2:
-        _, covariance = np.polyfit(x - x.mean(), y, 1, cov=True)
-        error = math.sqrt(covariance[0, 0])
+    (exponent, at_centre), covariance = np.polyfit(x - x.mean(), y, 1, cov="unscaled")
+    residuals = y - exponent * (x - x.mean()) - at_centre
+    error = math.sqrt(covariance[0, 0] * (residuals**2).sum() / (len(xs) - 2)) if len(xs) > 2 else None
     return PowerLaw(centre=math.exp(x.mean()), at_centre=math.exp(at_centre), exponent=float(exponent), error=error)
 
 
@@ -113,11 +96,8 @@ def fit_scaling_laws(trainings: Sequence[Training]) -> ScalingLaws | None:
         return None
     found = [one for one in budgets if one.size]
     flops = [one.flops for one in found]
-    return ScalingLaws(
-        budgets=budgets,
-        size=fit_power_law(flops, [one.size or 0.0 for one in found]),
-        tokens=fit_power_law(flops, [one.tokens for one in found]),
-    )
+    size, tokens = ([one.size or 0.0 for one in found], [one.tokens for one in found])
+    return ScalingLaws(budgets, fit_power_law(flops, size), fit_power_law(flops, tokens))
 
 
 def group_by_budget(trainings: Sequence[Training]) -> list[list[Training]]:
@@ -151,11 +131,7 @@ def _fit_budget(trainings: list[Training]) -> Budget:
 def laws_of_report(trainings: list[Training]) -> list[Block]:
     """Return the sweep report's section on scaling laws; empty if no parabolas fit."""
     laws = fit_scaling_laws(trainings)
-    if laws is None:
-        return []
-    alt = "; ".join(f"{one.flops:.3g} FLOPs: best N {one.size or 'outside'}" for one in laws.budgets)
-    picture = Picture(name="laws", title="Scaling laws", alt=alt, draw=partial(_draw, laws))
-    return [describe_laws(laws), [picture]]
+    return [] if laws is None else [describe_laws(laws)]
 
 
 def describe_laws(laws: ScalingLaws) -> str:
@@ -178,43 +154,6 @@ def describe_laws(laws: ScalingLaws) -> str:
     lines.append("")
     for label, law in (("N*", laws.size), ("D*", laws.tokens)):
         if law is not None:
-            lines.append(f"- {label} = {law.at_centre:.4g} · (C / {law.centre:.3g})^({law.growth})")
+            growth = f"{law.exponent:.3f}" + ("" if law.error is None else f" ± {law.error:.3f}")
+            lines.append(f"- {label} = {law.at_centre:.4g} · (C / {law.centre:.3g})^({growth})")
     return "\n".join(lines) + "\n"
-
-
-def _draw(laws: ScalingLaws) -> Figure:
-    """Return parabolas with their minima, and N* and D* against the budget."""
-    from matplotlib import colormaps
-
-    figure, (left, right) = make_panels(2, height=4.0)
-    name_axes(left, "The best size for a budget", "N, parameters", "held-out bits per byte")
-    name_axes(right, "How it grows", "C, FLOPs of pretraining", "parameters, tokens")
-    shades = colormaps["Blues"](np.linspace(0.45, 0.9, len(laws.budgets)))  # seen on white and on dark
-    for one, shade in zip(laws.budgets, shades, strict=True):
-        sizes = [training.size for training in one.trainings]
-        between = np.geomspace(sizes[0], sizes[-1], 60)
-        label = f"{one.flops:.3g} FLOPs".replace("e+", "e")
-        left.plot(sizes, [training.bpb for training in one.trainings], "o", color=shade, ms=4)
-        left.plot(between, one.parabola(np.log(between)), color=shade, lw=1.3, label=label)
-        if one.size:
-            left.plot([one.size], [one.bpb], "*", color=COLOURS[1], ms=11, zorder=3)
-    left.legend(fontsize=9)
-    left.set_xscale("log")
-    label_log_axis(left.xaxis)
-    found = [one for one in laws.budgets if one.size]
-    flops = [one.flops for one in found]
-    if not found:  # matplotlib refuses logarithmic axes without data
-        return figure
-    for name, values, law, colour in (
-        ("N*", [one.size or 0.0 for one in found], laws.size, COLOURS[0]),
-        ("D*", [one.tokens for one in found], laws.tokens, COLOURS[1]),
-    ):
-        label = name if law is None else f"{name} ∝ C^{law.growth}"
-        right.plot(flops, values if law is None else [law(x) for x in flops], color=colour, lw=1.5, label=label)
-        right.plot(flops, values, "o", color=colour, ms=5)
-    right.legend(fontsize=9)
-    right.set_xscale("log")
-    right.set_yscale("log")
-    label_log_axis(right.xaxis)
-    label_log_axis(right.yaxis)
-    return figure

@@ -1,12 +1,12 @@
 """`mlxchat sweep=tpe` and `sweep=halving`: trials chosen by Optuna from earlier results, in its journal.
 
 A choice depends only on the results so far, the seed and the trial's number, and a trial is added to the journal when
-it has ended. So a search that was killed at any moment continues with the same trials.
+it has ended. So a search that was killed at any moment continues with the same trials. With other settings another one
+begins, in the same journal.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import signal
@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
@@ -28,9 +29,9 @@ from mlxchat.runner.plan import PlannedStep, entries_of
 from mlxchat.store import locks
 from mlxchat.store.crash import crash_point
 from mlxchat.store.files import Record, Records
-from mlxchat.store.fingerprint import changes, flatten
+from mlxchat.store.fingerprint import canonical_json, encode_digest, flatten
 from mlxchat.store.store import Store
-from mlxchat.sweep.results import Row, conclude, find_metric, metrics_of, recorded_numbers, write_state
+from mlxchat.sweep.results import Row, conclude, find_metric, metrics_of, write_state
 from mlxchat.sweep.sweeper import listed, parse
 
 if TYPE_CHECKING:
@@ -38,9 +39,8 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 Space = dict[str, "BaseDistribution"]
-Direction = Literal["minimize", "maximize"]
 _FORMS = (
-    "Expected choice(a,b), glob(d*), range(1,9), interval(0.1,1), int(interval(1,8)) or tag(log,interval(0.001,1)), "
+    "Expected choice(a,b), range(1,9), interval(0.1,1), int(interval(1,8)) or tag(log,interval(0.001,1)), "
     "quoted in the shell"
 )
 
@@ -50,34 +50,19 @@ class Search:
     """A search: the configuration of its first point, its space and its metric."""
 
     base: Composed
-    fixed: list[str]
-    """Overrides of every trial."""
+    fixed: list[str]  # overrides of every trial
     config_dirs: list[str]
     space: Space
-    plan: list[PlannedStep]
-    """Plan of the first point."""
-    direction: Direction
+    plan: list[PlannedStep]  # of the first point
+    direction: str  # minimize or maximize
 
-    @property
-    def sweep(self) -> SweepConfig:
-        """Settings of the search."""
-        return self.base.config.sweep
-
-    @property
-    def target(self) -> str:
-        """STEP.METRIC."""
-        return str(self.sweep.metric)
-
-    @property
-    def folder(self) -> Path:
-        """outputs/multirun/<sweep.name>, or <name of the run>-search, so that the run's name refers to runs only."""
+    def __post_init__(self) -> None:
+        """Set what follows from the configuration."""
         config = self.base.config
-        return Path(config.outputs) / "multirun" / (self.sweep.name or f"{config.name}-search")
-
-    @property
-    def store(self) -> Store:
-        """Store of the artifacts."""
-        return Store(Path(self.base.config.outputs))
+        self.sweep, self.target = config.sweep, str(config.sweep.metric)
+        self.store = Store(Path(config.outputs))
+        # Not <name>, so that the run's name refers to runs only.
+        self.folder = self.store.outputs / "multirun" / (config.sweep.name or f"{config.name}-search")
 
     def overrides(self, values: Mapping[str, Any]) -> list[str]:
         """Return the command line of a trial."""
@@ -89,10 +74,6 @@ def run_search(arguments: list[str]) -> int:
 
     Args:
         arguments: arguments of the command line, with `sweep=tpe` or `sweep=halving`.
-
-    Raises:
-        ConfigError: something is wrong with the configuration or the space, or Optuna is not installed.
-        Interrupted: a signal arrived; the same command continues.
     """
     overrides, config_dirs = split_config_dirs([item for item in arguments if item not in ("-m", "--multirun")])
     search = read_search(overrides, config_dirs)
@@ -102,18 +83,13 @@ def run_search(arguments: list[str]) -> int:
         print(f"{locks.name_process(owner)} runs this search ({search.folder}); waiting", flush=True)
 
     with locks.hold(search.folder / "search.lock", {"search": search.folder.name}, tell_waiting):
-        study = open_study(search.folder / "journal.log", search.direction)
-        check_definition(study, search)
+        study = open_study(search.folder / "journal.log", search.direction, name_of_study(search))
         _run_trials(search, study)
         return _conclude(search, rows_of(study))
 
 
 def read_search(overrides: list[str], config_dirs: list[str]) -> Search:
-    """Return the search, after composing every choice and both ends of every interval; nothing is written.
-
-    Raises:
-        ConfigError: names all mistakes.
-    """
+    """Return the search, after composing every choice and both ends of every interval; nothing is written."""
     if find_spec("optuna") is None:
         raise ConfigError("a search needs Optuna: pip install 'mlxchat[search]' (or optuna)")
     fixed, space = read_space(overrides, config_dirs)
@@ -136,24 +112,17 @@ def read_search(overrides: list[str], config_dirs: list[str]) -> Search:
         base = replace(base, config=replace(base.config, targets=[step]))
     plan = plan_of(base.config, Store(Path(base.config.outputs)))
     direction = find_metric(str(sweep.metric), sweep.direction, [plan])
-    curves = [each.name for planned in plan if planned.name == step for each in planned.stage.metrics if each.curve]
-    if sweep.kind == "halving" and metric not in curves:
+    declared = next((planned.stage.metric(metric) for planned in plan if planned.name == step), None)
+    if sweep.kind == "halving" and (declared is None or not declared.curve):
         raise ConfigError(
             f"sweep=halving compares trials during training, and {sweep.metric} is known only at the end: use "
-            f"sweep=tpe, or {' or '.join(f'{step}.{name}' for name in curves) or 'a metric of a training'}"
+            "sweep=tpe, or a metric such as pretrain.val_bpb"
         )
-    return Search(
-        base=base, fixed=fixed, config_dirs=config_dirs, space=space, plan=plan,
-        direction="minimize" if direction == "minimize" else "maximize",
-    )  # fmt: skip
+    return Search(base=base, fixed=fixed, config_dirs=config_dirs, space=space, plan=plan, direction=direction)
 
 
 def read_space(overrides: list[str], config_dirs: list[str]) -> tuple[list[str], Space]:
-    """Return the fixed overrides of every trial, and the space: `sweep.space` and what varies on the command line.
-
-    Raises:
-        ConfigError: names every expression that cannot be searched.
-    """
+    """Return the fixed overrides of every trial, and the space: `sweep.space` and what varies on the command line."""
     given = {item.partition("=")[0]: parse(item, config_dirs) for item in overrides}
     fixed = [str(item.input_line) for item in given.values() if not item.is_sweep_override()]
     written = compose_config(fixed, config_dirs).config.sweep.space
@@ -163,7 +132,7 @@ def read_space(overrides: list[str], config_dirs: list[str]) -> tuple[list[str],
     problems = []
     for key, item in varying.items():
         try:
-            space[key] = _distribution(item, config_dirs)
+            space[key] = _distribution(item)
         except (ConfigError, ValueError) as error:  # ValueError: from Optuna
             problems.append(f"{item.input_line}: {error}")
     if problems or not space:
@@ -172,7 +141,7 @@ def read_space(overrides: list[str], config_dirs: list[str]) -> tuple[list[str],
     return fixed, space
 
 
-def _distribution(item: Override, config_dirs: Sequence[str]) -> BaseDistribution:
+def _distribution(item: Override) -> BaseDistribution:
     """Return the values of a varying override as an Optuna distribution; ValueError if it cannot be searched."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -180,7 +149,7 @@ def _distribution(item: Override, config_dirs: Sequence[str]) -> BaseDistributio
     if not item.is_sweep_override():
         raise ValueError("it does not vary")
     if not isinstance(value, IntervalSweep | RangeSweep):
-        return CategoricalDistribution(tuple(dict.fromkeys(listed(item, config_dirs))))
+        return CategoricalDistribution(tuple(dict.fromkeys(listed(item))))
     if value.tags - {"log"}:
         raise ValueError(f'tag "{", ".join(sorted(value.tags))}" is unknown, expected log')
     log = "log" in value.tags
@@ -203,40 +172,19 @@ def examples_of(distribution: Any) -> Sequence[Any]:
     return getattr(distribution, "choices", None) or (distribution.low, distribution.high)
 
 
-def check_definition(study: optuna.Study, search: Search) -> None:
-    """Record what identifies a search (metric, space, all fixed settings), or check that it equals what is recorded.
-
-    Raises:
-        ConfigError: the journal belongs to another search; lists the differences.
-    """
+def name_of_study(search: Search) -> str:
+    """Return the name of a search's study in the journal: the hash of its metric, space and all fixed settings."""
     from optuna.distributions import distribution_to_json
 
     sweep, space = search.sweep, search.space
     flat = {f"{step.name}: {key}": value for step in search.plan for key, value in flatten(step.identity).items()}
-    now: dict[str, Any] = {key: value for key, value in flat.items() if key.partition(": ")[2] not in space}
-    now |= {"sweep": [sweep.kind, search.target, search.direction, sweep.random_trials], "sweep.seed": sweep.seed}
-    now |= {f"space of {key}": distribution_to_json(found) for key, found in space.items()}
-    now = json.loads(json.dumps(redact(now)))
-    known = study.user_attrs.get("definition")
-    if known is None:
-        study.set_user_attr("definition", now)
-    elif changed := changes(known, now):
-        lines = [f"  {key}: {old} → {new}" for key, (old, new) in sorted(changed.items())]
-        tail = "Choose another name (sweep.name=NAME), or remove that folder."
-        raise ConfigError("\n".join([f"{search.folder} holds a search with other settings:", *lines, tail]))
+    settings: dict[str, Any] = {key: value for key, value in flat.items() if key.partition(": ")[2] not in space}
+    settings |= {f"space of {key}": distribution_to_json(found) for key, found in space.items()}
+    chosen = [sweep.kind, search.target, search.direction, sweep.random_trials, sweep.seed]
+    return encode_digest(canonical_json([settings, chosen]))
 
 
-class _Unlocked:
-    """No lock: the folder is already locked, and Optuna's locks outlive a killed process by 30 s."""
-
-    def acquire(self) -> bool:
-        return True
-
-    def release(self) -> None:
-        pass
-
-
-def open_study(path: Path, direction: Direction) -> optuna.Study:
+def open_study(path: Path, direction: str, name: str) -> optuna.Study:
     """Return the finished trials of a search: a study in Optuna's journal, which is created if needed."""
     import optuna
     from optuna.storages.journal import JournalFileBackend, JournalStorage
@@ -245,9 +193,11 @@ def open_study(path: Path, direction: Direction) -> optuna.Study:
     text = path.read_bytes() if path.exists() else b""
     if not text.endswith(b"\n"):  # Optuna would append to the incomplete line of a killed process
         path.write_bytes(text[: text.rfind(b"\n") + 1])
-    unlocked: Any = _Unlocked()
+    # The folder is already locked, and Optuna's locks outlive a killed process by 30 s.
+    unlocked: Any = SimpleNamespace(acquire=lambda: True, release=lambda: None)
     storage = JournalStorage(JournalFileBackend(str(path), lock_obj=unlocked))
-    return optuna.create_study(storage=storage, study_name="mlxchat", direction=direction, load_if_exists=True)
+    goal = optuna.study.StudyDirection[direction.upper()]
+    return optuna.create_study(storage=storage, study_name=name, direction=goal, load_if_exists=True)
 
 
 def rows_of(study: optuna.Study) -> list[Row]:
@@ -305,16 +255,10 @@ def _run_trials(search: Search, study: optuna.Study) -> None:
         best = _best(search, rows_of(study))
         so_far = f" (best so far: trial {best['job']}, {format_number(best['value'])})" if best else ""
         print(redact(f"── {title} {said}{so_far}"), flush=True)
-        if "value" not in row and search.base.config.fail_fast:
-            return
 
 
 def _run_trial(search: Search, number: int, trial: optuna.Trial) -> Row:
-    """Run a trial to its end or until it is pruned; return its row, without `value` if it failed.
-
-    Raises:
-        Interrupted: a signal arrived.
-    """
+    """Run a trial to its end or until it is pruned; return its row, without `value` if it failed."""
     row: Row = {"job": number, "settings": dict(trial.params), "status": "failed", "metrics": {}, "steps": []}
     row["title"] = _shown(trial.params)
     step, _, metric = search.target.rpartition(".")
@@ -341,8 +285,11 @@ def _run_trial(search: Search, number: int, trial: optuna.Trial) -> Row:
         composed = replace(composed, config=replace(composed.config, targets=search.base.config.targets))
         plan = plan_to_run(composed.config, store)
         row["steps"] = entries_of(plan)
-        so_far = _records(plan, store, step)  # of an earlier run of the same settings, or of a killed attempt
-        if not any(is_worse(step, record) for record in so_far) and not all(planned.done for planned in plan):
+        key = next(each.key for each in plan if each.name == step)
+        # Of an earlier run of the same settings, or of a killed attempt.
+        so_far = (store.find_made(key) or store.work(key) / "ckpt" / "records") / "metrics.jsonl"
+        is_pruned = any(is_worse(step, record) for record in Records(so_far).read())
+        if not is_pruned and not all(planned.done for planned in plan):
             run_pipeline(composed, plan, job=f"trial{number}", on_record=look)
     except Interrupted:
         if row["status"] != "pruned":
@@ -353,18 +300,11 @@ def _run_trial(search: Search, number: int, trial: optuna.Trial) -> Row:
     row["steps"] = entries_of(plan)
     if row["status"] == "pruned":
         return row
-    manifest = next((store.made(planned.key) for planned in plan if planned.name == step), None)
-    value = recorded_numbers(manifest).get(metric, math.nan) if manifest is not None else math.nan
+    found = metrics_of(plan, store, search.target)
+    value = found.get(search.target, math.nan)
     if not math.isfinite(value):
         return row | {"error": f"{search.target} is {value}; if {step} was made without it: force=[{step}]"}
-    return row | {"status": "done", "value": value, "metrics": metrics_of(plan, store, search.target)}
-
-
-def _records(plan: Sequence[PlannedStep], store: Store, step: str) -> list[Record]:
-    """Return the records of a step so far, from its artifact or from an unfinished training."""
-    key = next(each.key for each in plan if each.name == step)
-    folder = store.find_made(key) or store.work(key) / "ckpt" / "records"
-    return Records(folder / "metrics.jsonl").read()
+    return row | {"status": "done", "value": value, "metrics": found}
 
 
 def _conclude(search: Search, rows: list[Row]) -> int:

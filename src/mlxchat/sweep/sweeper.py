@@ -13,8 +13,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 
-from mlxchat.composition.compose import Composed, compose_config, group_options, split_config_dirs
-from mlxchat.composition.overrides import implied_experiment, refuse_hydras
+from mlxchat.composition.compose import Composed, compose_config, split_config_dirs
+from mlxchat.composition.overrides import refuse_hydras
 from mlxchat.config.schema import Config
 from mlxchat.config.secrets import redact
 from mlxchat.config.wording import format_number
@@ -40,15 +40,12 @@ from mlxchat.sweep.results import (
 class Job:
     """One job of a sweep."""
 
-    number: int
-    """Counted from 1, in the order of the command line."""
+    number: int  # from 1, in the order of the command line
     overrides: list[str]
     composed: Composed
     plan: list[PlannedStep]
-    title: str = ""
-    """The settings that differ between jobs."""
-    run: PipelineRun | None = None
-    """None: it was done before, or the sweep has not begun."""
+    title: str = ""  # the settings that differ between jobs
+    run: PipelineRun | None = None  # None: it was done before, or the sweep has not begun
 
     @property
     def is_finished(self) -> bool:
@@ -58,12 +55,12 @@ class Job:
     @property
     def status(self) -> str:
         """done, failed, not run, interrupted, or queued: the executor's jobs outlive this process."""
-        if self.run is None:
-            return "done" if self.is_finished else "not run"
-        if self.run.error is not None:
+        if self.run is not None and self.run.error is not None:
             return "failed"
-        if not self.run.has_begun or self.run.is_over:
-            return "done" if self.run.is_over else "not run"
+        if self.is_finished if self.run is None else self.run.is_over:
+            return "done"
+        if self.run is None or not self.run.has_begun:
+            return "not run"
         return "queued" if self.run.left else "interrupted"
 
     def row(self, store: Store) -> Row:
@@ -78,10 +75,7 @@ class Job:
         }  # fmt: skip
 
 
-Planner = Callable[[Config, Store], list[PlannedStep]]
-
-
-def read_sweep(arguments: list[str], make_plan: Planner = plan_of) -> list[Job]:
+def read_sweep(arguments: list[str], make_plan: Callable[[Config, Store], list[PlannedStep]] = plan_of) -> list[Job]:
     """Return the checked and planned jobs of a command line; nothing is written.
 
     `outputs`, `fail_fast` and `sweep` are the first job's.
@@ -89,9 +83,6 @@ def read_sweep(arguments: list[str], make_plan: Planner = plan_of) -> list[Job]:
     Args:
         arguments: arguments of the command line.
         make_plan: plans each job; `plan_to_run` also downloads what keys need.
-
-    Raises:
-        ConfigError: names all problems of its jobs and the metric.
     """
     overrides, config_dirs = split_config_dirs([item for item in arguments if item not in ("-m", "--multirun")])
     refuse_hydras(overrides)
@@ -100,7 +91,7 @@ def read_sweep(arguments: list[str], make_plan: Planner = plan_of) -> list[Job]:
     if "outputs" in {item.key_or_group for item in parsed if item.is_sweep_override()}:
         raise ConfigError("outputs=A,B: all jobs of a sweep share one outputs folder")
     described = [item for item in _described(parsed, config_dirs) if item.key_or_group not in given]
-    lists = [_values(item, config_dirs) for item in [*described, *parsed]]
+    lists = [_values(item) for item in [*described, *parsed]]
     jobs: list[Job] = []
     problems: list[str] = []
     for number, items in enumerate(dict.fromkeys(itertools.product(*lists)), start=1):
@@ -126,11 +117,7 @@ def read_sweep(arguments: list[str], make_plan: Planner = plan_of) -> list[Job]:
 
 
 def parse(text: str, config_dirs: list[str]) -> Override:
-    """Return an override parsed by Hydra.
-
-    Raises:
-        ConfigError: it cannot be parsed.
-    """
+    """Return an override parsed by Hydra."""
     try:
         return OverridesParser.create().parse_override(text)
     except HydraException:
@@ -138,22 +125,11 @@ def parse(text: str, config_dirs: list[str]) -> Override:
         raise ConfigError(f'"{text}" is no override: expected key=value') from None
 
 
-def listed(item: Override, config_dirs: Sequence[str]) -> list[str]:
-    """Return the values of a varying override as text; a glob gives options of its group.
-
-    Raises:
-        ConfigError: a glob matches no option.
-    """
-    value = item.value()
-    if not isinstance(value, Glob):
-        return list(item.sweep_string_iterator())
-    group = item.key_or_group
-    own = [path.stem for folder in config_dirs for path in (Path(folder) / group).glob("[!_]*.yaml")]
-    if found := value.filter([*group_options(group), *own]):
-        return list(found)
-    if not group_options(group):
-        raise ConfigError(f"{item.input_line}: {group} is no group. List the values: {group}=A,B")
-    raise ConfigError(f"{item.input_line} matches none of the options of {group}: {', '.join(group_options(group))}")
+def listed(item: Override) -> list[str]:
+    """Return the values of a varying override as text."""
+    if isinstance(item.value(), Glob):
+        raise ConfigError(f"{item.input_line}: glob is not supported. List the values: {item.key_or_group}=A,B")
+    return list(item.sweep_string_iterator())
 
 
 def _described(parsed: list[Override], config_dirs: list[str]) -> list[Override]:
@@ -165,13 +141,13 @@ def _described(parsed: list[Override], config_dirs: list[str]) -> list[Override]
     return [parse(f"{key}={value}", config_dirs) for key, value in params.items()]
 
 
-def _values(item: Override, config_dirs: list[str]) -> list[str]:
+def _values(item: Override) -> list[str]:
     """Return the single overrides that one with several values stands for, or the override itself."""
     if not item.is_sweep_override():
         return [item.input_line or ""]
     if not item.is_discrete_sweep():
         raise ConfigError(f"{item.input_line}: -m needs values that can be listed; to search an interval use sweep=tpe")
-    return [f"{item.get_key_element()}={value}" for value in listed(item, config_dirs)]
+    return [f"{item.get_key_element()}={value}" for value in listed(item)]
 
 
 def run_sweep(arguments: list[str]) -> int:
@@ -179,16 +155,10 @@ def run_sweep(arguments: list[str]) -> int:
 
     Args:
         arguments: arguments of the command line, with `-m`.
-
-    Raises:
-        ConfigError: a job's configuration is invalid; nothing runs.
-        Interrupted: a signal arrived; finished jobs are kept and in the table.
     """
     jobs = read_sweep(arguments, plan_to_run)
     config = jobs[0].composed.config
     store = Store(Path(config.outputs))
-    if any(implied := [item for job in jobs for item in implied_experiment(job.overrides)]):
-        print(f"recipe: {implied[0]}, implied by model=. The default recipe: experiment=quickstart", flush=True)
     store.prepare()
     folder = store.outputs / "multirun" / f"{datetime.now():%Y%m%d-%H%M%S-%f}-{redact(config.name)}-sweep"
     write_state(folder, [job.row(store) for job in jobs])
