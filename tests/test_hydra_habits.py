@@ -48,7 +48,7 @@ def test_primary_file_needs_the_schema(own):
     [
         ("hydra.run.dir=x", r"a run's folder is OUTPUTS/runs/.*outputs=PATH"),
         ("hydra/launcher=joblib", r"executor=slurm, ray or submitit_local"),
-        ("+hydra.sweeper.params={seed: 1}", r"KEY=A,B"),
+        ("+hydra.sweeper.params={seed: 1}", r"-m KEY=A,B"),
     ],
 )
 def test_ignored_hydra_settings_are_refused(override, reason):

@@ -125,7 +125,7 @@ def test_own_task_is_an_item_of_a_suite(example):
     (example / "doubles.py").write_text((example / "doubles.py").read_text().replace("1000", "2000"))
     assert pin_externals({"suite": config.suite}) != before
     for task, message in (
-        ("doubles:Triples", "suite.doubles: doubles:Triples: doubles has no Triples"),
+        ("doubles:Triples", "suite.doubles: doubles:Triples: .*has no attribute 'Triples'"),
         ("dobules:Doubles", "dobules:Doubles: there is no module dobules"),
     ):
         with pytest.raises(ConfigError, match=message):

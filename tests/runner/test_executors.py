@@ -155,7 +155,7 @@ def test_step_executor_overrides_the_runs_or_uses_conf():
     [
         ("pipeline.pretrain.executor=slrum", 'pipeline.pretrain.executor: "slrum" is not an executor.*"slurm"'),
         ("pipeline.pretrain.executor={gpus: 8}", 'there is no "pipeline.pretrain.executor.gpus"'),
-        ("executor.kind=slrum", 'executor.kind is "slrum", expected local, slurm'),
+        ("executor.kind=slrum", 'executor.kind is "slrum", expected one of local, slurm'),
         ("pipeline.pretrain.executor={kind: slurm, gpus_per_node: 'a100:8'}", "a100:8, but a job is one process"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib.util import find_spec
@@ -49,37 +50,28 @@ class Composed:
 def split_options(arguments: list[str]) -> tuple[list[str], list[str], Path | None]:
     """Return the overrides among arguments, the folders of `--config-dir`, and the file to compose.
 
-    `--config-name NAME` is NAME.yaml in the folder of `--config-path`, in a `--config-dir` or in ours. The file is None
-    for our config.yaml.
-
-    Raises:
-        ConfigError: another option is left, or a folder or file is missing.
+    `--config-name NAME` is NAME.yaml in the folder of `--config-path` or in a `--config-dir`; None: our config.yaml.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd", action="append", default=[])
     parser.add_argument("--config-path", "-cp")
     parser.add_argument("--config-name", "-cn", default="config")
-    try:
-        given, rest = parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise ConfigError(str(error)) from None
-    for word in rest:
-        if word.startswith("-"):
-            raise ConfigError(f"unknown option {word}. See: mlxchat --help")
+    given, overrides = parser.parse_known_args(arguments)
     own = [given.config_path] if given.config_path is not None else given.config_dir
     if missing := [folder for folder in (*given.config_dir, *own) if not Path(folder).is_dir()]:
         raise ConfigError(f'--config-dir, --config-path: there is no folder "{missing[0]}"')
     folders = [str(Path(folder).resolve()) for folder in given.config_dir]
     name = given.config_name.removesuffix(".yaml")
     if name == "config" and given.config_path is None:
-        return rest, folders, None
-    places = [Path(folder).resolve() / f"{name}.yaml" for folder in (*own, conf_folder())]
-    primary = next((place for place in places if place.is_file()), None)
-    if primary is None or (name == "config" and not places[0].is_file()):
+        return overrides, folders, None
+    files = [Path(folder).resolve() / f"{name}.yaml" for folder in own]
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
         raise ConfigError(
-            f"there is no {places[0]}. --config-name NAME reads NAME.yaml; --config-dir DIR only adds options"
+            f"there is no {name}.yaml in {', '.join(own) or 'a folder'}: --config-path DIR --config-name NAME reads "
+            "DIR/NAME.yaml; --config-dir DIR only adds options"
         )
-    return rest, folders, primary
+    return overrides, folders, found
 
 
 def split_config_dirs(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -131,7 +123,7 @@ def compose_config(overrides: list[str], config_dirs: list[str] | None = None, p
 
 def _compose(overrides: list[str], folders: list[str], primary: Path | None, schema: type[Config]) -> DictConfig:
     """Return the configuration that Hydra composes; ConfigError names every unknown key, or Hydra's first mistake."""
-    from hydra import compose, initialize_config_dir, initialize_config_module
+    from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -144,22 +136,18 @@ def _compose(overrides: list[str], folders: list[str], primary: Path | None, sch
         raise ConfigError("\n".join(mistakes))
     words = [*as_hydra(overrides, schema, imply=primary is None), *search_path(folders, primary)]
     register_schema(schema)
+    file = primary or conf_folder() / "config.yaml"
     try:
-        if primary is not None:
-            with initialize_config_dir(str(primary.parent), version_base="1.3"):
-                composed = compose(primary.stem, words, return_hydra_config=True)
-        else:
-            with initialize_config_module(CONF_MODULE, version_base="1.3"):
-                composed = compose("config", words, return_hydra_config=True)
+        with initialize_config_dir(str(file.parent), version_base="1.3"):
+            composed = compose(file.stem, words, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
-        places = [*([primary.parent] if primary is not None else []), *map(Path, folders)]
-        raise ConfigError(explain(error, places, groups, schema)) from error
+        raise ConfigError(explain(error, [file.parent, *map(Path, folders)], groups, schema)) from error
     except AssertionError as error:  # OmegaConf's, for a key below null
         raise ConfigError("eval.core is null, so it has no settings: core=nanochat sets it") from error
     if OmegaConf.get_type(composed) is not schema:
         raise ConfigError(
-            f"{composed.hydra.job.config_name}.yaml does not have mlxchat's schema: its defaults list must start with "
-            "`- config` and end with `- _self_`"
+            f"{file.name} does not have mlxchat's schema: its defaults list must start with `- config` and end with "
+            "`- _self_`"
         )
     return composed
 
@@ -184,12 +172,9 @@ def places_of_stages(overrides: list[str], config_dirs: list[str], primary: Path
     for folder in [*map(Path, config_dirs), *([primary.parent] if primary is not None else [])]:
         for path in folder.rglob("*.yaml"):
             text = path.read_text(encoding="utf-8", errors="replace")
-            try:
+            with suppress(yaml.YAMLError):  # Hydra reports it later
                 record = yaml.safe_load(text) if "stages:" in text else None
-            except yaml.YAMLError:
-                continue  # Hydra reports it later
-            places = record.get("stages") if isinstance(record, dict) else None
-            found += [each for each in places if isinstance(each, str)] if isinstance(places, list) else []
+                found += record.get("stages") or [] if isinstance(record, dict) else []
     return list(dict.fromkeys(found))
 
 

@@ -16,13 +16,9 @@ Groups = Mapping[str, Sequence[str]]
 _SWEEPS = re.compile(r"\w+\(|[^'\"]*,")
 # What to give instead of Hydra's settings that have no effect here.
 _REFUSED = {
-    "machine.num_processes": "ranks are started by mlx.launch -n N mlxchat …",
     "hydra.run.": "a run's folder is OUTPUTS/runs/<time>-<name>: set outputs=PATH and name=NAME",
     "hydra/launcher": "executor=slurm, ray or submitit_local runs jobs elsewhere",
-    "hydra/sweeper": "sweep=tpe and sweep=halving search",
-    "hydra.sweeper": "a sweep's values are given as KEY=A,B",
-    "hydra.sweep.": "a sweep's folder is OUTPUTS/multirun/<time>-<name>-sweep: set outputs=PATH and name=NAME",
-    "hydra": "has no effect on a run",
+    "hydra": "has no effect on a run; sweep=tpe and sweep=halving search, -m KEY=A,B sweeps",
 }
 
 

@@ -12,25 +12,16 @@ from typing import Any
 
 from mlxchat.composition.sections import config_of, executor_of
 from mlxchat.config.parts import is_own, load_part, part_file
-from mlxchat.config.schema import (
-    ADAMW_GROUPS,
-    NO_ADAPTER,
-    TRACKERS,
-    BatchConfig,
-    Config,
-    ConversationConfig,
-    ExecutorConfig,
-    RewardConfig,
-    RLConfig,
-)
+from mlxchat.config.schema import NO_ADAPTER, TRACKERS, BatchConfig, Config, ConversationConfig, ExecutorConfig
 from mlxchat.data.sources import SUFFIXES
 from mlxchat.data.vocabulary import problems_of_vocabulary
 from mlxchat.errors import ConfigError, suggest
-from mlxchat.model.sizes import NANOCHATS_HEAD_WIDTH, count_heads, find_adapter_problems, sizes_of
-from mlxchat.runner.plan import roles_of
+from mlxchat.model.sizes import NANOCHATS_HEAD_WIDTH, count_heads
 from mlxchat.runner.stage import Stages
 from mlxchat.tasks import find_item_problems
 from mlxchat.tasks.quickstart import licence_of
+
+_TRAININGS = ("pretrain", "midtrain", "sft", "rl", "preference")
 
 
 def find_problems(config: Config) -> list[str]:
@@ -38,38 +29,33 @@ def find_problems(config: Config) -> list[str]:
     problems = _find_problems(config)
     stages = Stages(config.stages)
     for step, entry in config.pipeline.items():
-        if not entry.get("with") or entry.get("stage") not in stages:
-            continue
-        where = f"pipeline.{step}.with"
         try:
-            found = _find_problems(config_of(config, step, stages[entry["stage"]]))
+            if "executor" in entry:
+                where, executor = f"pipeline.{step}.executor", executor_of(config, step)
+                problems += [*find_bound_problems(where, executor), *_executor(where, executor)]
+            if entry.get("with") and entry.get("stage") in stages:
+                found = _find_problems(config_of(config, step, stages[entry["stage"]]))
+                problems += [f"pipeline.{step}.with: {line}" for line in found if line not in problems]
         except ConfigError as error:
             problems += str(error).splitlines()
-        else:
-            problems += [f"{where}: {line}" for line in found if line not in problems]
     return problems
 
 
 def _find_problems(config: Config) -> list[str]:
-    of_model = [*find_bound_problems("model", config.model)] or [*_model(config)]
+    of_model = [*find_bound_problems("model", config.model)]
     found = [
-        *of_model,
-        *_adapters(config, model_is_good=not of_model),
-        *_own_parts(config),
+        *([] if of_model else _model(config)),
         *_corpus(config),
         *_pretrain(config),
+        *_schedules(config),
         *_conversations("midtrain", config.midtrain, config),
         *_conversations("sft", config.sft, config),
-        *_rl(config.rl),
+        *_rl(config),
         *_preference(config),
         *_evaluations(config),
-        *_executors(config),
+        *_elsewhere(config),
         *find_bound_problems("", config),
     ]
-    for name in ("pretrain", "midtrain", "sft", "rl", "preference"):
-        schedule = getattr(config, name).schedule
-        if schedule.warmup_iterations is None and schedule.warmup_frac + schedule.warmdown_frac > 1:
-            found.append(f"{name}.schedule: warmup_frac and warmdown_frac together are more than 1")
     # Stages take over the values of the group `adapter`, whose problems are reported once.
     of_groups = {line: re.sub(r"\w+\.adapter\.", "adapter.", line) for line in found}
     return [line for line, of_group in of_groups.items() if of_group == line or of_group not in of_groups]
@@ -78,46 +64,16 @@ def _find_problems(config: Config) -> list[str]:
 def _model(config: Config) -> Iterator[str]:
     model, architecture = config.model, config.architecture
     width = model.depth * model.aspect_ratio
-    if whole_heads := architecture.whole_heads:
+    if architecture.whole_heads:
         width = -(-width // model.head_width) * model.head_width
-    if not architecture.window_pattern or set(architecture.window_pattern) - set("SL"):
-        yield f'architecture.window_pattern is "{architecture.window_pattern}", expected letters S and L, such as SSSL'
     heads = count_heads(width, model.head_width)
+    if set(architecture.window_pattern) not in ({"S"}, {"L"}, {"S", "L"}):
+        yield f'architecture.window_pattern is "{architecture.window_pattern}", expected letters S and L, such as SSSL'
     if width % heads or (width // heads) % 2 or model.head_width not in (width // heads, NANOCHATS_HEAD_WIDTH):
-        expected = f"an even number that divides the width {width} (model.depth × model.aspect_ratio)"
-        yield f"model.head_width is {model.head_width}, expected {'an even number' if whole_heads else expected}"
+        divides = "" if architecture.whole_heads else f" that divides the width {width} (depth × aspect_ratio)"
+        yield f"model.head_width is {model.head_width}, expected an even number{divides}"
     elif model.num_kv_heads is not None and (model.num_kv_heads < 1 or heads % model.num_kv_heads):
         yield f"model.num_kv_heads={model.num_kv_heads} must divide the {heads} heads"
-    for name in config.optimizer.adamw_groups:
-        if name not in ADAMW_GROUPS:
-            yield f'optimizer.adamw_groups: there is no parameter group "{name}".{suggest(name, ADAMW_GROUPS)}'
-
-
-def _adapters(config: Config, *, model_is_good: bool) -> Iterator[str]:
-    stages = {name: getattr(config, name).adapter for name in ("midtrain", "sft", "rl", "preference")}
-    if config.adapter != NO_ADAPTER and not any(each.is_there for each in (config.adapter, *stages.values())):
-        yield "adapter has settings, but there is no adapter. Choose adapter=lora, adapter=dora or adapter=qlora"
-    # Sizes of existing models are known only when the plan is made.
-    steps = config.pipeline.values()
-    others = any(source.startswith(("import:", "artifact:")) for step in steps for source in roles_of(step).values())
-    if model_is_good and not others and any(step.get("stage") == "pretrain" for step in steps):
-        sizes = sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
-        yield from find_adapter_problems("adapter", config.adapter, sizes)
-        for name, adapter in stages.items():
-            yield from find_adapter_problems(f"{name}.adapter", adapter, sizes)
-
-
-def _own_parts(config: Config) -> Iterator[str]:
-    parts = {f"eval.own.{name}": part for name, part in config.eval.own.items()}
-    if is_own(kind := config.tracker.kind):
-        parts["tracker.kind"] = kind
-    elif kind not in TRACKERS:
-        yield f'tracker.kind is "{kind}", expected {" or ".join(TRACKERS)}.{suggest(kind, TRACKERS)}'
-    for key, part in parts.items():
-        try:
-            part_file(part)
-        except ConfigError as error:
-            yield f"{key}: {error}"
 
 
 def _corpus(config: Config) -> Iterator[str]:
@@ -142,39 +98,15 @@ def _pretrain(config: Config) -> Iterator[str]:
     horizons = {key: getattr(pretrain, key) for key in ("num_iterations", "target_flops", "tokens_per_parameter")}
     given = [f"pretrain.{key}={value:g}" for key, value in horizons.items() if value is not None]
     if len(given) != 1:
-        extra = " ".join(f"{each.partition('=')[0]}=null" for each in given[1:])
         yield (
             "exactly one of pretrain.num_iterations, pretrain.target_flops and pretrain.tokens_per_parameter must be "
-            f"set; given: {', '.join(given) or 'none'}.{f' Add {extra}' if extra else ''}"
+            f"set, the others null; given: {', '.join(given) or 'none'}"
         )
     if pretrain.max_seconds is not None and pretrain.extend is not None:
         yield "pretrain.extend continues a schedule of iterations: give pretrain.max_seconds=null"
     yield from _batch("pretrain", pretrain.batch, config.model.context_tokens)
     if pretrain.batch.tokens is None and not config.optimizer.scaling:
-        yield (
-            "pretrain.batch.tokens is null, but optimizer.scaling, which would choose the batch, is false. Give "
-            "pretrain.batch.tokens, or choose optimizer=muon_jul2026"
-        )
-
-
-def _conversations(name: str, section: ConversationConfig, config: Config) -> Iterator[str]:
-    yield from _batch(name, section.batch, config.model.context_tokens)
-    if section.teacher.path is not None and section.teacher.artifact is not None:
-        yield f"{name}.teacher.path and {name}.teacher.artifact are both set: give one of them"
-    yield from find_item_problems(f"{name}.mixture", section.mixture, training=True)
-    if section.mixture_order is not None and sorted(section.mixture_order) != sorted(section.mixture):
-        yield (
-            f"{name}.mixture_order is [{', '.join(section.mixture_order)}], expected each task of {name}.mixture once "
-            f"({', '.join(section.mixture)}), or null: shuffled"
-        )
-    yield from find_item_problems(f"{name}.validation", section.validation, training=False)
-    if section.suite:
-        yield from find_item_problems(f"{name}.suite", section.suite, training=False)
-    if section.warm_start and section.adapter.is_there:
-        yield (
-            f"{name}.warm_start is true, but {name}.adapter.kind is {section.adapter.kind}: pretraining's moments "
-            f"belong to other parameters. Give {name}.warm_start=false, or {name}.adapter.kind=none"
-        )
+        yield "pretrain.batch.tokens is null, but optimizer.scaling is false: give it, or optimizer=muon_jul2026"
 
 
 def _batch(name: str, batch: BatchConfig, context_tokens: int) -> Iterator[str]:
@@ -184,29 +116,45 @@ def _batch(name: str, batch: BatchConfig, context_tokens: int) -> Iterator[str]:
         yield f"{name}.batch.row_tokens={batch.row_tokens} is longer than model.context_tokens={context_tokens}"
 
 
-def _rl(rl: RLConfig) -> Iterator[str]:
+def _schedules(config: Config) -> Iterator[str]:
+    for name in _TRAININGS:
+        schedule = getattr(config, name).schedule
+        if schedule.warmup_iterations is None and schedule.warmup_frac + schedule.warmdown_frac > 1:
+            yield f"{name}.schedule: warmup_frac and warmdown_frac together are more than 1"
+    adapters = [config.adapter, *(getattr(config, name).adapter for name in _TRAININGS[1:])]
+    if config.adapter != NO_ADAPTER and not any(each.is_there for each in adapters):
+        yield "adapter has settings, but there is no adapter. Choose adapter=lora, adapter=dora or adapter=qlora"
+
+
+def _conversations(name: str, section: ConversationConfig, config: Config) -> Iterator[str]:
+    yield from _batch(name, section.batch, config.model.context_tokens)
+    yield from find_item_problems(f"{name}.mixture", section.mixture, training=True)
+    yield from find_item_problems(f"{name}.validation", section.validation, training=False)
+    yield from find_item_problems(f"{name}.suite", section.suite, training=False) if section.suite else ()
+    if section.mixture_order is not None and sorted(section.mixture_order) != sorted(section.mixture):
+        yield f"{name}.mixture_order: expected each task of {name}.mixture once ({', '.join(section.mixture)}), or null"
+    if section.warm_start and section.adapter.is_there:
+        yield f"{name}.warm_start is true, but {name}.adapter.kind is {section.adapter.kind}, whose moments are others"
+
+
+def _rl(config: Config) -> Iterator[str]:
+    rl = config.rl
     yield from find_item_problems("rl", {"task": rl.task}, training=True)
     yield from find_item_problems("rl", {"evaluation": rl.evaluation}, training=False)
     parts, questions = rl.minibatches_per_rollout, rl.questions_per_iteration
     if parts >= 1 and questions % parts:
         yield f"rl.questions_per_iteration={questions} must be a multiple of rl.minibatches_per_rollout={parts}"
     for name, reward in rl.rewards.items():
-        yield from _reward(f"rl.rewards.{name}", reward)
-
-
-def _reward(where: str, reward: RewardConfig) -> Iterator[str]:
-    free, most = reward.free_tokens, reward.most_tokens
-    if reward.kind == "length" and (free is None or most is None or not 0 <= free < most):
-        yield f"{where}: free_tokens is {free} and most_tokens {most}, expected 0 <= free < most"
-    try:
-        if reward.kind == "format":
-            re.compile(reward.pattern or "(")
-        if reward.kind == "function":
-            load_part(reward.function or "")
-    except re.error as error:
-        yield f"{where}.pattern is {reward.pattern}, expected a regular expression ({error})"
-    except ConfigError as error:
-        yield f"{where}.function: {error}"
+        where, free, most = f"rl.rewards.{name}", reward.free_tokens, reward.most_tokens
+        if reward.kind == "length" and (free is None or most is None or not 0 <= free < most):
+            yield f"{where}: free_tokens is {free} and most_tokens {most}, expected 0 <= free < most"
+        try:
+            if reward.kind == "format":
+                re.compile(reward.pattern or "(")
+            if reward.kind == "function":
+                load_part(reward.function or "")
+        except (re.error, ConfigError) as error:
+            yield f"{where}: {error}"
 
 
 def _preference(config: Config) -> Iterator[str]:
@@ -216,17 +164,11 @@ def _preference(config: Config) -> Iterator[str]:
     for name, training in (("data", True), ("validation", False)):
         item = getattr(preference, name)
         if item.task == "pairs" and item.path is None:
-            yield (
-                f"preference.{name}.path is null: give a file of pairs, or the task whose questions the model shall "
-                f"answer, such as preference.{name}.task=arithmetic"
-            )
+            yield f"preference.{name}.path is null: give a file of pairs, or a task, as {name}.task=arithmetic"
         else:
             yield from find_item_problems("preference", {name: item}, training=training)
     if preference.adapter.is_there and preference.adapter.dropout > 0:
-        yield (
-            f"preference.adapter.dropout is {preference.adapter.dropout}, expected 0: the loss needs the "
-            "log-probabilities of the whole model"
-        )
+        yield "preference.adapter.dropout must be 0: the loss needs the log-probabilities of the whole model"
 
 
 def _evaluations(config: Config) -> Iterator[str]:
@@ -237,6 +179,17 @@ def _evaluations(config: Config) -> Iterator[str]:
     imported = config.imported
     if _has_stage(config, "imported") and (imported.repository is None) == (imported.folder is None):
         yield "exactly one of imported.repository and imported.folder must be set"
+    for name, part in config.eval.own.items():
+        yield from _part_problems(f"eval.own.{name}", part)
+
+
+def _elsewhere(config: Config) -> Iterator[str]:
+    yield from _executor("executor", config.executor)
+    kind = config.tracker.kind
+    if is_own(kind):
+        yield from _part_problems("tracker.kind", kind)
+    elif kind not in TRACKERS:
+        yield f'tracker.kind is "{kind}", expected {" or ".join(TRACKERS)}.{suggest(kind, TRACKERS)}'
     if config.sweep.metric is None and config.sweep.kind != "none":
         yield "sweep.metric has no value: give sweep.metric=STEP.METRIC, such as pretrain.val_bpb"
 
@@ -245,16 +198,11 @@ def _has_stage(config: Config, stage: str) -> bool:
     return any(step.get("stage") == stage for step in config.pipeline.values())
 
 
-def _executors(config: Config) -> Iterator[str]:
-    yield from _executor("executor", config.executor)
-    for step in (step for step, entry in config.pipeline.items() if "executor" in entry):
-        where = f"pipeline.{step}.executor"
-        try:
-            executor = executor_of(config, step)
-        except ConfigError as error:
-            yield from str(error).splitlines()
-        else:
-            yield from (*_executor(where, executor), *find_bound_problems(where, executor))
+def _part_problems(key: str, part: str) -> Iterator[str]:
+    try:
+        part_file(part)
+    except ConfigError as error:
+        yield f"{key}: {error}"
 
 
 def _executor(where: str, executor: ExecutorConfig) -> Iterator[str]:
@@ -289,15 +237,13 @@ def find_bound_problems(key: str, section: Any) -> Iterator[str]:
         yield from find_bound_problems(where, value)
         if value is None:
             continue
-        null = ", or null" if "None" in str(item.type) else ""
-        if (known := bounds.get("one_of")) is not None and value not in known:
-            named = [str(each) for each in known]
-            last = "" if null else f" or {named.pop()}"
-            hint = suggest(str(value), map(str, known))
+        known = [str(each) for each in bounds.get("one_of", ())]
+        if known and str(value) not in known:
             shown = f'"{value}"' if isinstance(value, str) else value
-            yield f"{where} is {shown}, expected {', '.join(named)}{last}{null}.{hint}"
+            accepted = [*known, "null"] if "None" in str(item.type) else known
+            yield f"{where} is {shown}, expected one of {', '.join(accepted)}.{suggest(str(value), known)}"
         if not all(holds(value, bounds[name]) for name, (_, holds) in _BOUNDS.items() if name in bounds):
-            expected = " and ".join(f"{words} {bounds[name]}" for name, (words, _) in _BOUNDS.items() if name in bounds)
-            yield f"{where} is {value}, expected {expected}{null}"
+            expected = [f"{words} {bounds[name]}" for name, (words, _) in _BOUNDS.items() if name in bounds]
+            yield f"{where} is {value}, expected {' and '.join(expected)}"
         elif isinstance(value, float) and not math.isfinite(value):
             yield f"{where} is {value}, expected a finite number"

@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from typing import Any
 from mlxchat.errors import ConfigError
 
 _INSTALLED = {"site-packages", "dist-packages"}
-_FORM = "expected module:name, such as rewards:brevity for brevity in rewards.py"
 
 
 def is_own(name: str) -> bool:
@@ -27,33 +26,31 @@ def is_own(name: str) -> bool:
 
 def load_part(name: str) -> Callable[..., Any]:
     """Import and return the class or function that `module:name` names; ConfigError if there is none."""
-    module, attribute = _split(name)
     part_file(name)
+    module, _, attribute = name.partition(":")
     try:
-        found = getattr(import_module(module, Path.cwd()), attribute, None)
+        found = getattr(import_module(module, Path.cwd()), attribute)
     except Exception as error:  # the user's code may raise anything
-        raise ConfigError(f"{name}: importing {module} failed ({type(error).__name__}: {error})") from None
+        raise ConfigError(f"{name}: importing it failed ({type(error).__name__}: {error})") from None
     if not callable(found):
-        problem = f"has no {attribute}" if found is None else f"has {attribute}, which cannot be called"
-        raise ConfigError(f"{name}: {module} {problem}")
+        raise ConfigError(f"{name} cannot be called")
     part: Callable[..., Any] = found
     return part
 
 
 def part_file(name: str) -> Path:
     """Return the file of the module in `module:name` without importing it; ConfigError if there is none."""
-    module = _split(name)[0]
+    module = name.partition(":")[0]
     file = module_files(module).get(module)
     if file is None:
-        raise ConfigError(f"{name}: there is no module {module}, neither in {Path.cwd()} nor installed; {_FORM}")
+        form = "expected module:name, such as rewards:brevity for brevity in rewards.py"
+        raise ConfigError(f"{name}: there is no module {module}, neither in {Path.cwd()} nor installed; {form}")
     return file
 
 
 def import_module(module: str, root: Path | None = None) -> Any:
     """Import a module, searching the folder `root` first; None: installed modules only."""
-    if root is None:
-        return importlib.import_module(module)
-    with _on_path(root):
+    with nullcontext() if root is None else _on_path(root):
         return importlib.import_module(module)
 
 
@@ -69,10 +66,8 @@ def module_files(module: str, root: Path | None = None) -> dict[str, Path]:
             name = f"{name}.{part}" if name else part
             spec = PathFinder.find_spec(name, place)
             if spec is None and place is None:
-                try:
+                with suppress(ValueError):
                     spec = importlib.util.find_spec(name)  # editable installs use other finders
-                except ValueError:
-                    spec = None
             if spec is None:
                 break
             if spec.origin is not None and spec.origin.endswith(".py"):
@@ -89,7 +84,7 @@ def own_files(module: str, root: Path | None = None) -> dict[str, Path]:
     if top in sys.stdlib_module_names or top == "mlxchat":
         return {}
     found = module_files(module, root)
-    return {} if any(map(_is_installed, found.values())) else found
+    return {} if any(_INSTALLED & {*path.parts} for path in found.values()) else found
 
 
 def installed_version(module: str) -> tuple[str, str] | None:
@@ -104,17 +99,6 @@ def installed_version(module: str) -> tuple[str, str] | None:
     except importlib.metadata.PackageNotFoundError:  # the package's name may differ from the module's
         names = importlib.metadata.packages_distributions().get(top, [])
         return (names[0], importlib.metadata.version(names[0])) if names else None
-
-
-def _is_installed(path: Path) -> bool:
-    return bool(_INSTALLED & set(path.parts))
-
-
-def _split(name: str) -> tuple[str, str]:
-    module, colon, attribute = name.partition(":")
-    if not (colon and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))):
-        raise ConfigError(f'"{name}" cannot be imported; {_FORM}')
-    return module, attribute
 
 
 @contextmanager

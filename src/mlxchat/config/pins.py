@@ -1,6 +1,7 @@
 """External data that a setting refers to, and how it is pinned: a step's key holds its contents or version.
 
-A field's metadata has one of these: `field(default="poem.txt", metadata={"pin": File()})`.
+A field's metadata has one of these: `field(default="poem.txt", metadata={"pin": File()})`. Its `pins` returns name →
+content hash or version of what the field of a section, at the dotted key `place`, names.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mlxchat.config.parts import installed_version, is_own, own_files, part_file
 
@@ -18,13 +19,6 @@ HashOf = Callable[[Path], str]
 """File → sha256."""
 UNKNOWN = "not known: "
 """Prefix of pins that need a download or the Hub's answer first: such a key is preliminary."""
-
-
-class Pin(Protocol):
-    """One kind of external data."""
-
-    def pins(self, place: str, value: Any, section: Any, hash_of: HashOf) -> dict[str, str]:
-        """Return name → content hash or version of what the field of a section at the dotted key `place` names."""
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from mlxchat.errors import visible
-
-_BOLD = "\033[1m"
-_PLAIN = "\033[0m"
 
 
 @dataclass(frozen=True)
@@ -36,12 +32,8 @@ class Table:
     notes: Sequence[str] = field(default_factory=list)
 
     def text(self) -> str:
-        """Return header and rows in aligned columns; on a terminal the header and the best cells are bold."""
-        lines = aligned([self.header, *self.rows], right=[at for at, side in enumerate(self.align) if side == "r"])
-        if not sys.stdout.isatty():
-            return lines
-        head, *rows = lines.split("\n")
-        return "\n".join([f"{_BOLD}{head}{_PLAIN}", *rows])
+        """Return header and rows in aligned columns."""
+        return aligned([self.header, *self.rows], right=[at for at, side in enumerate(self.align) if side == "r"])
 
     def markdown(self) -> str:
         """Return the table, with its notes as a list beneath."""
