@@ -11,7 +11,6 @@ from mlxchat.sweep.scaling import (
     describe_laws,
     fit_power_law,
     fit_scaling_laws,
-    laws_of_report,
 )
 
 # Hoffmann et al. 2022 (arXiv 2203.15556), equation 10: L = E + A / N^α + B / D^β.
@@ -62,14 +61,6 @@ def test_budget_without_minimum_suggests_sizes():
     text = describe_laws(laws)
     assert "| 1e+12 | 3 | none among these sizes: try larger ones | | | 2.8000 |" in text
     assert "| 1e+13 | 3 | 200,000 | 8,333,333 | 41.7 | 2.5000 |" in text
-
-
-def test_report_has_the_laws_in_words():
-    sizes = (10**5, 2 * 10**5, 4 * 10**5, 8 * 10**5)
-    bowl = [(size, flops, 2.5 + (size / best - 1) ** 2) for flops, best in ((1e12, 2e5), (1e13, 5e5)) for size in sizes]
-    (words,) = laws_of_report([training(*one) for one in bowl])
-    assert str(words).startswith("## Scaling laws")
-    assert laws_of_report([training(*bowl[0])]) == laws_of_report([]) == []
 
 
 @pytest.mark.slow
