@@ -39,6 +39,7 @@ def test_every_verb_has_help_and_refuses_unused_arguments(say):
     needed = {
         "distill": ["a.txt", "--teacher", "http://127.0.0.1:9/v1", "--out", "answers.jsonl"],
         "import": ["hf", "b"],
+        "export": ["a", "--to", "hf"],
     }
     for verb in VERBS:
         text = say(*verb.split(), "--help")
@@ -95,7 +96,7 @@ def test_unwritable_outputs_folder_is_refused(say, tmp_path):
 def test_status_names_finished_and_unfinished_steps(finished, outputs, say):
     text = say("status", f"outputs={finished.outputs}")
     assert {line.split()[0] for line in text.splitlines()[1:]} == set(STEPS)
-    assert "left over" not in text
+    assert "not done" not in text
     work = outputs / "work" / ("a" * 52)
     Records(work / "attempts.jsonl").append(
         {"attempt": 1, "started": "2026-01-01T00:00:00+00:00", "step": "pretrain", "run": "r", "pid": 1, "host": "h"}

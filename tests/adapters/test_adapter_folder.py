@@ -91,7 +91,7 @@ def test_verbs_accept_adapters(tmp_path, monkeypatch, command):
     outputs = tmp_path / "outputs"
     tuned = publish_adapters(outputs, publish_base(outputs), "sft", bits=8)
     base = resolve(Store(outputs), "base")
-    assert command("chat", "--model", "sft", "-p", "How many windows?", "--max-tokens", "3")[0] == 0
+    assert command("chat", "sft", "-p", "How many windows?", "--max-tokens", "3")[0] == 0
     assert base.name in command("lineage", "sft")[1]
     assert "adapters.safetensors" in command("show", "sft")[1]
     code, printed = command("push", "sft", tmp_path / "place")

@@ -84,7 +84,7 @@ def test_import_name_can_be_replaced_and_removed(twin):
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [
-        (["hf"], ConfigError, "expected mlxchat import hf WHAT"),
+        (["hf"], ConfigError, "expected mlxchat import FORMAT WHAT"),
         (["nanochat", "./nothing"], DataError, "nothing does not exist"),
         (["nanochat", "d32"], ConfigError, "neither a folder nor a repository of the Hub"),
         (["nanochat", ".", "--name", "a/b"], ConfigError, '"a/b" is not an import name'),
@@ -108,7 +108,7 @@ def test_rl_chat_and_evaluation_accept_an_import(twin, say, tmp_path, tiny):
     scored = json.loads((resolve(Store(tmp_path / "outputs"), "eval_imported") / "manifest.json").read_text())
     assert scored["inputs"]["checkpoint"]["step"] == "imported"
     assert "checkpoint: imported-x-" in say("lineage", "rl")
-    say("chat", "--model", "import:x", "-p", "hello", "--max-tokens", "2")
+    say("chat", "import:x", "-p", "hello", "--max-tokens", "2")
     say("verify", "import:x")
 
 

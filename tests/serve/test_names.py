@@ -22,7 +22,7 @@ FORMS = {
     "an import": "import:mine",
 }  # fmt: skip
 VERBS = {
-    "chat": ("chat", "--model", "NAME", "-p", "hello", "--max-tokens", "1"), "serve": ("serve", "NAME", "--port", "0"),
+    "chat": ("chat", "NAME", "-p", "hello", "--max-tokens", "1"), "serve": ("serve", "NAME", "--port", "0"),
     "show": ("show", "NAME"), "export --to mlx": ("export", "NAME", "--to", "mlx", "PLACE"),
 }  # fmt: skip
 

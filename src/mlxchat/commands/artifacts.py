@@ -15,8 +15,7 @@ from mlxchat.config.wording import format_bytes, plural
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.store.catalog import closure
 from mlxchat.store.gc import Collection, collect, find_garbage, find_removal, runs_in_progress
-from mlxchat.store.manifest import read_manifest
-from mlxchat.store.naming import MODEL, PINS, Run, find_all, links, meaning, resolve
+from mlxchat.store.naming import PINS, Run, find_all, links, meaning, resolve
 from mlxchat.store.store import Store
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -71,8 +70,6 @@ def _gc(options: Namespace) -> int:
     find = partial(find_garbage, store, options.keep_last)
     found = collect(store, find) if options.apply and (store.outputs / "store").is_dir() else find()
     _print_garbage(found, options)
-    if not found.garbage and options.keep_last is None and found.kept and not options.json:
-        print("Runs keep their artifacts: --keep-last N releases all but the newest N of each step")
     return 0
 
 
@@ -83,20 +80,13 @@ def _print_garbage(found: Collection, options: Namespace) -> None:
         garbage = [asdict(each) | {"path": place} for each, place in zip(found.garbage, places, strict=True)]
         print_json({"applied": options.apply, "garbage": garbage, "kept": sorted(found.kept), "kept_bytes": kept})
         return
-    rows = [
-        [place, format_bytes(each.bytes), each.reason]
-        for each, place in zip(found.garbage, places, strict=True)
-        if each.kind != "ref"
-    ]
+    both = zip(found.garbage, places, strict=True)
+    rows = [[place, format_bytes(each.bytes), each.reason] for each, place in both if each.kind != "ref"]
     if rows:
-        print(f"{'removed' if options.apply else 'may go'}\n{aligned(rows, right=(1,), indent='  ')}")
-    if names := len(found.garbage) - len(rows):
-        print(f"and {plural(names, 'name')} in refs/")
+        print(aligned(rows, right=(1,), indent="  "))
     stays = f"{plural(len(found.kept), 'artifact')} kept ({format_bytes(kept)})"
     size = format_bytes(sum(item.bytes for item in found.garbage))
-    if not found.garbage:
-        print(f"nothing to remove; {stays}")
-    elif options.apply:
+    if options.apply:
         print(f"removed {size}; {stays}")
     else:
         print(f"{size} can be removed; {stays}. Nothing changed: add --apply to remove it")
@@ -157,8 +147,6 @@ def _push(options: Namespace) -> int:
         copied = push_artifacts(to, folders, public=options.public)
     elif options.public:
         raise ConfigError("--public requires a place of the Hub: hf://ORGANISATION/NAME")
-    elif Path(to.root).resolve() == store.outputs.resolve():
-        raise ConfigError(f"{place} is the outputs folder itself")
     else:
         copied = export_to(to, folders)
     size = format_bytes(sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file()))
@@ -186,6 +174,4 @@ def _pull(options: Namespace) -> int:
     for place in new:
         print(f"pulled {place.name}")
     print(f"{plural(len(new), 'artifact')} pulled into {store.outputs}, {len(known)} already there")
-    if models := [place.name for place in new or known if read_manifest(place).get("kind") == MODEL]:
-        print(f"{models[-1]}: mlxchat chat {models[-1]}, mlxchat report {models[-1]}")
     return 0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from itertools import groupby, islice
@@ -14,7 +12,7 @@ from mlxchat.commands.arguments import Parser, count
 from mlxchat.config.table import Table, aligned
 from mlxchat.config.verbs import VERBS
 from mlxchat.config.wording import format_bytes, format_count, plural
-from mlxchat.errors import ConfigError, DataError, PassingError, suggest, visible
+from mlxchat.errors import ConfigError, suggest, visible
 from mlxchat.store.naming import latest, links, resolve
 from mlxchat.store.store import Store
 
@@ -59,28 +57,18 @@ def _fetch(options: Namespace) -> int:
     groups, urls = find_files(config, plan_of(config, store), store, network=True, measure=not options.dry_run)
     for title, files in groups.items():
         if files:
-            sizes = [sum(file.bytes for file in each) for each in (files, [f for f in files if not f.is_there()])]
-            size, left = map(format_bytes, sizes)
-            told = f"{plural(len(files), 'file')}, {size}, {left} to fetch"
-            print(visible(f"{title} at {files[0].revision[:12]}: {told}"))
+            missing = format_bytes(sum(file.bytes for file in files if not file.is_there()))
+            print(visible(f"{title} at {files[0].revision[:12]}: {plural(len(files), 'file')}, {missing} to fetch"))
     for url in urls:
         print(visible(url))
     if options.dry_run:
         return 0
     every = list({file: None for files in groups.values() for file in files or ()})
     fetch_files(every)
-    faults = []
     for url, sha256 in urls.items():
-        try:
-            fetch_url(url, sha256=sha256)
-        except (DataError, PassingError) as error:  # continue with the other addresses
-            faults.append(error)
-    if faults:
-        raise type(faults[0])("\n".join(map(str, faults)))
+        fetch_url(url, sha256=sha256)
     size = format_bytes(sum(file.bytes for file in every))
-    counts = {f"of the Hub ({size})": len(every), "of other addresses": len(urls)}
-    fetched = ", ".join(f"{plural(count, 'file')} {what}" for what, count in counts.items() if count)
-    print(f"everything is there: {fetched}" if fetched else "nothing to download")
+    print(f"everything is there: {plural(len(every), 'file')} of the Hub ({size}), {len(urls)} of other addresses")
     return 0
 
 
@@ -95,7 +83,7 @@ examples:
 """
 _SAMPLED = 100
 """Number of conversations of a task that are rendered to estimate the mean length."""
-_MARKS, _COLOURED = ("⟦", "⟧"), ("\033[4;32m", "\033[0m")
+_MARKS = ("⟦", "⟧")
 
 
 def show(parser: Parser) -> None:
@@ -104,8 +92,8 @@ def show(parser: Parser) -> None:
     parser.use("mixture=NAME|suite=NAME|stage=midtrain|sft|preference|rl|eval [SETTINGS]")
     parser.epilog = _EXAMPLES
     parser.description = (
-        "Show conversations as a model is trained on them or asked them (default: stage=sft). What is trained on is "
-        f"green and underlined, and stands between {' '.join(_MARKS)} where there is no colour."
+        "Show conversations as a model is trained on them or asked them (default: stage=sft). "
+        f"What is trained on stands between {' '.join(_MARKS)}."
     )
     add = parser.add_argument
     add("-n", "--count", type=count, default=3, help="number of conversations (default: 3)")
@@ -219,12 +207,12 @@ def _table_of(mixture: Mixture, tokenizer: Tokenizer) -> Table:
 
 
 def _print_conversation(mixture: Mixture, index: int, tokenizer: Tokenizer) -> None:
-    """Print a conversation with its special tokens; marks, or green on a terminal, enclose trained tokens."""
+    """Print a conversation with its special tokens; marks enclose trained tokens."""
     from mlxchat.data.conversation import render_conversation
 
     ids, mask = render_conversation(tokenizer, mixture[index], max_tokens=None)
     print(visible(f"── {index} · {mixture.name(index)} · {len(ids):,} tokens, {sum(mask):,} trained"))
-    begin, end = _COLOURED if sys.stdout.isatty() and "NO_COLOR" not in os.environ else _MARKS
+    begin, end = _MARKS
     for trained, run in groupby(zip(mask, ids, strict=True), key=lambda each: each[0]):
         text = visible(tokenizer.decode([token for _, token in run]))
         print(f"{begin}{text}{end}" if trained else text, end="")

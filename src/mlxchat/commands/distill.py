@@ -52,7 +52,6 @@ def distill(parser: Parser) -> None:
     add("--body", type=_field, action="append", default=[], metavar="KEY=JSON", help=body)
     add("--conversations", action="store_true", help="the questions ask for whole conversations, answered as JSON")
     add("--only-correct", action="store_true", help="keep only answers that the task accepts or that equal the file's")
-    add("--keep-cut", action="store_true", help="also keep answers that --max-tokens cut off")
     add("--concurrency", type=positive, default=8, metavar="N", help="parallel requests (default: 8)")
     add("--price", type=_prices, metavar="IN,OUT", help="prices per million input and output tokens")
     add("--max-cost", type=amount, metavar="C", help="stop before the cost of this command exceeds C")
@@ -85,11 +84,7 @@ def _distill(options: Namespace) -> int:
     is_limited = bool(limits) and all(type(limit) is int and limit > 0 for limit in limits)
     if options.max_cost is not None and (options.price is None or not is_limited):
         raise ConfigError("--max-cost needs --price IN,OUT, and a limit of answer tokens (--body removes max_tokens)")
-    questions, about = _questions(options.names[0], options.out, options.limit)
-    if options.temperature == 0 and options.samples > 1:
-        raise ConfigError(f"--samples is {options.samples} and --temperature 0: greedy answers are all equal")
-    if options.conversations and options.only_correct:
-        raise ConfigError("--only-correct: conversations of --conversations have no answer to compare with. Remove one")
+    questions, about = _questions(options.names[0], options.limit)
     if options.only_correct and (unknown := [each.name for each in questions if each.judge is None]):
         raise ConfigError(f"--only-correct: {len(unknown)} questions have no answer to compare with ({unknown[0]}, …)")
     base = options.teacher.removesuffix("/").removesuffix("/chat/completions").rstrip("/")
@@ -102,7 +97,7 @@ def _distill(options: Namespace) -> int:
         system=None if options.system is None else clean(options.system), samples=options.samples, body=body,
         max_tokens=max(limits) if is_limited else options.max_tokens, concurrency=options.concurrency,
         timeout_seconds=_ANSWER_SECONDS, prices=Prices(*(options.price or ())), max_cost=options.max_cost,
-        only_correct=options.only_correct, keep_cut=options.keep_cut, conversations=options.conversations,
+        only_correct=options.only_correct, conversations=options.conversations,
         out=options.out, cache=cache_folder() / "distill",
     )  # fmt: skip
     return collect(order, dry_run=options.dry_run)
@@ -150,7 +145,7 @@ def _check_out(out: Path) -> None:
         raise ConfigError(f"--out: {out} was not written by mlxchat distill, or was changed since. Move it away")
 
 
-def _questions(text: str, out: Path, limit: int | None) -> tuple[list[Question], dict[str, Any]]:
+def _questions(text: str, limit: int | None) -> tuple[list[Question], dict[str, Any]]:
     """Return the questions of a file, a task or a line of a mixture, and a description of their source."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -165,8 +160,6 @@ def _questions(text: str, out: Path, limit: int | None) -> tuple[list[Question],
         path = Path(text)
         if not path.is_file():
             raise ConfigError(f"QUESTIONS: there is no file {path}")
-        if path.resolve() == out.resolve():
-            raise ConfigError(f"--out is {out}, which is the file of questions")
         return questions_of_file(path)[:limit], {"file": path.name, "sha256": hash_file(path)}
     try:
         given = OmegaConf.create(text) if text.lstrip().startswith("{") else {"task": text}

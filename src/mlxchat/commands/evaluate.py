@@ -14,7 +14,6 @@ from typing import Any
 from mlxchat.commands.arguments import Parser, positive, quoted
 from mlxchat.commands.output import print_json
 from mlxchat.config.table import Table
-from mlxchat.config.wording import plural
 from mlxchat.errors import ConfigError
 from mlxchat.store.catalog import check_model
 from mlxchat.store.naming import describe_model, find_model
@@ -161,8 +160,7 @@ def _describe(scores: dict[str, Any]) -> Iterator[str]:
     if bpb := scores["bpb"]:
         yield f"bits per byte   {bpb['val']:.4f} over {bpb['tokens']:,} tokens"
     if text := scores.get("text"):
-        counts = f"{text['tokens']:,} tokens, {text['bytes']:,} bytes, {plural(text['documents'], 'document')}"
-        yield f"bits per byte   {_with_error(text['bpb'], text['stderr'])} of {counts}"
+        yield f"bits per byte   {_with_error(text['bpb'], text['stderr'])} of {text['bytes']:,} bytes"
         yield f"perplexity      {_with_error(text['perplexity'], text['perplexity_stderr'])} per token"
     if core := scores["core"]:
         value = core.get("core")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import shutil
-import sys
 import textwrap
 from argparse import Namespace
 from itertools import groupby
@@ -20,9 +18,7 @@ from mlxchat.store.files import Records, list_folder
 from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
 
-_MOST_CHARS = 1500
 _WIDEST = 110
-_GREEN, _RED = 32, 31
 
 
 def show_examples(folder: Path, options: Namespace) -> int:
@@ -58,13 +54,13 @@ def _show_answers(folder: Path, *, which: str, count: int, task: str | None) -> 
             verdict = verdict_of(example["output"] or "", example["expected"] or "", is_right=example["verdict"])
             seed = "" if example["seed"] is None else f"  seed {example['seed']}"
             tokens = "" if example["tokens"] is None else f"  {example['tokens']} tokens"
-            print(_coloured(f"{name} {example['index']}{seed}  {verdict}{tokens}", is_right=example["verdict"]))
-            shown = {title: example[title] for title in ("prompt", "output", "expected")}
+            print(visible(f"{name} {example['index']}{seed}  {verdict}{tokens}"))
+            for title in ("prompt", "output", "expected"):
+                if example[title] is not None:
+                    _print_wrapped(title, example[title])
             details = {key: value for key, value in example["details"].items() if value and key != "finished"}
-            shown["details"] = "\n".join(f"{key}: {show_value(value)}" for key, value in details.items()) or None
-            for title, text in shown.items():
-                if text is not None:
-                    _print_wrapped(title, text)
+            for key, value in details.items():
+                _print_wrapped(key, show_value(value))
             print()
     for name in tasks:
         print(f"{visible(name)}: {sum(verdicts[name])} of {len(verdicts[name])} right")
@@ -94,8 +90,7 @@ def _show_rollouts(folder: Path, *, which: str, count: int, iteration: int | Non
             parts = "".join(f"  {name} {value:.3g}" for name, value in answer["parts"].items())
             numbers = f"reward {answer['reward']:.3g}{parts}  advantage {answer['advantage']:+.3f}"
             cut = "" if answer["finished"] else "  cut"
-            line = f"  {verdict}  {numbers}  {answer['tokens']} tokens{cut}"
-            print(_coloured(line, is_right=answer["right"]))
+            print(visible(f"  {verdict}  {numbers}  {answer['tokens']} tokens{cut}"))
             _print_wrapped("", answer["output"])
         print()
     print(f"{told}: --iteration N shows one" if iteration is None else f"iteration {iteration} of {len(kept)}")
@@ -145,18 +140,8 @@ def printable(text: str) -> str:
 def _print_wrapped(title: str, text: str) -> None:
     """Print the wrapped lines of a text, the first one next to a title."""
     width = min(_WIDEST, shutil.get_terminal_size((100, 24)).columns)
-    text = printable(text)
-    if len(text) > _MOST_CHARS:
-        text = f"{text[: _MOST_CHARS // 2]} […] {text[-_MOST_CHARS // 2 :]}"
     title = f"  {visible(title):<9}"
-    for line in text.splitlines() or [""]:
-        indent = re.sub(r"\S.*", "", line)[:20]
-        room = max(20, width - len(title))
-        for part in textwrap.wrap(line, room, drop_whitespace=False, subsequent_indent=indent) or [""]:
+    for line in printable(text).splitlines() or [""]:
+        for part in textwrap.wrap(line, max(20, width - len(title)), drop_whitespace=False) or [""]:
             print(f"{title}{part}".rstrip())
             title = " " * len(title)
-
-
-def _coloured(line: str, *, is_right: bool) -> str:
-    line = visible(line)
-    return f"\033[{_GREEN if is_right else _RED};1m{line}\033[0m" if sys.stdout.isatty() else line

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -54,19 +53,17 @@ def _status(options: Namespace) -> int:
         found = {"outputs": str(store.outputs), "work": work, "jobs": jobs, "latest": latest(store), "run": run}
         print_json({**found, "done": done})
         return 0
-    lines = ["jobs"] * bool(jobs)
-    for row in jobs:
-        lines.append(f"  {row['step']:<11} {row['job']} {row['state']} (run {row['run']})")
-    for title in ("running", "failed", "left over"):
-        rows = [
-            row for row in work if title == (row["state"] if row["state"] in ("running", "failed") else "left over")
-        ]
-        lines += [title] * bool(rows)
-        lines += [line for row in rows for line in _lines_of_work(row)]
-    if done:
-        lines.append(f"done ({'latest run: ' * (run == latest(store))}{run})")
-        lines.append(aligned(map(_cells_of_step, done), right=(2, 3), indent="  "))
-    print(visible("\n".join(lines)) if lines else store.lacking("runs"))
+    of_latest = "latest run: " if run == latest(store) else ""
+    sections = {
+        "jobs": [[row["step"], f"{row['job']} {row['state']} (run {row['run']})"] for row in jobs],
+        "not done": [[row["step"], *_words_of_work(row)] for row in work],
+        f"done ({of_latest}{run})": [_cells_of_step(row) for row in done],
+    }
+    for title, rows in sections.items():
+        if rows:
+            print(visible(f"{title}\n{aligned(rows, indent='  ')}"))
+    if not any(sections.values()):
+        print(store.lacking("runs"))
     return 0
 
 
@@ -97,33 +94,26 @@ def _describe_work(store: Store, key: str) -> Row:
     held = locks.is_held(store.lock(key))
     known = last | (locks.read_owner(store.lock(key)) if held else {})
     trained = Records(folder / "ckpt" / "records" / "metrics.jsonl").last()
-    run_folder = store.outputs / "runs" / str(last.get("run"))
-    log, command = run_folder / f"{last.get('step')}-error.log", None
-    with suppress(OSError, ValueError, KeyError):  # without a record of its run, or with a damaged one
-        command = json.loads((run_folder / "plan.json").read_text(encoding="utf-8"))["command"]
+    log = store.outputs / "runs" / str(last.get("run")) / f"{last.get('step')}-error.log"
     return {
         "state": "running" if held else str(last.get("outcome", "never started")), "step": known.get("step", key[:16]),
         "key": key, "run": known.get("run"), "pid": known.get("pid"), "host": known.get("host"),
         "started": last.get("started"), "attempts": len(executions), "iteration": trained.get("iteration"),
         "loss": trained.get("loss"), "tokens_per_second": trained.get("tokens_per_second"), "error": last.get("error"),
-        "command": command, "log": str(log) if log.exists() else None,
+        "log": str(log) if log.exists() else None,
     }  # fmt: skip
 
 
-def _lines_of_work(row: Row) -> list[str]:
-    """Return the lines about a running or failed step."""
+def _words_of_work(row: Row) -> list[str]:
+    """Return the state of a running or unfinished step, and what is known about it."""
     at = f" at iteration {row['iteration']}" if row["iteration"] is not None else ""
     if row["state"] == "running":
-        speed = f", {format_count(row['tokens_per_second'])} tok/s" if row["tokens_per_second"] else ""
-        since = f", since {when(row['started'])}" if row["started"] else ""
-        who = f"running in process {row['pid']} on {row['host']} (run {row['run']}){at}{speed}{since}"
-        return [f"  {row['step']:<11} {who}"]
-    tries = f", attempt {row['attempts']}" if row["attempts"] > 1 else ""
-    error = f": {row['error']}" if row["error"] else ""
-    lines = [f"  {row['step']:<11} {row['state']}{at}{tries}{error}"]
-    if row["log"] and row["state"] == "failed":
-        lines.append(f"              log: {row['log']}")
-    return [*lines, f"              continue: {row['command']}"] if row["command"] else lines
+        about = f"process {row['pid']} on {row['host']} (run {row['run']}), since {when(row['started'] or '')}"
+    else:
+        tries = f"attempt {row['attempts']}" if row["attempts"] > 1 else ""
+        log = f"log: {row['log']}" if row["log"] else ""
+        about = ", ".join(filter(None, [row["error"], tries, log]))
+    return [f"{row['state']}{at}", about]
 
 
 def _describe_done(step: str, place: Path) -> Row:
@@ -172,7 +162,7 @@ def _ls(options: Namespace) -> int:
         print(aligned([_row_of(summary, options.sort) for summary in listed], right=(3, 4)))
     if encoded:
         size = format_bytes(sum(summary["bytes"] for summary in encoded))
-        print(f"and {plural(len(encoded), 'folder')} of encoded text, {SHARED_KIND}-* ({size}), made again on demand")
+        print(f"and {plural(len(encoded), 'folder')} of encoded text, {SHARED_KIND}-* ({size})")
     if not found:
         print(store.lacking("artifacts"))
     return 0
@@ -205,8 +195,6 @@ def _row_of(summary: Summary, metric: str | None) -> list[str]:
     name = metric and metric.rpartition(".")[2]
     shown = {name: summary["metrics"][name]} if name else dict(list(summary["metrics"].items())[:3])
     numbers = [f"{key} {format_number(value)}" for key, value in shown.items()]
-    if extended := summary["inputs"].get("extends"):
-        numbers.append(f"extends {extended['artifact']}")
     size, seconds = format_bytes(summary["bytes"]), format_seconds(summary["seconds"] or 0)
     return [when(summary["published"]), summary["folder"], str(summary["step"]), size, seconds, "  ".join(numbers)]
 
@@ -256,24 +244,20 @@ def _facts(store: Store, place: Path, manifest: Manifest) -> Iterator[list[str]]
     yield ["id", manifest["rid"]]
     yield ["step", f"{manifest['step']} (stage {manifest['stage']}, version {manifest['version']})"]
     attempts = manifest.get("attempts", ())
-    hosts = sorted({str(attempt["host"]) for attempt in attempts if attempt.get("host")})
-    made = f"{when(manifest['published'])} in {format_seconds(manifest['seconds'] or 0)}"
-    made += f" ({len(attempts)} attempts)" if len(attempts) > 1 else ""
-    yield ["made", made + (f" on {', '.join(hosts)}" if hosts else "")]
+    hosts = ", ".join(dict.fromkeys(str(attempt.get("host")) for attempt in attempts))
+    yield ["made", f"{when(manifest['published'])} in {format_seconds(manifest['seconds'] or 0)}"]
+    yield ["attempts", f"{len(attempts)} on {hosts}"]
     yield ["run", str(manifest.get("run"))]
-    if manifest.get("overrides"):
-        yield ["settings", " ".join(manifest["overrides"])]
+    yield ["settings", " ".join(manifest.get("overrides") or ())]
     yield ["size", format_bytes(sum(file["bytes"] for file in manifest["outputs"]))]
     yield ["folder", str(place)]
     if speed := manifest.get("tokens_per_second"):
         yield ["speed", f"{format_count(speed)} tok/s"]
-    if process := manifest.get("peak_memory_bytes"):
-        arrays, predicted = (
-            manifest.get("peak_array_bytes"),
-            (manifest.get("derived") or {}).get("predicted_peak_bytes"),
-        )
-        peaks = [(process, "the whole process"), (arrays, "arrays"), (predicted, "arrays predicted")]
-        yield ["memory", ", ".join(f"{format_bytes(peak)} {what}" for peak, what in peaks if peak)]
+    if memory := manifest.get("peak_memory_bytes"):
+        yield [
+            "memory",
+            f"{format_bytes(memory)}, of which arrays {format_bytes(manifest.get('peak_array_bytes') or 0)}",
+        ]
     names = [(LATEST, links(store, latest(store))), *((group, links(store, group)) for group in groups(store))]
     if named := [f"{group}/{name}" for group, found in names for name, one in found.items() if one == place]:
         yield ["named", ", ".join(named)]
@@ -287,16 +271,10 @@ def _sections(manifest: Manifest) -> Iterator[tuple[str, list[list[str]]]]:
     yield "derived", [[key, show_value(value)] for key, value in flatten(manifest.get("derived") or {}).items()]
     yield "config", [[key, show_value(value)] for key, value in flatten(manifest["config"]).items()]
     yield "from outside", [*_outside(manifest)]
-    made_with: list[list[str]] = []
-    if git := manifest.get("git"):
-        made_with.append(["git", f"{str(git.get('commit'))[:12]}{' (changed since)' if git.get('dirty') else ''}"])
-    if ranks := (manifest.get("excluded") or {}).get("ranks"):
-        hosts = ", ".join(dict.fromkeys(ranks.get("hosts", ())))
-        made_with.append(["ranks", f"{ranks.get('size')} ({ranks.get('backend')}) on {hosts}"])
-    if device := manifest.get("device"):
-        made_with.append(["device", str(device.get("name"))])
-    made_with += [[key, str(value)] for key, value in (manifest.get("versions") or {}).items()]
-    yield "made with", made_with
+    excluded = manifest.get("excluded") or {}
+    about = {"git": manifest.get("git"), "ranks": excluded.get("ranks"), "device": manifest.get("device")}
+    made_with = flatten({key: value for key, value in about.items() if value} | (manifest.get("versions") or {}))
+    yield "made with", [[key, show_value(value)] for key, value in made_with.items()]
     yield "files", [[file["path"], format_bytes(file["bytes"]), file["sha256"][:12]] for file in manifest["outputs"]]
 
 
@@ -328,14 +306,10 @@ def _lineage(options: Namespace) -> int:
     if options.json:
         print_json({"inputs": inputs, "outside": outside, "uses": uses})
         return 0
-    print("made from" if inputs["inputs"] or outside else f"made from nothing: {visible(place.name)}")
-    if inputs["inputs"]:
-        print(_draw_lineage(inputs, "inputs"))
+    print(f"made from\n{_draw_lineage(inputs, 'inputs')}")
     if outside:
         print(aligned(outside, indent="  "))
-    print("used by" if uses["uses"] else f"used by nothing: {visible(place.name)}")
-    if uses["uses"]:
-        print(_draw_lineage(uses, "uses"))
+    print(f"used by\n{_draw_lineage(uses, 'uses')}")
     return 0
 
 
@@ -405,9 +379,8 @@ def _print_difference(a: str | None, b: str | None, **found: dict[str, tuple[Any
 
 
 def _change(old: Any, new: Any) -> str:
-    """Return old → new, with six digits unless both would look equal, and a float's relative change."""
-    short = [f"{value:.6g}" if isinstance(value, float) else show_value(value) for value in (old, new)]
-    told = " → ".join(short if short[0] != short[1] else [show_value(old), show_value(new)])
+    """Return old → new, and a float's relative change."""
+    told = f"{show_value(old)} → {show_value(new)}"
     is_float = isinstance(old, float) and isinstance(new, float)
     return f"{told}  ({(new - old) / abs(old):+.1%})" if is_float and old else told
 
@@ -432,25 +405,23 @@ def _verify(options: Namespace) -> int:
     for place in places:
         if found := list(check_contents(place)):
             faults[place.name] = found
-        elif found := list(find_absent(store, place)) or _faults_below(place):
+        elif found := [*find_absent(store, place), *_faults_below(place)]:
             absent[place.name] = found
         if found and not options.json:
             print("\n".join(visible(f"{place.name}  {fault}") for fault in found), flush=True)
     size = sum(path.stat().st_size for place in places for path in place.rglob("*") if path.is_file())
     if options.json:
         print_json({"artifacts": len(places), "bytes": size, "faults": faults, "absent": absent})
-    elif not places:
+        return int(bool(faults or absent))
+    if not places:
         print(store.lacking("artifacts"))
-    else:
-        right = "1 artifact is right" if len(places) == 1 else f"{len(places)} artifacts are right"
-        print(
-            f"{f'{len(faults)} of {len(places)} artifacts differ' if faults else right} ({format_bytes(size)} hashed)"
-        )
-        if faults:
-            print(visible(remedy(_manifests(store, faults))))
-        if absent:
-            lacking = f"{len(absent)} of {len(places)} artifacts are intact but lack inputs: keep them and run again"
-            print(visible(f"{lacking}: {makers(_manifests(store, absent))}"))
+        return 0
+    hashed = f"{plural(len(places), 'artifact')} hashed ({format_bytes(size)})"
+    print(f"{hashed}: {len(faults)} differ, {len(absent)} lack inputs")
+    if faults:
+        print(visible(remedy(_manifests(store, faults))))
+    if absent:
+        print(visible(f"keep those that lack inputs, and run again: {makers(_manifests(store, absent))}"))
     return int(bool(faults or absent))
 
 

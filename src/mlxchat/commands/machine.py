@@ -31,7 +31,6 @@ from mlxchat.store.store import Store
 _SLOW_GFLOPS = 30
 _LITTLE_DISK_BYTES = 5e9
 _BACKENDS = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-cuda")
-_COLLECTIVES = ("ring", "jaccl", "nccl", "mpi")
 
 Finding = tuple[str, str, str]
 """Mark (ok, note, wrong), subject, and details with the remedy."""
@@ -86,8 +85,6 @@ def _device() -> Iterator[Finding]:
         yield (mark, "blas", f"{done.reason} ({done.library or 'the slow reference BLAS is in use'})")
     if device["backend"] == "cpu" and sys.platform == "linux" and shutil.which("g++") is None:
         yield ("note", "compiler", "no g++: MLX cannot compile kernels and falls back to slower ones. Install g++.")
-    available = [name for name in _COLLECTIVES if mx.distributed.is_available(name)]
-    yield ("ok" if available else "note", "ranks", f"collective operations by {', '.join(available) or 'nothing'}")
     gflops = measure_flops(mx.float32) / 1e9
     slow = gflops < _SLOW_GFLOPS
     remedy_text = ": far too slow. Is another program using the cores, or no fast BLAS loaded?" if slow else ""

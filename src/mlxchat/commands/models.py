@@ -44,14 +44,13 @@ def export(parser: Parser) -> None:
     formats = aligned([[f"  {form}", reader] for form, reader in _READERS.items()])
     parser.take_names("ID --to FORMAT PATH", most=2, about=f"FORMAT:\n{formats}")
     parser.description = "Write a model to PATH in another tool's format, with a model card."
-    parser.add_argument("--to", metavar="FORMAT", help=", ".join(FORMATS))
+    parser.add_argument("--to", required=True, choices=FORMATS, metavar="FORMAT", help=", ".join(FORMATS))
     parser.add_argument("--bits", type=int, choices=(8, 4), help="quantise to this many bits (--to mlx)")
     types = ("float32", "bfloat16", "f32", "f16", "bf16", "q8_0")
     parser.add_argument("--dtype", choices=types, help="float32, bfloat16: of other weights (hf, mlx); others: gguf")
     parser.add_argument("--hub", metavar="REPO", help="upload it to this repository of the Hub; PATH is then optional")
     parser.add_argument("--public", action="store_true", help="with --hub: make the repository public")
     parser.add_argument("--license", metavar="ID", help="licence of the weights for the card: mit, apache-2.0, …")
-    parser.add_argument("--language", metavar="CODES", default="en", help="languages for the card: en, or en,de")
     parser.add_argument("--force", action="store_true", help="replace what is at PATH")
     parser.set_defaults(main=_export)
 
@@ -93,19 +92,11 @@ def _export(options: Namespace) -> int:
 
 def _check_export(options: Namespace) -> None:
     """Check the options of an export."""
-    name, *rest = options.names
-    known = ", ".join(FORMATS)
-    if options.to is None:
-        raise ConfigError(f"expected --to {known}. To copy artifacts: mlxchat push {name} {next(iter(rest), 'PLACE')}")
-    if options.to not in FORMATS:
-        raise ConfigError(f"--to {options.to} is not supported, expected {known}.{suggest(options.to, FORMATS)}")
+    rest = options.names[1:]
     if not rest and not options.hub:
         raise ConfigError(f"expected mlxchat export ID --to {options.to} PATH, or --hub ORGANISATION/NAME")
     if options.public and not options.hub:
         raise ConfigError("--public requires --hub")
-    artifacts = (options.outputs / "store").resolve()
-    if rest and artifacts in (place := Path(rest[0]).resolve(), *place.parents):
-        raise ConfigError(f"{rest[0]} is in the store: export to another place")
 
 
 def _write(store: Store, place: Path, checkpoint: Checkpoint, out: Path, options: Namespace) -> list[str]:
@@ -146,7 +137,7 @@ def _write(store: Store, place: Path, checkpoint: Checkpoint, out: Path, options
     weights = "adapters.safetensors" if checkpoint.bases else "model.safetensors"
     text = render_card(
         store, place, target=target, how=how, notes=notes, sha256=hash_file(place / weights),
-        chats=checkpoint.chats, repository=options.hub, license=options.license, language=options.language.split(","),
+        chats=checkpoint.chats, repository=options.hub, license=options.license,
     )  # fmt: skip
     (out / "README.md").write_text(text, encoding="utf-8")
     return notes
@@ -154,10 +145,8 @@ def _write(store: Store, place: Path, checkpoint: Checkpoint, out: Path, options
 
 def _adapter_notes(checkpoint: Checkpoint, form: str) -> list[str]:
     """Return notes on using adapters with their base in the format `form`."""
-    base, *below = checkpoint.bases
-    export = f"mlxchat export {base.name} --to {form} BASE"
-    merged = " (it merges the adapters of that model)" if below else ""
-    notes = [f"Adapters for {base.name}, whose weights are not among these files: {export}{merged}."]
+    base = checkpoint.bases[0]
+    notes = [f"Adapters for {base.name}, whose weights are not here: mlxchat export {base.name} --to {form} BASE."]
     if bits := (checkpoint.facts.get("adapter") or {}).get("bits"):
         notes.append(f"They were trained on matrices of {bits} bits; --to mlx is exactly the model that was trained.")
     return notes
@@ -211,8 +200,7 @@ def _import_model(options: Namespace) -> int:
         print(f"import:{options.forget} removed. To remove unused artifacts: mlxchat gc")
         return 0
     if len(options.names) < 2:
-        form = next(iter(options.names), "FORMAT")
-        raise ConfigError(f"expected mlxchat import {form} WHAT: a repository of the Hub, or a folder")
+        raise ConfigError("expected mlxchat import FORMAT WHAT: a repository of the Hub, or a folder")
     form, what = options.names
     if options.step is not None and form != "nanochat":
         raise ConfigError("--step requires the format nanochat")
@@ -247,9 +235,7 @@ def _place(what: str) -> tuple[str, str]:
         return "folder", str(path)
     if _REPOSITORY.fullmatch(what):
         return "repository", what.rstrip("/")
-    near = suggest(what, (each.name for each in Path().iterdir() if each.is_dir()))
-    example = "ORGANISATION/NAME, such as karpathy/nanochat-d32"
-    raise ConfigError(f'"{what}" is neither a folder nor a repository of the Hub: expected {example}.{near}')
+    raise ConfigError(f'"{what}" is neither a folder nor a repository of the Hub, such as karpathy/nanochat-d32')
 
 
 def _import(store: Store, name: str, overrides: list[str]) -> Path:
@@ -279,7 +265,7 @@ def _import(store: Store, name: str, overrides: list[str]) -> Path:
 
 _THIRD_PARTY = "hf:"
 _KEY = "MLXCHAT_API_KEY"
-_MODEL_HELP = "ID, or hf:FOLDER, hf:ORGANISATION/NAME for one that mlx-lm opens"
+_MODELS = "MODEL: as ID, or hf:FOLDER, hf:ORGANISATION/NAME for one that mlx-lm opens"
 _BITS_HELP = "quantise the weights to this many bits; prints the loss in quality"
 _LIMITS = {
     "max-rows": "answers generated at the same time", "max-queue": "waiting answers; more get status 429",
@@ -290,11 +276,10 @@ _LIMITS = {
 
 def chat(parser: Parser) -> None:
     """Declare `mlxchat chat`."""
-    parser.take_names("[ID]", least=0)
+    parser.take_names("[MODEL]", least=0, about=_MODELS)
     parser.description = "Chat with a model of the outputs folder; a base model continues text."
     add = parser.add_argument
     add("-p", "--prompt", help="answer or continue this text and exit; - reads it from standard input")
-    add("--model", metavar="ID", help=_MODEL_HELP)
     add("--temperature", type=amount, default=0.0, help="sampling temperature; 0: greedy (default)")
     add("--top-k", type=count, default=50, help="sample among the K most likely tokens (default: 50)")
     add("--system", metavar="TEXT", help="system prompt")
@@ -306,10 +291,7 @@ def chat(parser: Parser) -> None:
 
 def _chat(options: Namespace) -> int:
     """Answer one question with -p, or chat until /quit."""
-    names = [*options.names, *filter(None, [options.model])]
-    if len(names) > 1:
-        raise ConfigError(f"two models are given, {names[0]} and --model {names[1]}; expected one")
-    name = next(iter(names), None)
+    name = next(iter(options.names), None)
     if name and " " in name:
         raise ConfigError(f'"{name}" is not a model. To ask a question: mlxchat chat -p {shlex.quote(name)}')
     settings = {key: getattr(options, key) for key in ("temperature", "max_tokens", "seed", "system")}
@@ -353,19 +335,15 @@ def _third_party(options: Namespace, reference: str) -> tuple[str, Path]:
 
 def serve(parser: Parser) -> None:
     """Declare `mlxchat serve`."""
-    parser.take_names("[ID]", least=0)
-    parser.description = (
-        "Serve the models of the outputs folder and a chat page; ID or the first --model is the default."
-    )
+    parser.take_names("[MODEL…]", least=0, most=None, about=_MODELS)
+    parser.description = "Serve the models of the outputs folder and a chat page; the first MODEL is the default."
     add = parser.add_argument
-    add("--model", action="append", default=[], metavar="ID", help=f"{_MODEL_HELP}; may be repeated")
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1); other addresses require a key")
     add("--port", type=number(0, 65535, whole=True), default=8000, help="port (default: 8000); 0: any free port")
     add("--api-key", metavar="KEY", help=f"key that clients must send; better set in {_KEY}")
     add("--cors", action="append", default=[], metavar="ORIGIN", help="allow requests from pages of this origin")
     add("--temperature", type=number(0, 2), default=0.8, help="default of requests (default: 0.8)")
     add("--top-k", type=count, default=50, help="default of requests (default: 50; 0: off)")
-    add("--grace-seconds", type=count, default=30, metavar="N", help="for answers when stopping (default: 30)")
     for name, meaning in _LIMITS.items():
         kind = count if name in ("max-queue", "kept-tokens") else positive
         add(f"--{name}", type=kind, metavar="N", help=meaning)
@@ -375,7 +353,7 @@ def serve(parser: Parser) -> None:
 
 def _serve(options: Namespace) -> int:
     """Serve until a signal arrives."""
-    named = [*options.names, *options.model]
+    named = options.names
     own = [name for name in named if not name.startswith(_THIRD_PARTY)]
     if len(own) > 1:
         raise ConfigError(f"{', '.join(own)} are given, expected one default model: all models of the store are served")
@@ -403,8 +381,6 @@ def _serve(options: Namespace) -> int:
     for reference in named:
         if reference.startswith(_THIRD_PARTY):
             name, folder = _third_party(options, reference)
-            if name in third_party:
-                raise ConfigError(f"two models are called {name}: rename one of the folders")
             read_third_party(name, folder)
             third_party[name] = folder
     if named and named[0] not in own:
@@ -420,7 +396,4 @@ def _serve(options: Namespace) -> int:
     defaults = Defaults(temperature=options.temperature, top_k=options.top_k or None)
     service = Service(models, Worker(limits, partial(load_scheduler, bits=options.bits)), defaults)
     app = make_app(service, api_key=key, loopback_only=loopback and key is None, cors=options.cors)
-    return run_server(
-        app, options.host, options.port, name=model.name, key_needed=key is not None,
-        grace_seconds=options.grace_seconds,
-    )  # fmt: skip
+    return run_server(app, options.host, options.port, name=model.name, key_needed=key is not None)

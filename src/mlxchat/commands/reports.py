@@ -39,7 +39,7 @@ def compare(parser: Parser) -> None:
     add = parser.add_argument
     add("--sort", metavar="NAME", help="by a setting (smallest first) or metric (best first); --sort=-NAME reverses")
     add(
-        "--format", choices=("table", "csv", "json", "md", "tsv"), default="table",
+        "--format", choices=("table", "csv", "json", "tsv"), default="table",
         help="csv and json: all metrics; tsv: autoresearch's journal of a --baseline",
     )  # fmt: skip
     _add_baseline(parser)
@@ -89,7 +89,7 @@ def _compare(options: Namespace) -> int:
     if not rows:
         raise ConfigError(f"no job of {', '.join(names)} has artifacts in {store.outputs}")
     table = make_table(rows, options.sort, best_of)
-    equal = table.equal if options.format in ("table", "md") else []
+    equal = table.equal if options.format == "table" else []
     table = replace(table, metrics=[name for name in table.metrics if name not in equal])
     _print(table, options.format, {row["name"]: _errors_of(store, row["scores"]) for row in rows})
     if equal:
@@ -109,8 +109,7 @@ def _print_verdicts(options: Namespace) -> None:
         writer = csv.writer(sys.stdout, delimiter="\t" if options.format == "tsv" else ",", lineterminator="\n")
         writer.writerows([visible(cell) for cell in row] for row in journal(verdicts))
     else:
-        table = table_of_verdicts(verdicts, options.metric)
-        print(visible(table.markdown()) if options.format == "md" else table.text())
+        print(table_of_verdicts(verdicts, options.metric).text())
 
 
 def _errors_of(store: Store, scores: dict[str, str]) -> dict[str, float]:
@@ -144,7 +143,7 @@ def _print(runs: Runs, form: str, errors: dict[str, dict[str, float]]) -> None:
         align="l" + "r" * len(heads),
         rows=[[name, *(_cell(row, name, errors) for row in runs.rows)] for name in names[1:]],
     )
-    print(visible(table.markdown()) if form == "md" else table.text())
+    print(table.text())
 
 
 def _cell(row: Mapping[str, Any], name: str, errors: Mapping[str, Mapping[str, float]]) -> str:

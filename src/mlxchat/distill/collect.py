@@ -59,7 +59,6 @@ class Order:
     prices: Prices
     max_cost: float | None
     only_correct: bool
-    keep_cut: bool  # whether answers that max_tokens truncated are kept
     conversations: bool
     """Whether an answer is a whole conversation as JSON (`CONVERSATION_FORMAT`) instead of the next message."""
     out: Path
@@ -243,7 +242,7 @@ class Chosen:
         messages = [*question.messages, {"role": "assistant", "content": content}]
         if not text.strip():
             return messages, "empty"
-        if answer.finish in _CUT and not self._order.keep_cut:
+        if answer.finish in _CUT:
             return messages, "truncated"
         if self._order.conversations:
             messages, fault = read_answered_conversation(text)
@@ -280,7 +279,7 @@ def _write(order: Order, chosen: Chosen, counts: dict[str, int]) -> None:
         "models": sorted(one_line(model) for model in chosen.models),
         "questions": order.source,
         "sampling": {"system": order.system, "samples": order.samples, "body": order.body},
-        "kept": {"only_correct": order.only_correct, "cut": order.keep_cut, "conversations": order.conversations},
+        "kept": {"only_correct": order.only_correct, "conversations": order.conversations},
         "written": now(),
         "complete": not chosen.counts["not answered"],
         "counts": {"kept": len(chosen.lines), **chosen.counts, **counts},

@@ -82,7 +82,7 @@ def check_architecture(config: Mapping[str, Any], where: str) -> None:
             f"{where} is a {name} (model_type {kind}), not a nanochat model, so it cannot be imported and trained. "
             "mlxchat runs it with mlx-lm:\n"
             "  evaluate  mlxchat pipeline=outside outside.path=FOLDER outside.name=NAME\n"
-            "  chat      mlxchat chat --model hf:FOLDER   (or hf:ORGANISATION/NAME)\n"
+            "  chat      mlxchat chat hf:FOLDER   (or hf:ORGANISATION/NAME)\n"
             "  distil    mlxchat stage=sft sft.teacher.path=FOLDER (same tokenizer), or its answers: mlxchat distill\n"
             "Download a repository to a folder: mlxchat data fetch ORGANISATION/NAME --model"
         )

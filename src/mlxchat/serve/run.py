@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from mlxchat.errors import ConfigError, visible
 
 _MOST_CONNECTIONS = 200
+_GRACE_SECONDS = 30
 """Further ones get status 503; macOS allows 256 files by default."""
 
 
@@ -21,10 +22,10 @@ class _Lines(logging.Formatter):
         return visible(super().format(record))
 
 
-def run_server(app: FastAPI, host: str, port: int, *, name: str, key_needed: bool, grace_seconds: int) -> int:
+def run_server(app: FastAPI, host: str, port: int, *, name: str, key_needed: bool) -> int:
     """Serve until SIGINT or SIGTERM; return the exit code.
 
-    `grace_seconds` is the time that answers have to finish after the first signal; port 0 is any free port.
+    Answers have 30 s to finish after the first signal; port 0 is any free port.
 
     Raises:
         ConfigError: the address cannot be bound.
@@ -45,7 +46,7 @@ def run_server(app: FastAPI, host: str, port: int, *, name: str, key_needed: boo
     for quiet in ("sse_starlette", "asyncio"):
         logging.getLogger(quiet).setLevel(logging.WARNING)
     config = uvicorn.Config(
-        app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=grace_seconds,
+        app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE_SECONDS,
         server_header=False, limit_concurrency=_MOST_CONNECTIONS,
     )  # fmt: skip
     print(banner, flush=True)  # further connections wait until the server is started
