@@ -127,7 +127,6 @@ def test_model_is_measured_and_its_result_kept(tmp_path, say):
     assert "MFU" in say("bench", "generate", "talks", *asked, "bench.bits=4", f"outputs={outputs}")
     for arguments, told in (
         (["talks", "bench.rows=[0]", "bench.new_tokens=1"], "bench.new_tokens is 1, expected at least 2"),
-        (["talks", "model=d4"], "model=d4: no effect on talks"),
         (["talks", "bench.rows=[100000000]"], "To lower the need: a smaller bench.rows"),
     ):
         assert told in say("bench", "generate", *arguments, f"outputs={outputs}", code=2)

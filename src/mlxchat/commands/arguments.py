@@ -104,8 +104,6 @@ class Parser(argparse.ArgumentParser):
         see = f"See: {self.prog} --help"
         if unknown:
             name = unknown[0].partition("=")[0]
-            if name in ("--dry-run", "-n") and self.composes:
-                raise ConfigError(f"{name}: `mlxchat plan` shows what would run")
             near = suggest(name, [each for each in self._option_string_actions if each.startswith("--")])
             raise ConfigError(f"unrecognized arguments: {' '.join(unknown)}.{near} {see}")
         names = options.names = [word for word in options.words if not is_setting(word)]
@@ -148,11 +146,12 @@ class _OfComposition(argparse.Action):
 
 
 def parser_of(verb: str) -> Parser:
-    """Return the parser of a verb; its default `main` is the function that gets the parsed options."""
-    module, _, function = VERBS[verb][0].partition(":")
-    parser = Parser(verb)
-    declare: Callable[[Parser], None] = getattr(import_module(f"mlxchat.commands.{module}"), function)
+    """Return the parser of a verb, declared by the function in VERBS; `main` is the one called so after a `_`."""
+    place, _, name = VERBS[verb][0].partition(":")
+    module, parser = import_module(f"mlxchat.commands.{place}"), Parser(verb)
+    declare: Callable[[Parser], None] = getattr(module, name)
     declare(parser)
+    parser.set_defaults(main=getattr(module, f"_{name}"))
     return parser
 
 
@@ -181,18 +180,11 @@ def is_setting(word: str) -> bool:
 
 
 def outputs_folder(settings: Sequence[str]) -> Path:
-    """Return the folder of `outputs=PATH` among the settings.
-
-    Raises:
-        ConfigError: there is another setting, which the verb does not use.
-    """
-    folder = "outputs"
+    """Return the folder of `outputs=PATH`; ConfigError if there is another setting, which the verb does not use."""
     for setting in settings:
-        key, _, value = setting.partition("=")
-        if key != "outputs" or not value:
+        if not setting.removeprefix("outputs=") or not setting.startswith("outputs="):
             raise ConfigError(f'"{setting}" is not used here; this verb takes outputs=PATH')
-        folder = value
-    return Path(folder)
+    return Path(settings[-1].removeprefix("outputs=") if settings else "outputs")
 
 
 def quoted(value: str) -> str:

@@ -26,7 +26,6 @@ def pin(parser: Parser) -> None:
     parser.take_names("[ID [NAME]]", least=0, most=2)
     parser.add_argument("--remove", action="append", default=[], metavar="PIN", help="remove this pin")
     parser.add_json("list the pins as one JSON object")
-    parser.set_defaults(main=_pin)
 
 
 def _pin(options: Namespace) -> int:
@@ -61,7 +60,6 @@ def gc(parser: Parser) -> None:
         "--keep-last", type=count, metavar="N", help="for finished runs, keep the newest N artifacts of each step"
     )
     parser.add_json()
-    parser.set_defaults(main=_gc)
 
 
 def _gc(options: Namespace) -> int:
@@ -102,7 +100,6 @@ def rm(parser: Parser) -> None:
     parser.add_argument("--apply", action="store_true", help="remove it; without this nothing changes")
     parser.add_argument("--force", action="store_true", help="also runs that may be in progress")
     parser.add_json()
-    parser.set_defaults(main=_rm)
 
 
 def _rm(options: Namespace) -> int:
@@ -132,7 +129,6 @@ def push(parser: Parser) -> None:
     parser.take_names("ID… PLACE", least=2, most=None, about=_PUSH_PLACE)
     parser.description = "Copy artifacts, or all of a run, to another place, with everything that they were made from."
     parser.add_argument("--public", action="store_true", help="with hf://: make the repository public")
-    parser.set_defaults(main=_push)
 
 
 def _push(options: Namespace) -> int:
@@ -159,7 +155,6 @@ def pull(parser: Parser) -> None:
     """Declare `mlxchat pull`."""
     parser.take_names("PLACE [ARTIFACT…]", most=None, about=_PULL_PLACE)
     parser.description = "Take in artifacts that were pushed, with everything that they were made from; hashed first."
-    parser.set_defaults(main=_pull)
 
 
 def _pull(options: Namespace) -> int:

@@ -33,7 +33,6 @@ fish   mlxchat completion fish > ~/.config/fish/completions/mlxchat.fish"""
 def completion(parser: Parser) -> None:
     """Declare `mlxchat completion`."""
     parser.take_names("SHELL", first=("bash", "zsh", "fish"), about=_PLACES)
-    parser.set_defaults(main=_completion)
 
 
 def _completion(options: Namespace) -> int:

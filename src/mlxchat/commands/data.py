@@ -26,7 +26,6 @@ def data(parser: Parser) -> None:
     """Declare `mlxchat data`, which lists its verbs."""
     words = {verb.partition(" ")[2]: purpose for verb, (_, purpose) in VERBS.items() if verb.startswith("data ")}
     parser.take_names("|".join(words), about=aligned(words.items()), first=words)
-    parser.set_defaults(main=_data)
 
 
 def _data(options: Namespace) -> int:
@@ -42,7 +41,6 @@ def fetch(parser: Parser) -> None:
         "data of all tasks, CORE's bundle. What is there is not fetched again. For a single repository: hf download."
     )
     parser.add_argument("--dry-run", action="store_true", help="list everything without downloading")
-    parser.set_defaults(main=_fetch)
 
 
 def _fetch(options: Namespace) -> int:
@@ -101,7 +99,6 @@ def show(parser: Parser) -> None:
     add("--task", help="only conversations of this task")
     add("--validation", action="store_true", help="show the stage's validation data")
     add("--tokenizer", metavar="ID|FOLDER", help="artifact or folder of the tokenizer (default: the latest one)")
-    parser.set_defaults(main=_show)
 
 
 def _show(options: Namespace) -> int:

@@ -13,11 +13,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlxchat.composition.compose import compose_config
-from mlxchat.config.wording import format_bytes
 from mlxchat.model.gpt import GPT
 from mlxchat.model.initial import init_weights
 from mlxchat.model.sizes import sizes_of
-from mlxchat.ops.device import backend, memory_limits, prepare_machine
+from mlxchat.ops.device import backend, prepare_machine
 from mlxchat.optim.optimizer import Optimizer, Rates
 from mlxchat.store.environment import versions
 from mlxchat.training.batches import mean_batch
@@ -31,11 +30,8 @@ Outcome = tuple[float, float, str]
 
 def check_device() -> bool:
     """Print a line for each check; return True if all passed."""
-    machine, info = compose_config(["experiment=bench"]).config.machine, mx.device_info()
-    prepare_machine(machine)
-    limit = memory_limits(machine, backend(), info).get("memory")
-    memory = f", at most {format_bytes(limit)} of memory" if limit else ""
-    print(f"{info.get('device_name')} ({backend()}), MLX {versions()['mlx']}{memory}")
+    prepare_machine(compose_config(["experiment=bench"]).config.machine)
+    print(f"{mx.device_info().get('device_name')} ({backend()}), MLX {versions()['mlx']}")
     passed = True
     for name, check in CHECKS.items():
         try:

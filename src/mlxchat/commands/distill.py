@@ -56,7 +56,6 @@ def distill(parser: Parser) -> None:
     add("--price", type=_prices, metavar="IN,OUT", help="prices per million input and output tokens")
     add("--max-cost", type=amount, metavar="C", help="stop before the cost of this command exceeds C")
     add("--dry-run", action="store_true", help="estimate requests, tokens and cost; send nothing")
-    parser.set_defaults(main=_distill)
 
 
 def _distill(options: Namespace) -> int:
@@ -106,10 +105,8 @@ def _distill(options: Namespace) -> int:
 def _address(text: str) -> str:
     """Return an endpoint's address; the `type` of --teacher."""
     parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ArgumentTypeError(f'is "{visible(text)}", expected an address such as http://localhost:8000/v1')
-    if parts.username or parts.password:
-        raise ArgumentTypeError(f"holds a password. Pass the key in the environment: {_KEY}")
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.password:
+        raise ArgumentTypeError(f"expected an address such as http://localhost:8000/v1; the key is read from {_KEY}")
     return text
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 from textwrap import indent
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from mlxchat.commands.arguments import Parser, positive
 from mlxchat.commands.output import draw_tree, print_json, show_value, when
 from mlxchat.config.table import aligned
 from mlxchat.config.wording import format_bytes, format_count, format_number, format_seconds, plural
-from mlxchat.errors import ConfigError, MlxchatError, StoreError, suggest, visible
+from mlxchat.errors import StoreError, visible
 from mlxchat.store.catalog import Summary, read_catalog
 from mlxchat.store.files import Records, list_folder
 from mlxchat.store.manifest import MANIFEST, SHARED_KIND, Manifest, read_manifest
@@ -31,7 +30,6 @@ def status(parser: Parser) -> None:
     parser.take_names("[RUN]", least=0)
     parser.add_json()
     parser.add_argument("--cancel", action="store_true", help="end all jobs in queues and on clusters; they save first")
-    parser.set_defaults(main=_status)
 
 
 def _status(options: Namespace) -> int:
@@ -128,7 +126,7 @@ def _describe_done(step: str, place: Path) -> Row:
 
 def _cells_of_step(row: Row) -> list[str]:
     if row.get("damaged"):
-        return [row["step"], row["artifact"], "-", "-", "damaged: see mlxchat verify"]
+        return [row["step"], row["artifact"], "damaged: see mlxchat verify"]
     size, seconds = format_bytes(row["bytes"]), format_seconds(row["seconds"] or 0)
     return [row["step"], row["artifact"], size, seconds, when(row["published"])]
 
@@ -136,9 +134,7 @@ def _cells_of_step(row: Row) -> list[str]:
 def ls(parser: Parser) -> None:
     """Declare `mlxchat ls`."""
     parser.take_names("[STAGE|STEP|RUN…]", least=0, most=None)
-    parser.add_argument("--sort", metavar="METRIC", help="only artifacts with this metric, best first")
     parser.add_json("one JSON array for programs")
-    parser.set_defaults(main=_ls)
 
 
 def _ls(options: Namespace) -> int:
@@ -146,20 +142,18 @@ def _ls(options: Namespace) -> int:
     store, wanted = Store(options.outputs), options.names
     found = read_catalog(store)
     known = {str(summary.get(key)) for summary in found for key in ("stage", "step") if summary.get(key)}
-    of_runs = {name for each in wanted if each not in known for name in _folders_of_run(store, each, known)}
+    of_runs = {place.name for each in wanted if each not in known for place in find_all(store, each)}
     shown = [
         summary
         for summary in found
         if not wanted or {summary.get("stage"), summary.get("step")} & {*wanted} or summary["folder"] in of_runs
     ]
-    if options.sort:
-        shown = _best_first(shown, options.sort)
     if options.json:
         print_json(shown)
         return 0
     encoded = [summary for summary in shown if summary.get("kind") == SHARED_KIND and SHARED_KIND not in wanted]
     if listed := [summary for summary in shown if summary not in encoded]:
-        print(aligned([_row_of(summary, options.sort) for summary in listed], right=(3, 4)))
+        print(aligned([_row_of(summary) for summary in listed], right=(3, 4)))
     if encoded:
         size = format_bytes(sum(summary["bytes"] for summary in encoded))
         print(f"and {plural(len(encoded), 'folder')} of encoded text, {SHARED_KIND}-* ({size})")
@@ -168,33 +162,10 @@ def _ls(options: Namespace) -> int:
     return 0
 
 
-def _folders_of_run(store: Store, name: str, known: set[str]) -> set[str]:
-    """Return the folders of a run's artifacts."""
-    with suppress(StoreError):
-        if isinstance(meant := meaning(store, name), Run):
-            return {place.name for place in links(store, meant.name).values()}
-    raise ConfigError(f'"{name}" is not a stage, step or run: {", ".join(sorted(known))}.{suggest(name, known)}')
-
-
-def _best_first(summaries: list[Summary], metric: str) -> list[Summary]:
-    """Return the artifacts with a metric, best first as their stage declares; names may be STEP.METRIC."""
-    from mlxchat.runner.stage import best_of  # slow to import
-
-    step, _, name = metric.rpartition(".")
-    having = [one for one in summaries if name in (one.get("metrics") or {}) and step in ("", one["step"])]
-    if not having:
-        known = sorted({key for one in summaries for key in one.get("metrics") or {}})
-        raise ConfigError(f'--sort: no artifact has "{metric}": {", ".join(known)}.{suggest(name, known)}')
-    is_maximised = best_of(having[0]["stage"], name) is max
-    return sorted(having, key=lambda one: float(one["metrics"][name]), reverse=is_maximised)
-
-
-def _row_of(summary: Summary, metric: str | None) -> list[str]:
+def _row_of(summary: Summary) -> list[str]:
     if "damaged" in summary:
         return ["damaged         ", summary["folder"], "-", "-", "-", "its manifest cannot be read: see mlxchat verify"]
-    name = metric and metric.rpartition(".")[2]
-    shown = {name: summary["metrics"][name]} if name else dict(list(summary["metrics"].items())[:3])
-    numbers = [f"{key} {format_number(value)}" for key, value in shown.items()]
+    numbers = [f"{key} {format_number(value)}" for key, value in list(summary["metrics"].items())[:3]]
     size, seconds = format_bytes(summary["bytes"]), format_seconds(summary["seconds"] or 0)
     return [when(summary["published"]), summary["folder"], str(summary["step"]), size, seconds, "  ".join(numbers)]
 
@@ -213,7 +184,6 @@ def show(parser: Parser) -> None:
     parser.add_argument("--iteration", type=int, metavar="N", help="for RL: only answers of this iteration")
     parser.add_argument("--samples", action="store_true", help="what a training wrote on its prompts, also during it")
     parser.add_json("the manifest, unchanged; with --samples a list of them")
-    parser.set_defaults(main=_show)
 
 
 def _show(options: Namespace) -> int:
@@ -289,7 +259,6 @@ def lineage(parser: Parser) -> None:
     """Declare `mlxchat lineage`."""
     parser.take_names("ID")
     parser.add_json()
-    parser.set_defaults(main=_lineage)
 
 
 def _lineage(options: Namespace) -> int:
@@ -319,10 +288,9 @@ def _draw_lineage(tree: Node, below: str) -> str:
 
     def label(node: Node) -> str:
         role = f"{node['role']}: " if node["role"] else ""
-        step = f"  [{node['step']}]" if node["step"] else ""
         note = "" if node["here"] else "  (no longer in the store)"
         again = "  (see above)" if node["rid"] in seen and node[below] else ""
-        return visible(f"{role}{node['artifact']}{step}{note}{again}")
+        return visible(f"{role}{node['artifact']}  [{node['step']}]{note}{again}")
 
     def children(node: Node) -> list[Node]:
         if node["rid"] in seen:
@@ -337,7 +305,6 @@ def diff(parser: Parser) -> None:
     """Declare `mlxchat diff`."""
     parser.take_names("A B", least=2, most=2, about="A, B: two artifacts, or two runs")
     parser.add_json()
-    parser.set_defaults(main=_diff)
 
 
 def _diff(options: Namespace) -> int:
@@ -389,12 +356,11 @@ def verify(parser: Parser) -> None:
     """Declare `mlxchat verify`."""
     parser.take_names("[ID…]", least=0, most=None)
     parser.add_json()
-    parser.set_defaults(main=_verify)
 
 
 def _verify(options: Namespace) -> int:
     """Verify all or the named artifacts; return 1 if something differs."""
-    from mlxchat.store.catalog import check_contents, find_absent, makers, remedy
+    from mlxchat.store.catalog import check_contents, find_absent
 
     names, store = options.names, Store(options.outputs)
     every = [store.outputs / "store" / name for name in list_folder(store.outputs / "store")]
@@ -405,7 +371,7 @@ def _verify(options: Namespace) -> int:
     for place in places:
         if found := list(check_contents(place)):
             faults[place.name] = found
-        elif found := [*find_absent(store, place), *_faults_below(place)]:
+        elif found := list(find_absent(store, place)):
             absent[place.name] = found
         if found and not options.json:
             print("\n".join(visible(f"{place.name}  {fault}") for fault in found), flush=True)
@@ -418,29 +384,8 @@ def _verify(options: Namespace) -> int:
         return 0
     hashed = f"{plural(len(places), 'artifact')} hashed ({format_bytes(size)})"
     print(f"{hashed}: {len(faults)} differ, {len(absent)} lack inputs")
-    if faults:
-        print(visible(remedy(_manifests(store, faults))))
-    if absent:
-        print(visible(f"keep those that lack inputs, and run again: {makers(_manifests(store, absent))}"))
+    if faults or absent:
+        print(
+            "remove the folders that differ, and run the commands that made them or the inputs again (mlxchat show ID)"
+        )
     return int(bool(faults or absent))
-
-
-def _manifests(store: Store, names: Iterable[str]) -> list[Manifest]:
-    """Return the manifests of readable artifacts."""
-    found = []
-    for name in names:
-        with suppress(StoreError):
-            found.append(read_manifest(store.outputs / "store" / name))
-    return found
-
-
-def _faults_below(place: Path) -> list[str]:
-    """Return why intact adapters cannot be used: a problem of their base model."""
-    from mlxchat.store.bases import find_chain, is_adapter
-
-    try:
-        if is_adapter(place):
-            find_chain(place)
-    except MlxchatError as error:
-        return [str(error)]
-    return []

@@ -39,7 +39,6 @@ Finding = tuple[str, str, str]
 def doctor(parser: Parser) -> None:
     """Declare `mlxchat doctor`."""
     parser.add_argument("--gpu", action="store_true", help="compare training and products on this device with the CPU")
-    parser.set_defaults(main=_doctor)
 
 
 def _doctor(options: Namespace) -> int:
@@ -60,8 +59,9 @@ def _installation() -> Iterator[Finding]:
     names = {str(each.name).lower().replace("_", "-") for each in importlib.metadata.distributions()}
     backends = [name for name in _BACKENDS if name in names]
     if len(backends) > 1:
-        remedy = f"pip uninstall {' '.join(backends)}, then make setup (DEVICE=cuda13 for NVIDIA)"
-        told = f"{' and '.join(backends)} are installed together and overwrite each other's library: {remedy}"
+        told = (
+            f"{' and '.join(backends)} overwrite each other's library: pip uninstall {' '.join(backends)}, make setup"
+        )
         yield ("wrong", "backend", told)
     elif sys.platform == "linux" and not backends:
         told = "MLX has no backend: pip install 'mlx[cpu]', or, for NVIDIA, make setup DEVICE=cuda13"
@@ -142,7 +142,6 @@ _BENCH_SETTINGS = """
   architecture=NAME    with the optimizer of the same snapshot, unless optimizer= says otherwise
   experiment=NAME      its model, architecture, optimizer, vocabulary and rows: quickstart is what plain mlxchat trains
 """
-_BESIDE_MODEL = ("bench.", "machine", "outputs=", "seed=")
 
 
 def bench(parser: Parser) -> None:
@@ -155,7 +154,6 @@ def bench(parser: Parser) -> None:
         "What was measured is kept in outputs/bench, if there is an outputs folder. Progress goes to stderr."
     )
     parser.add_json("print one JSON object instead of tables")
-    parser.set_defaults(main=_bench)
 
 
 def _bench(options: Namespace) -> int:
@@ -166,12 +164,13 @@ def _bench(options: Namespace) -> int:
     if kind != "generate" and names:
         raise ConfigError(f"bench {kind} takes no model: expected mlxchat bench {kind} [SETTINGS]")
     overrides, config_dirs, primary = split_options(options.settings)
-    if names and (unused := [each for each in overrides if not each.lstrip("+").startswith(_BESIDE_MODEL)]):
-        raise ConfigError(f"{', '.join(unused)}: no effect on {names[0]}, whose sizes are given. Leave it out")
     config = compose_config(_with_defaults(overrides), config_dirs, primary).config
     module, function, _ = KINDS[kind]
     measuring = import_module(f"mlxchat.bench.{module}")
-    model = [_model(names[0], Path(config.outputs))] if names else []
+    model: list[Path] = []
+    if names:
+        model = [find_model(Store(Path(config.outputs)), names[0]).place]
+        check_model(model[0])
     record: dict[str, Any] = getattr(measuring, function)(config, *model)
     _keep(kind, record, [*names, *options.settings], Path(config.outputs))
     if options.json:
@@ -179,13 +178,6 @@ def _bench(options: Namespace) -> int:
     else:
         measuring.print_tables(record)
     return 0
-
-
-def _model(name: str, outputs: Path) -> Path:
-    """Return the model with this name."""
-    place = find_model(Store(outputs), name).place
-    check_model(place)
-    return place
 
 
 def _keep(kind: str, record: dict[str, Any], settings: list[str], outputs: Path) -> None:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
 import sys
-import tempfile
 from argparse import Namespace
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,22 +39,22 @@ FORMATS = tuple(_READERS)
 def export(parser: Parser) -> None:
     """Declare `mlxchat export`."""
     formats = aligned([[f"  {form}", reader] for form, reader in _READERS.items()])
-    parser.take_names("ID --to FORMAT PATH", most=2, about=f"FORMAT:\n{formats}")
+    parser.take_names("ID PATH --to FORMAT", least=2, most=2, about=f"FORMAT:\n{formats}")
     parser.description = "Write a model to PATH in another tool's format, with a model card."
     parser.add_argument("--to", required=True, choices=FORMATS, metavar="FORMAT", help=", ".join(FORMATS))
     parser.add_argument("--bits", type=int, choices=(8, 4), help="quantise to this many bits (--to mlx)")
     types = ("float32", "bfloat16", "f32", "f16", "bf16", "q8_0")
     parser.add_argument("--dtype", choices=types, help="float32, bfloat16: of other weights (hf, mlx); others: gguf")
-    parser.add_argument("--hub", metavar="REPO", help="upload it to this repository of the Hub; PATH is then optional")
+    parser.add_argument("--hub", metavar="REPO", help="also upload it to this repository of the Hub")
     parser.add_argument("--public", action="store_true", help="with --hub: make the repository public")
     parser.add_argument("--license", metavar="ID", help="licence of the weights for the card: mit, apache-2.0, …")
     parser.add_argument("--force", action="store_true", help="replace what is at PATH")
-    parser.set_defaults(main=_export)
 
 
 def _export(options: Namespace) -> int:
-    """Write a model in another tool's format to a folder, the Hub or both."""
-    _check_export(options)
+    """Write a model in another tool's format to a folder, and upload it."""
+    if options.public and not options.hub:
+        raise ConfigError("--public requires --hub")
     from mlxchat.hub.places import check_repository, push_folder
     from mlxchat.interop import exporting
     from mlxchat.store.files import check_free, whole_folder
@@ -65,38 +62,24 @@ def _export(options: Namespace) -> int:
     store, target, force = Store(options.outputs), options.to, options.force
     place = find_model(store, options.names[0]).place
     token = check_repository(options.hub, public=options.public) if options.hub else ""
-    path = Path(options.names[1]) if len(options.names) > 1 else None
-    if path is not None:
-        check_free(path, force=force)
+    path = Path(options.names[1])
+    check_free(path, force=force)
     checkpoint = exporting.open_checkpoint(place)
     exporting.check_export(checkpoint, target, bits=options.bits, dtype=options.dtype)
     check_model(place)
     if target != "mlx":  # whose folders carry the model's own code
         exporting.check_computation(checkpoint)
-    with ExitStack() as opened:
-        to = path
-        if to is None:
-            to = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="mlxchat-export-"))) / place.name
-        with whole_folder(to, force=force) as out:
-            notes = _write(store, place, checkpoint, out, options)
-        size = format_bytes(sum(file.stat().st_size for file in to.rglob("*") if file.is_file()))
-        print(f"exported {place.name}{f' to {to}' if path else ''} for {_READERS[target]} ({size})")
-        for note in notes:
-            print(f"  {visible(note)}")
-        if options.hub:
-            message = f"{place.name} from mlxchat ({target}), artifact {read_manifest(place)['rid']}"
-            address = push_folder(to, options.hub, token, message=message, public=options.public)
-            print(f"pushed to {options.hub}, {'public' if options.public else 'private'}: {visible(address)}")
+    with whole_folder(path, force=force) as out:
+        notes = _write(store, place, checkpoint, out, options)
+    size = format_bytes(sum(file.stat().st_size for file in path.rglob("*") if file.is_file()))
+    print(f"exported {place.name} to {path} for {_READERS[target]} ({size})")
+    for note in notes:
+        print(f"  {visible(note)}")
+    if options.hub:
+        message = f"{place.name} from mlxchat ({target}), artifact {read_manifest(place)['rid']}"
+        address = push_folder(path, options.hub, token, message=message, public=options.public)
+        print(f"pushed to {options.hub}, {'public' if options.public else 'private'}: {visible(address)}")
     return 0
-
-
-def _check_export(options: Namespace) -> None:
-    """Check the options of an export."""
-    rest = options.names[1:]
-    if not rest and not options.hub:
-        raise ConfigError(f"expected mlxchat export ID --to {options.to} PATH, or --hub ORGANISATION/NAME")
-    if options.public and not options.hub:
-        raise ConfigError("--public requires --hub")
 
 
 def _write(store: Store, place: Path, checkpoint: Checkpoint, out: Path, options: Namespace) -> list[str]:
@@ -186,7 +169,6 @@ def import_model(parser: Parser) -> None:
     add("--step", type=int, help="nanochat: training step of the checkpoint (default: the last)")
     add("--base", metavar="ID", help="adapter: the mlxchat model that they were trained on")
     add("--forget", metavar="IMPORT", help="remove the name import:IMPORT; gc may then remove the artifact")
-    parser.set_defaults(main=_import_model)
 
 
 def _import_model(options: Namespace) -> int:
@@ -286,14 +268,11 @@ def chat(parser: Parser) -> None:
     add("--max-tokens", type=positive, default=128, help="longest answer in tokens (default: 128)")
     add("--seed", type=int, default=0)
     add("--bits", type=int, choices=(8, 4), help=_BITS_HELP)
-    parser.set_defaults(main=_chat)
 
 
 def _chat(options: Namespace) -> int:
     """Answer one question with -p, or chat until /quit."""
     name = next(iter(options.names), None)
-    if name and " " in name:
-        raise ConfigError(f'"{name}" is not a model. To ask a question: mlxchat chat -p {shlex.quote(name)}')
     settings = {key: getattr(options, key) for key in ("temperature", "max_tokens", "seed", "system")}
     settings["top_k"] = options.top_k or None
     if name and name.startswith(_THIRD_PARTY):
@@ -348,7 +327,6 @@ def serve(parser: Parser) -> None:
         kind = count if name in ("max-queue", "kept-tokens") else positive
         add(f"--{name}", type=kind, metavar="N", help=meaning)
     add("--bits", type=int, choices=(8, 4), help=_BITS_HELP)
-    parser.set_defaults(main=_serve)
 
 
 def _serve(options: Namespace) -> int:

@@ -37,7 +37,6 @@ def plan(parser: Parser) -> None:
     parser.add_argument(
         "--graph", choices=("ascii", "mermaid"), help="draw the pipeline with each step's state instead"
     )
-    parser.set_defaults(main=_plan)
 
 
 def _plan(options: Namespace) -> int:

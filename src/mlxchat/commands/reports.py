@@ -6,7 +6,7 @@ import csv
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +43,6 @@ def compare(parser: Parser) -> None:
         help="csv and json: all metrics; tsv: autoresearch's journal of a --baseline",
     )  # fmt: skip
     _add_baseline(parser)
-    parser.set_defaults(main=_compare)
 
 
 def _add_baseline(parser: Parser) -> None:
@@ -106,10 +105,14 @@ def _print_verdicts(options: Namespace) -> None:
     if options.format == "json":
         print_json(describe_verdicts(verdicts, options.metric))
     elif options.format in ("csv", "tsv"):
-        writer = csv.writer(sys.stdout, delimiter="\t" if options.format == "tsv" else ",", lineterminator="\n")
-        writer.writerows([visible(cell) for cell in row] for row in journal(verdicts))
+        _print_csv(journal(verdicts), "\t" if options.format == "tsv" else ",")
     else:
         print(table_of_verdicts(verdicts, options.metric).text())
+
+
+def _print_csv(rows: Iterable[Iterable[Any]], delimiter: str = ",") -> None:
+    writer = csv.writer(sys.stdout, delimiter=delimiter, lineterminator="\n")
+    writer.writerows([visible(cell) if isinstance(cell, str) else cell for cell in row] for row in rows)
 
 
 def _errors_of(store: Store, scores: dict[str, str]) -> dict[str, float]:
@@ -131,10 +134,7 @@ def _print(runs: Runs, form: str, errors: dict[str, dict[str, float]]) -> None:
         print_json(runs.rows)
         return
     if form == "csv":
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        for row in (dict(zip(names, names, strict=True)), *runs.rows):
-            values = [row.get(name) for name in names]
-            writer.writerow([visible(value) if isinstance(value, str) else value for value in values])
+        _print_csv([names, *([row.get(name) for name in names] for row in runs.rows)])
         return
     heads = [str(row["name"]) for row in runs.rows]
     short = [called(head) for head in heads]
@@ -163,7 +163,6 @@ def report(parser: Parser) -> None:
     add("--cost-per-hour", type=amount, metavar="DOLLARS", help="cost of this machine")
     add("--open", action="store_true", help="open it in a browser")
     _add_baseline(parser)
-    parser.set_defaults(main=_report)
 
 
 def _report(options: Namespace) -> int:

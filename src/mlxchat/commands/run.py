@@ -33,7 +33,6 @@ def run(parser: Parser) -> None:
     add("--resolve", action="store_true", help="with --cfg: resolve references")
     add("--info", "-i", nargs="?", const="all", metavar="TOPIC", help=f"Hydra's information: {', '.join(_TOPICS)}")
     add("--version", "-V", action="version", version=f"mlxchat {__version__}", help="print the version")
-    parser.set_defaults(main=_run)
 
 
 def _run(options: Namespace) -> int:
@@ -80,8 +79,7 @@ def _no_verb(word: str, others: list[str]) -> ConfigError:
             meant = " ".join([f"{group}={word}", *others])
             return ConfigError(f'there is no verb "{word}". For the {group}: mlxchat {meant}')
     verbs = [verb for verb in VERBS if " " not in verb]
-    known_verbs = f"{', '.join(verbs)}.{suggest(word, verbs)}"
-    return ConfigError(f'there is no verb "{word}": {known_verbs} Settings are written key=value.')
+    return ConfigError(f'there is no verb "{word}": {", ".join(verbs)}.{suggest(word, verbs)}')
 
 
 def _run_with_hydra(options: Namespace) -> None:

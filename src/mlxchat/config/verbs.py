@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-# Verb → (module:function of mlxchat.commands that declares the verb's parser, description).
+# Verb → (module:function of mlxchat.commands that declares the verb's parser, description); _function is the verb.
 VERBS = {
     "run": ("run:run", "run the pipeline, or what `stage=` selects; this is what plain `mlxchat` does"),
     "plan": ("plan:plan", "show what would run, and why (--graph draws the pipeline)"),
