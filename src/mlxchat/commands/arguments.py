@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
+from mlxchat.config.replaced import find_replacement
 from mlxchat.config.verbs import VERBS
 from mlxchat.config.wording import plural
 from mlxchat.errors import ConfigError, suggest
@@ -109,7 +110,8 @@ class Parser(argparse.ArgumentParser):
         names = options.names = [word for word in options.words if not is_setting(word)]
         options.settings = [word for word in options.words if is_setting(word)]
         if self.first and names and names[0] not in self.first:
-            got = f'"{names[0]}".{suggest(names[0], self.first)}'
+            gone = find_replacement(f"{self.prog} {names[0]}".removeprefix("mlxchat "))
+            got = f'"{names[0]}".{gone or suggest(names[0], self.first)}'
             raise ConfigError(f"expected {self.prog} {'|'.join(self.first)}, got {got} {self.hint or see}")
         if names and self.most == 0:
             raise ConfigError(f'"{names[0]}" is not a setting: expected key=value. {see}')

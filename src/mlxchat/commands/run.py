@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mlxchat import __version__
 from mlxchat.commands.arguments import Parser
+from mlxchat.config.replaced import find_replacement
 from mlxchat.config.verbs import VERBS
 from mlxchat.errors import ConfigError, suggest
 
@@ -78,6 +79,8 @@ def _no_verb(word: str, others: list[str]) -> ConfigError:
         if word in known:
             meant = " ".join([f"{group}={word}", *others])
             return ConfigError(f'there is no verb "{word}". For the {group}: mlxchat {meant}')
+    if gone := find_replacement(word):
+        return ConfigError(f'there is no verb "{word}".{gone}')
     verbs = [verb for verb in VERBS if " " not in verb]
     return ConfigError(f'there is no verb "{word}": {", ".join(verbs)}.{suggest(word, verbs)}')
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlxchat.composition.overrides import Groups, known_keys, no_option
+from mlxchat.config.replaced import find_replacement
 from mlxchat.errors import suggest
 
 _IN_FILE = re.compile(r"In '(.+?)': ")
@@ -43,7 +44,7 @@ def explain(error: Exception, folders: Sequence[Path], groups: Groups, schema: t
     if key and files and "Key '" in text:
         if key[1].partition(".")[0] == files[0].parent.name and "@package" not in files[0].read_text("utf-8"):
             return f'{where}the first line must be "# @package _global_"; without it all keys are below "{key[1]}"'
-        return f'{where}there is no "{key[1]}" to set.{suggest(key[1], known_keys(schema))}'
+        return f'{where}there is no "{key[1]}" to set.{find_replacement(key[1]) or suggest(key[1], known_keys(schema))}'
     if files:
         detail = next((line for line in text.splitlines()[1:] if line.strip()), text)
         return f"{where}{key[1]}: {detail}" if key else f"{where}{detail}"

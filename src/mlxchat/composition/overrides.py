@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
+from mlxchat.config.replaced import find_replacement
 from mlxchat.config.schema import MODELS, Config
 from mlxchat.errors import ConfigError, suggest
 
@@ -82,7 +83,9 @@ def find_mistakes(overrides: Iterable[str], groups: Groups, schema: type) -> Ite
     """
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
-        if key in groups and value.isdigit():  # Hydra's error does not name the group
+        if gone := find_replacement(key):
+            yield f'there is no "{key}".{gone}'
+        elif key in groups and value.isdigit():  # Hydra's error does not name the group
             yield no_option(key, value, groups)
         elif "." not in key or key.startswith("hydra.") or key.partition("@")[0] in groups:
             continue
