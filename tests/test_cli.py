@@ -10,7 +10,7 @@ from mlxchat.cli import main
 from mlxchat.commands.arguments import parser_of
 from mlxchat.composition.compose import group_names, group_options
 from mlxchat.config.verbs import VERBS
-from mlxchat.errors import ConfigError, DataError, Interrupted, StepFailed
+from mlxchat.errors import ConfigError, Interrupted, StepFailed
 from mlxchat.store.files import Records
 from mlxchat.store.manifest import read_manifest
 
@@ -59,7 +59,6 @@ def test_every_verb_has_help_and_refuses_unused_arguments(say):
     ("words", "told"),
     [
         ("ls --jsn", 'unrecognized arguments: --jsn. Did you mean "--json"? See: mlxchat ls --help'),
-        ("--multirn seed=1,2", 'Did you mean "--multirun"?'),
         ("data fetc", 'Did you mean "fetch"?'),
         ("seed=1 paln", 'Did you mean "plan"?'),
     ],
@@ -153,11 +152,8 @@ def test_default_verb_is_run(finished, tiny):
     ("error", "code", "told"),
     [
         (ConfigError("one\ntwo"), 2, "error: one\n       two\n"),
-        (DataError("x"), 2, "error: x\n"),
         (StepFailed("x"), 1, "error: x\n"),
         (Interrupted("pretrain stopped: saved at 82.", 2), 130, "pretrain stopped: saved at 82.\n"),
-        (Interrupted("x", 15), 143, "x\n"),
-        (KeyboardInterrupt(), 130, None),
     ],
     ids=repr,
 )
@@ -168,7 +164,4 @@ def test_exit_code_and_message_depend_on_the_error(error, code, told, monkeypatc
     monkeypatch.setattr("mlxchat.commands.inspect._status", fail)
     with pytest.raises(SystemExit) as caught:
         main(["status"])
-    said = capsys.readouterr().err
-    assert caught.value.code == code
-    assert "Traceback" not in said
-    assert told in (None, said)
+    assert (caught.value.code, capsys.readouterr().err) == (code, told)

@@ -46,14 +46,11 @@ def test_tasks_are_counted_and_trained_text_is_between_marks(show):
     ) in printed
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["mixture=my_mixture", "--task", "mines"], 'there is no "mines" in mixture my_mixture: .*Did you mean "mine"'),
-        (["stage=corpus"], 'stage is "corpus", expected one of midtrain, sft, preference, rl, eval'),
-        (["stage=rl", "mixture=my_mixture"], "mixture= is for midtrain and sft"),
-    ],
-)
-def test_wrong_arguments_are_refused(arguments, expected, show):
-    with pytest.raises(ConfigError, match=expected):
-        show(*arguments)
+def test_wrong_arguments_are_refused(show):
+    for arguments, expected in (
+        ("mixture=my_mixture --task mines", 'there is no "mines" in mixture my_mixture: .*Did you mean "mine"'),
+        ("stage=corpus", 'stage is "corpus", expected one of midtrain, sft, preference, rl, eval'),
+        ("stage=rl mixture=my_mixture", "mixture= is for midtrain and sft"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            show(*arguments.split())

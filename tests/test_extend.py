@@ -41,11 +41,6 @@ def test_all_forms_of_a_name_extend_the_same(plan, pretrain):
     assert plan("pretrain.save_training_state=false").key == plan().key
 
 
-def test_shorter_extension_is_refused(plan):
-    with pytest.raises(MlxchatError, match="already has 4 iterations: give pretrain"):
-        plan("pretrain.extend=pretrain", "pretrain.num_iterations=4")
-
-
 def test_incompatible_settings_are_reported_together(plan):
     with pytest.raises(MlxchatError) as caught:
         plan(

@@ -65,17 +65,14 @@ def test_own_stages_run_are_cached_and_rerun_by_their_changes(example, say):
     assert plan()["download"].reason == "external data changed"
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
+def test_own_settings_are_checked(example):
+    for override, message in (
         ("count.mots=3", r'there is no "count.mots" to set. Did you mean "count.most"\?'),
         ("count.most=0", "count.most is 0, expected at least 1"),
         ("stages=[./my_stage]", r'stages: there is no folder ./my_stage. Did you mean "./my_stages"\?'),
-    ],
-)
-def test_own_settings_are_checked(override, message, example):
-    with pytest.raises(ConfigError, match=message):
-        plan(override)
+    ):
+        with pytest.raises(ConfigError, match=message):
+            plan(override)
 
 
 DATACLASS = "from dataclasses import dataclass\n@dataclass\n"

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -25,17 +23,6 @@ _URL = re.compile(r"[A-Za-z0-9+]+://")
 _PLAIN = re.compile(r"[./]*[A-Za-z_][A-Za-z0-9_./-]*")
 
 
-class _Formatter(argparse.HelpFormatter):
-    """Wraps long lines of descriptions; keeps indented ones."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30, width=min(118, shutil.get_terminal_size((118, 24)).columns - 2))
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        lines = (line if line[:1] in ("", " ") else textwrap.fill(line, width) for line in text.splitlines())
-        return textwrap.indent("\n".join(lines), indent)
-
-
 class Parser(argparse.ArgumentParser):
     """Parses a verb's command line; errors give one message and exit code 2.
 
@@ -47,8 +34,7 @@ class Parser(argparse.ArgumentParser):
         """Create the parser of a verb without options, names and settings."""
         purpose = VERBS[verb][1]
         super().__init__(
-            prog=f"mlxchat {verb}", description=purpose[0].upper() + purpose[1:], allow_abbrev=False,
-            formatter_class=_Formatter,
+            prog=f"mlxchat {verb}", description=purpose[0].upper() + purpose[1:], allow_abbrev=False
         )  # fmt: skip
         self.words = self.add_argument("words", nargs="*", help=argparse.SUPPRESS)
         self.composes = False
@@ -76,7 +62,7 @@ class Parser(argparse.ArgumentParser):
             about: explains the words of the form; ID and RUN are always explained.
         """
         self.form, self.least, self.most, self.first, self.hint = form, least, most, first, hint
-        self.epilog = "\n".join(filter(None, (_IDS if re.search(r"\b(ID|RUN)\b", form) else "", about)))
+        self.about = "\n".join(filter(None, (_IDS if re.search(r"\b(ID|RUN)\b", form) else "", about)))
         self.use("[outputs=PATH]")
 
     def take_settings(self) -> None:
@@ -127,7 +113,9 @@ class Parser(argparse.ArgumentParser):
     def format_help(self) -> str:
         """Return the text of --help."""
         text = super().format_help()
-        return text if self.long_help is None else self.long_help(text[text.index("options:") :])
+        if self.long_help is not None:
+            return self.long_help(text[text.index("options:") :])
+        return f"{text}\n{self.about}\n" if self.about else text
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """Exit after --help; detect a closed pipe here instead of at interpreter exit."""

@@ -93,7 +93,7 @@ def _named(form: str, store: Store, prefix: str) -> list[str]:
     """Return artifacts, runs, stages or files, as the metavar of an option or the form of a verb's names says."""
     kinds = set(re.findall(r"[A-Z]+", form))
     found: list[str] = []
-    if kinds & {"ID", "RUN", "A", "PIN", "IMPORT"}:
+    if kinds & {"ID", "MODEL", "RUN", "A", "PIN", "IMPORT"}:
         found += [name for group in (latest(store), PINS, IMPORTS) for name in links(store, group)]
         if prefix:
             group = prefix.rpartition("/")[0]

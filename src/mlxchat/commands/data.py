@@ -88,7 +88,7 @@ def show(parser: Parser) -> None:
     """Declare `mlxchat data show`."""
     parser.take_settings()
     parser.use("mixture=NAME|suite=NAME|stage=midtrain|sft|preference|rl|eval [SETTINGS]")
-    parser.epilog = _EXAMPLES
+    parser.about = _EXAMPLES
     parser.description = (
         "Show conversations as a model is trained on them or asked them (default: stage=sft). "
         f"What is trained on stands between {' '.join(_MARKS)}."

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from argparse import ArgumentTypeError, Namespace
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
 _KEY = "MLXCHAT_TEACHER_API_KEY"
 _FIND_SECONDS, _ANSWER_SECONDS = 30.0, 300.0
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _ABOUT = f"""QUESTIONS: a .txt file (a question a line), a .jsonl file of question, prompt or messages, a task such as
 gsm8k, or a line of a mixture such as '{{task: mmlu, split: auxiliary_train, stop: 500}}'
 
@@ -80,21 +78,18 @@ def _distill(options: Namespace) -> int:
     }  # fmt: skip
     body = {name: value for name, value in body.items() if value is not None}
     limits = [body[name] for name in ("max_tokens", "max_completion_tokens") if name in body]
-    is_limited = bool(limits) and all(type(limit) is int and limit > 0 for limit in limits)
-    if options.max_cost is not None and (options.price is None or not is_limited):
+    if options.max_cost is not None and (options.price is None or not limits):
         raise ConfigError("--max-cost needs --price IN,OUT, and a limit of answer tokens (--body removes max_tokens)")
     questions, about = _questions(options.names[0], options.limit)
     if options.only_correct and (unknown := [each.name for each in questions if each.judge is None]):
         raise ConfigError(f"--only-correct: {len(unknown)} questions have no answer to compare with ({unknown[0]}, …)")
     base = options.teacher.removesuffix("/").removesuffix("/chat/completions").rstrip("/")
     key = os.environ.get(_KEY, "").strip() or None
-    if key is not None and urlsplit(base).scheme == "http" and urlsplit(base).hostname not in _LOOPBACK:
-        print("note: the key and all texts travel unencrypted to another machine (http)", file=sys.stderr)
     order = Order(
         teacher=base, key=key, model=options.model or asyncio.run(find_model(base, key, _FIND_SECONDS)),
         questions=questions, source={**about, "limit": options.limit},
         system=None if options.system is None else clean(options.system), samples=options.samples, body=body,
-        max_tokens=max(limits) if is_limited else options.max_tokens, concurrency=options.concurrency,
+        max_tokens=max(limits, default=options.max_tokens), concurrency=options.concurrency,
         timeout_seconds=_ANSWER_SECONDS, prices=Prices(*(options.price or ())), max_cost=options.max_cost,
         only_correct=options.only_correct, conversations=options.conversations,
         out=options.out, cache=cache_folder() / "distill",

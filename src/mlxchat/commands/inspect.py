@@ -385,7 +385,5 @@ def _verify(options: Namespace) -> int:
     hashed = f"{plural(len(places), 'artifact')} hashed ({format_bytes(size)})"
     print(f"{hashed}: {len(faults)} differ, {len(absent)} lack inputs")
     if faults or absent:
-        print(
-            "remove the folders that differ, and run the commands that made them or the inputs again (mlxchat show ID)"
-        )
+        print("remove the folders that differ, and run again what made them and the inputs (mlxchat show ID)")
     return int(bool(faults or absent))

@@ -38,7 +38,7 @@ Finding = tuple[str, str, str]
 
 def doctor(parser: Parser) -> None:
     """Declare `mlxchat doctor`."""
-    parser.add_argument("--gpu", action="store_true", help="compare training and products on this device with the CPU")
+    parser.add_argument("--gpu", action="store_true", help="compare a training on this device with the CPU")
 
 
 def _doctor(options: Namespace) -> int:
@@ -135,19 +135,13 @@ KINDS = {
     "train": ("train", "measure_training", "training steps, forward pass of validation, memory, utilisation (MFU)"),
     "generate": ("generate", "measure_generation", "prompt processing and decoding, with ID or random weights"),
 }
-_BENCH_SETTINGS = """
-  bench.KEY=VALUE      batch_rows, steps; model.context_tokens, tokenizer.vocab_size
-                       generate: rows, prompt_tokens (lists), new_tokens, bits
-  model=d8             nanochat's own sizes, since experiment=bench is the default here
-  architecture=NAME    with the optimizer of the same snapshot, unless optimizer= says otherwise
-  experiment=NAME      its model, architecture, optimizer, vocabulary and rows: quickstart is what plain mlxchat trains
-"""
 
 
 def bench(parser: Parser) -> None:
     """Declare `mlxchat bench`."""
     kinds = aligned(([kind, purpose] for kind, (_, _, purpose) in KINDS.items()), indent="  ")
-    parser.take_names("KIND [ID]", most=2, first=KINDS, about=f"{kinds}\n{_BENCH_SETTINGS}")
+    settings = "Settings: bench.KEY=VALUE, experiment=NAME (default: bench, nanochat's own sizes)"
+    parser.take_names("KIND [ID]", most=2, first=KINDS, about=f"{kinds}\n{settings}")
     parser.take_settings()
     parser.description = (
         "Measure how fast this machine works, with random weights and text; bench generate also with a model, ID. "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
 from argparse import Namespace
 from functools import partial
@@ -14,9 +13,8 @@ from typing import TYPE_CHECKING
 from mlxchat.commands.arguments import Parser, amount, count, number, positive, quoted
 from mlxchat.config.table import aligned
 from mlxchat.config.wording import format_bytes
-from mlxchat.errors import ConfigError, Interrupted, MlxchatError, suggest, visible
+from mlxchat.errors import ConfigError, suggest, visible
 from mlxchat.store.catalog import check_model
-from mlxchat.store.locks import is_held
 from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import IMPORTS, describe_model, find_model, links
 from mlxchat.store.store import Store
@@ -231,14 +229,7 @@ def _import(store: Store, name: str, overrides: list[str]) -> Path:
     if known is not None and read_manifest(known)["rid"] != step.rid:
         raise ConfigError(f"import:{name} is another model ({known.name}). Give --name NAME, or first --forget {name}")
     if not step.done:
-        try:
-            run_pipeline(composed, is_verb=True)
-        except Interrupted:
-            raise
-        except MlxchatError:
-            if not is_held(store.lock(step.key)):  # by another process that makes the same
-                shutil.rmtree(store.work(step.key), ignore_errors=True)  # it has no saved state to continue from
-            raise
+        run_pipeline(composed, is_verb=True)
         store.forget()
     made = store.find_made(step.key)
     assert made is not None, "a run that ends has made it"

@@ -15,8 +15,6 @@ MISSING: Any = "???"
 """OmegaConf's mark of a value that a group in conf/ must give, here without importing OmegaConf."""
 MODELS = [f"d{depth}" for depth in range(1, 65)]
 """Options of the group `model`: nanochat's sizes at each of these depths."""
-ADAMW_GROUPS = ("embedding", "head", "value_embeddings", "residual_scalars", "input_scalars", "smear", "matrices")
-"""AdamW's parameter groups; `matrices` is used with optimizer.kind=adamw only."""
 TRACKERS = ("none", "wandb", "trackio", "tensorboard")
 EXECUTORS = ("local", "slurm", "submitit_local", "ray")
 REQUEUES = {"local": 0, "slurm": 1000, "submitit_local": 1000, "ray": 3}
@@ -120,7 +118,9 @@ class OptimizerConfig:
     For other parameters see adamw_groups."""
     adam_beta1: float = setting(MISSING, "AdamW's beta1, unless a group sets another.", at_least=0, below=1)
     adam_beta2: float = setting(MISSING, "AdamW's beta2, unless a group sets another.", at_least=0, below=1)
-    adamw_groups: dict[str, AdamWGroupConfig] = setting(MISSING, "AdamW's hyperparameters of each parameter group.")
+    adamw_groups: dict[str, AdamWGroupConfig] = MISSING
+    """AdamW's hyperparameters of each parameter group: embedding, head, value_embeddings, residual_scalars,
+    input_scalars, smear, and with kind=adamw matrices."""
     momentum: MomentumConfig = setting(MomentumConfig, "Muon's momentum, unless a stage's schedule sets another.")
     scaling: bool = setting(MISSING, "Derive batch, rates and weight decay from the model's size (nanochat of 2026).")
     max_weight_decay: float | None = setting(None, "Upper bound of the scaled weight decay; null: none, as nanochat.")
