@@ -64,8 +64,8 @@ def test_the_next_shard_is_encoded_in_the_background(hundred, tokenizer, tmp_pat
     asked: list[tuple[str, bool]] = []
 
     def encode(shard: Shard, is_awaited: bool, check: Callable[[], None]) -> Path:
-        asked.append((shard.stem, is_awaited))
-        folder = tmp_path / shard.stem
+        asked.append((Path(shard.name).stem, is_awaited))
+        folder = tmp_path / Path(shard.name).stem
         folder.mkdir()
         encode_shard(shard, tokenizer, folder, threads=1, check=check)
         return folder

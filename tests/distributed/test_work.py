@@ -43,6 +43,9 @@ class Questions:
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "ABCD"[index % 4]}]
         return {"messages": messages, "letters": list("ABCD")}
 
+    def explain(self, conversation: dict[str, Any], response: str) -> tuple[bool, dict[str, Any]]:
+        return self.evaluate(conversation, response), {}
+
     def evaluate(self, conversation: dict[str, Any], response: str) -> bool:
         if self.kind == "categorical":
             return response == conversation["messages"][-1]["content"]

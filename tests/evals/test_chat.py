@@ -15,10 +15,11 @@ from mlxchat.data.conversation import render_for_completion
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Completion, Engine
 from mlxchat.errors import Interrupted
-from mlxchat.evals.chat import Answering, evaluate_task, expected_text, question_text
+from mlxchat.evals.chat import Answering, evaluate_task, question_text
 from mlxchat.evals.language_model import LanguageModel
 from mlxchat.evals.scores import CHATCORE_SETS, Measure, Score, chatcore, mean_centered_stderr
 from mlxchat.model.gpt import GPT
+from mlxchat.tasks.answers import content_text
 from mlxchat.tasks.benchmarks import GSM8K
 
 Evaluate = Callable[..., tuple[Score, list[dict[str, Any]]]]
@@ -38,6 +39,9 @@ class Questions:
         question = f"{index}:" + " the" * (index * 7 % 5)
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": self.expected[index]}]
         return {"messages": messages, "letters": self.letters}
+
+    def explain(self, conversation: dict[str, Any], response: str) -> tuple[bool, dict[str, Any]]:
+        return self.evaluate(conversation, response), {}
 
     def evaluate(self, conversation: dict[str, Any], response: str) -> bool:
         return response == conversation["messages"][-1]["content"]
@@ -213,7 +217,7 @@ def test_expected_answers_show_calls_and_results():
         {"type": "python_output", "text": "90"}, {"type": "text", "text": "90"},
     ]  # fmt: skip
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": parts}]
-    assert expected_text({"messages": messages}) == "37+53=<<37+53=90>>90"
+    assert content_text(parts) == "37+53=<<37+53=90>>90"
     messages += [{"role": "user", "content": "And?"}, {"role": "assistant", "content": "91"}]
     assert question_text({"messages": messages}) == "user: ?\n\nassistant: 37+53=<<37+53=90>>90\n\nuser: And?"
 

@@ -6,6 +6,7 @@ import tiktoken
 from mlxchat.data.bpe import train_tokenizer
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.vocabulary import SPLIT_PATTERN, Vocabulary
+from mlxchat.errors import DataError
 from mlxchat.evals import compression
 from mlxchat.evals.compression import compression_rows
 
@@ -16,8 +17,13 @@ SPLITS = {"train": ["one cat", "two cats\n"], "validation": ["naïve 你好"]}
 def rival(monkeypatch: pytest.MonkeyPatch) -> Tokenizer:
     """Make GPT-2 a small tokenizer, and GPT-4 missing."""
     made = train_tokenizer(["the harbour council voted on the new ferry " * 50], 280)
-    monkeypatch.setattr(compression, "is_packaged", lambda source: source == "gpt2")
-    monkeypatch.setattr(compression, "read_vocabulary", lambda source: Vocabulary(made.ranks, SPLIT_PATTERN))
+
+    def read(source: str) -> Vocabulary:
+        if source != "gpt2":
+            raise DataError("not installed")
+        return Vocabulary(made.ranks, SPLIT_PATTERN)
+
+    monkeypatch.setattr(compression, "read_vocabulary", read)
     return made
 
 

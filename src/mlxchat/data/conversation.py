@@ -30,13 +30,10 @@ _PARTS = {
 def render_conversation(
     tokenizer: Tokenizer, conversation: Conversation, max_tokens: int | None = 2048
 ) -> tuple[list[int], list[int]]:
-    """Return the ids of a conversation and its loss mask (1: trained on).
+    """Return the ids of a conversation and its loss mask (1: trained on), at most `max_tokens`; None: all.
 
-    Args:
-        tokenizer: of the model.
-        conversation: {"messages": [{"role", "content"}]}, user and assistant alternating. An optional system message
-            in front is prepended to the first user message with an empty line.
-        max_tokens: maximum length; None: no truncation.
+    It is {"messages": [{"role", "content"}]}, user and assistant alternating. An optional system message in front is
+    prepended to the first user message with an empty line.
     """
     messages: Any = conversation.get("messages")
     if fault := find_fault(messages, least=1):
@@ -77,10 +74,7 @@ def render_for_completion(tokenizer: Tokenizer, conversation: Conversation) -> l
 def fit_turns(
     messages: Sequence[Conversation], render: Callable[[list[Conversation]], list[int]], room: int
 ) -> tuple[list[int], int]:
-    """Return the prompt of messages without as many of the oldest turns as needed, and how many were dropped.
-
-    A turn is a user message with its replies. System messages and the last turn stay, even beyond `room` tokens.
-    """
+    """Return the prompt without the oldest turns beyond `room`, and their number; system and last turn stay."""
     turns: list[int | None] = []
     turn = -1
     for message in messages:
@@ -95,10 +89,7 @@ def fit_turns(
 
 
 def parse_answer(tokenizer: Tokenizer, ids: Sequence[int]) -> Content | None:
-    """Return the content of an answer whose tokens are `ids`, without the one that ends it.
-
-    None: no content has these tokens, such as those of a call that is not closed, or it is empty.
-    """
+    """Return the content of an answer's tokens, without its end token; None: it is empty, or a call is not closed."""
     special = tokenizer.special_ids
     kinds = {special[start]: (kind, special[end]) for kind, (start, end, _) in _PARTS.items() if start and end}
     parts: list[dict[str, str]] = []

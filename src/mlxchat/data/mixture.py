@@ -55,15 +55,10 @@ class Mixture:
         self._tasks = [load(item) for item in ordered.values()]
         self._names = list(ordered)
         self._sizes = [len(task) for task in self._tasks]
-        empty = [name for name, size in zip(ordered, self._sizes, strict=True) if not size]
-        if empty:
-            raise ConfigError(
-                f"no conversation of {', '.join(empty)} is left: start is beyond the last one of the split"
-            )
+        if empty := [name for name, size in zip(ordered, self._sizes, strict=True) if not size]:
+            raise ConfigError(f"no conversation of {', '.join(empty)} is left: start is beyond the split's last one")
         self._counts = _count(list(ordered.values()), self._sizes)
         self._ends = list(accumulate(self._counts))
-        if not self._ends or not self._ends[-1]:
-            raise ConfigError("the mixture has no conversations")
         count = self._ends[-1]
         self._order = array("Q", range(count)) if order is not None else shuffled_places(count, seed)
 

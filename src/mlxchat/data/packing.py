@@ -151,7 +151,8 @@ class RowStream:
         trained = np.zeros(self._row_tokens + 1, dtype=np.bool_)
         filled = 0
         self.placed = []
-        for address, start, stop in self._pieces(len(row)):
+        pieces = self._next_slices if self._packing == "stream" else self._best_fitting
+        for address, start, stop in pieces(len(row)):
             end = filled + stop - start
             row[filled:end] = self._source.ids(address)[start:stop]
             trained[filled:end] = self._trained(address, start, stop)
@@ -174,11 +175,8 @@ class RowStream:
             return np.arange(start, stop) > 0
         return True
 
-    def _pieces(self, space: int) -> Iterator[tuple[Any, int, int]]:
-        """Yield the pieces of the next row: address, start and stop in its ids; at most `space` ids together."""
-        return self._next_slices(space) if self._packing == "stream" else self._best_fitting(space)
-
     def _best_fitting(self, space: int) -> Iterator[tuple[Any, int, int]]:
+        """Yield the pieces of the next row: address, start and stop in its ids; at most `space` ids together."""
         row_is_begun = False
         while space:
             self._fill(row_is_begun=row_is_begun)
@@ -264,8 +262,7 @@ class RowStream:
             address = tuple(waiting) if isinstance(waiting, list) else waiting  # JSON has no tuples
             self._add(address, self._source.length(address))
         self._counted = dict(state["counted"])
-        self._used = state.get("used", 0)
-        self._rows = state.get("rows", 0)
+        self._used, self._rows = state["used"], state["rows"]
 
     def close(self) -> None:
         """End the source's background work, until the next `restore`."""
@@ -273,10 +270,7 @@ class RowStream:
 
 
 def trim_rows(ids: Ints, targets: Ints) -> tuple[Ints, Ints]:
-    """Return ids and targets (B, T) without the trailing columns that have no targets, which do not affect the loss.
-
-    Widths are multiples of 128, so that few are compiled.
-    """
+    """Return ids and targets (B, T) without trailing columns that have no targets; widths are multiples of 128."""
     used = np.flatnonzero((targets >= 0).any(axis=0))
     width = min(ids.shape[1], -(-(used[-1] + 1 if len(used) else 1) // _WIDTH_STEP) * _WIDTH_STEP)
     return ids[:, :width], targets[:, :width]

@@ -60,12 +60,8 @@ class _Reader(pickle.Unpickler):
 def read_pickle(data: bytes, *, where: str, what: str, calls: Collection[str], types: Collection[str] = ()) -> Any:
     """Return the content of a pickle; raises DataError if it is damaged or uses other names. No code of it is executed.
 
-    Args:
-        data: of any protocol.
-        where: the file, for messages.
-        what: the expected content, for messages, such as "a torch file".
-        calls: names of functions and classes, each of whose calls becomes a `Made`.
-        types: names that become text.
+    Each call of a function or class in `calls` becomes a `Made`, the names `types` text. `where` and `what` (the file
+    and its expected content) are for messages.
     """
     try:
         return _Reader(data, calls, types).load()

@@ -25,7 +25,7 @@ from typing import Any
 from mlxchat.config.pins import UNKNOWN
 from mlxchat.config.schema import CorpusConfig, EvalConfig, HubConfig
 from mlxchat.errors import ConfigError, DataError
-from mlxchat.hub import listings
+from mlxchat.hub import client, listings
 from mlxchat.hub.cache import HubFile, check_space, hub_cache, missing_bytes
 from mlxchat.store.files import read_json
 from mlxchat.store.fingerprint import hash_file
@@ -63,11 +63,6 @@ class Shard:
         content = file.sha256 or f"git:{file.git_sha1}"
         return cls(Path(file.path).name, content, None, file, column, first, stop)
 
-    @property
-    def stem(self) -> str:
-        """The name without its extension."""
-        return Path(self.name).stem
-
     def identity(self) -> dict[str, Any]:
         """Return everything that determines the documents, as plain data."""
         rows = {} if (self.first, self.stop) == (0, None) else {"rows": [self.first, self.stop]}
@@ -83,10 +78,8 @@ class Shard:
         """Return the file's path, after downloading and verifying it if necessary."""
         if self.local is not None:
             return self.local
-        from mlxchat.hub.client import fetch_files
-
         assert self.file is not None, "a shard is local or on the Hub"
-        return fetch_files([self.file], check=check)[0]
+        return client.fetch_files([self.file], check=check)[0]
 
     def count(self, check: Check = lambda: None) -> int:
         """Return the number of documents."""
@@ -114,10 +107,9 @@ class Shard:
             file = pq.ParquetFile(path)
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{path}: cannot be read ({error})") from None
-        kinds = {field.name: str(field.type) for field in file.schema_arrow}
-        if kinds.get(self.column) not in ("string", "large_string"):
-            columns = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
-            raise DataError(f'{self.name}: no column "{self.column}" of text, expected one of {columns}')
+        columns = [field.name for field in file.schema_arrow if str(field.type) in ("string", "large_string")]
+        if self.column not in columns:
+            raise DataError(f'{self.name}: no column "{self.column}" of text, expected one of {", ".join(columns)}')
         return file
 
 
@@ -158,9 +150,7 @@ class Corpus:
 
         Without a pattern for validation files, the first `validation_documents` of the first file are held out.
         """
-        from mlxchat.hub.listings import list_files
-
-        files = list_files(hub.repository, revision=hub.revision)
+        files = listings.list_files(hub.repository, revision=hub.revision)
         train, held_out = _choose(hub, files)
         if not train or (hub.validation_files and not held_out):
             names = ", ".join(file.path for file in files[:_NAMES_SHOWN])
@@ -210,8 +200,6 @@ class Corpus:
     def fetch_ahead(self, start: int, chars: float | None = None) -> None:
         """Download training files in the background, from `start` until all have `chars`; None: one file."""
         if files := self.files():
-            from mlxchat.hub import client
-
             client.fetch_ahead(files[start : start + 1] if chars is None else self.first(chars)[start:])
 
     def measure(self, check: Check = lambda: None) -> tuple[Corpus, int, int]:
@@ -317,10 +305,7 @@ def _read_text(path: Path) -> str:
 
 
 def read_texts(path: Path, column: str) -> Iterator[str]:
-    """Yield the documents of `eval.text`: lines of a .jsonl, rows of a .parquet, any other file of UTF-8 as a whole.
-
-    Of a folder all files count, in the order of their names; hidden ones do not.
-    """
+    """Yield the documents of `eval.text`, by file name: .jsonl lines, .parquet rows, any other UTF-8 file whole."""
     for file in files_of(path):
         if file.suffix in (".jsonl", ".parquet"):
             yield from read_file(file, column)
@@ -380,12 +365,10 @@ def pin_corpus(
     Downloads and checks the validation files and the first training file; others that the run will read
     (`train_chars`) follow in the background.
     """
-    from mlxchat.hub.client import fetch_files, record
-
     corpus = Corpus.listed(hub, validation_documents)
     files = corpus.files()
     looked_at = [*corpus.files("validation"), files[0]]
-    fetch_files(looked_at, check=check)
+    client.fetch_files(looked_at, check=check)
     corpus, documents, chars = corpus.measure(check)
     if not chars or corpus.train[0].count(check) < 1:
         raise DataError(f"{hub.repository}: no document in {' or '.join(file.path for file in looked_at)}")
@@ -402,4 +385,4 @@ def pin_corpus(
     digest = hashlib.sha256("".join(f"{file.etag}  {file.path}\n" for file in files).encode()).hexdigest()
     place = {"url": f"hf://{files[0].kind}s/{files[0].repository}", "revision": files[0].revision}
     listing = {**place, "sha256": digest, "bytes": numbers["train_bytes"], "files": len(files)}
-    return numbers, [listing, *map(record, looked_at)]
+    return numbers, [listing, *map(client.record, looked_at)]

@@ -104,10 +104,7 @@ Obtain = Callable[[Shard, bool, Check], Path]
 
 
 class Documents:
-    """The tokenized documents of a split in order, endless or once; the position can be saved and restored.
-
-    Each shard is encoded on demand. While it is read, a thread encodes the next one.
-    """
+    """The tokenized documents of a split in order, endless or once; a thread encodes the next shard ahead."""
 
     def __init__(self, shards: Sequence[Shard], obtain: Obtain, *, once: bool = False) -> None:
         """Start at the first document; nothing is read yet. `once`: end after the last one instead of starting over."""
@@ -221,7 +218,7 @@ def open_documents(ctx: Context, split: str, tokenizer: Any, *, once: bool = Fal
         threads = available_cores() if is_awaited else max(1, available_cores() // 4)
         return ctx.encoded(
             version=FORMAT,
-            label=shard.stem,
+            label=Path(shard.name).stem,
             identity={**shard.identity(), "tokenizer": tokenizer.digest},
             make=partial(encode_shard, shard, tokenizer, threads=threads, check=look),
             check=look,
@@ -233,10 +230,7 @@ def open_documents(ctx: Context, split: str, tokenizer: Any, *, once: bool = Fal
 def encode_shard(
     shard: Shard, tokenizer: Any, folder: Path, *, threads: int, check: Check = lambda: None
 ) -> dict[str, float]:
-    """Encode a text shard into a folder, after downloading it if necessary; return the numbers for the manifest.
-
-    `check` is called every few hundred documents and may raise to end the work.
-    """
+    """Encode a text shard into a folder, after downloading it if necessary; return the numbers for the manifest."""
 
     def encoded() -> Iterator[tuple[Array, None]]:
         texts = shard.documents(check)

@@ -140,14 +140,6 @@ def problems_of_vocabulary(source: str, vocab_size: int, pattern: str) -> list[s
     return []
 
 
-def is_packaged(source: str) -> bool:
-    """Return True if a packaged vocabulary is installed."""
-    try:
-        return _locate(source) is not None
-    except DataError:
-        return False
-
-
 def read_ranks(path: Path) -> dict[bytes, int]:
     """Return token → id of a file with lines of base64 and rank; raises DataError if it is missing or damaged."""
     try:
@@ -208,11 +200,8 @@ def _read_gpt2(file: Path) -> Vocabulary:
 
 def _read_pickled(path: Path) -> Vocabulary:
     """Return the vocabulary of nanochat's tokenizer.pkl, a pickled tiktoken encoding, without executing its code."""
-    data = path.read_bytes()
-    if data.startswith(b"version https://git-lfs"):
-        raise DataError(f"{path.name} is a Git LFS pointer. Download the file with: git lfs pull")
     calls = ("tiktoken.core.Encoding", "tiktoken.Encoding")
-    state = read_pickle(data, where=path.name, what="a tokenizer of nanochat's", calls=calls).state
+    state = read_pickle(path.read_bytes(), where=path.name, what="a tokenizer of nanochat's", calls=calls).state
     ranks = dict(state["mergeable_ranks"])
     _check_ranks(ranks, path.name)
     check_special_tokens(dict(state["special_tokens"]), len(ranks), path.name)

@@ -274,7 +274,6 @@ class KeptPasts:
     """An LRU cache of prefixes' keys and values with at most `max_tokens` together."""
 
     def __init__(self, max_tokens: int) -> None:
-        """Start empty."""
         self.max_tokens = max_tokens
         self.held: list[tuple[list[int], Past]] = []  # least recently used first
 

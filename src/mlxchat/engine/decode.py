@@ -33,7 +33,6 @@ class Reading:
     """The cache of one layer while prompts are read: the new keys and values follow those of the past."""
 
     def __init__(self, past: Layer | None, offset: int) -> None:
-        """Continue `offset` tokens."""
         self.past, self.offset = past, offset
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Layer:
@@ -107,7 +106,6 @@ class Decoder:
     """A model and the rows that it continues."""
 
     def __init__(self, model: GPT) -> None:
-        """Start without rows."""
         self.model = model
         self.layers: list[Any] = []
         self.lengths = np.zeros(0, dtype=np.int64)

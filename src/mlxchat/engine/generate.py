@@ -56,16 +56,11 @@ class Engine:
         self, model: GPT, tokenizer: Tokenizer, *, bits: int | None = None, dtype: mx.Dtype | None = None,
         max_rows: int = DECODED_ROWS, team: Team | None = None,
     ) -> None:  # fmt: skip
-        """Create an engine of one of our models.
+        """Create an engine of one of our models, whose weights may change between calls.
 
-        Args:
-            model: its weights may change between calls.
-            tokenizer: the model's.
-            bits: 8 or 4: quantise weights (`packed_copy`), for prompts, too.
-            dtype: of computations; None: that of the model's parameters.
-            max_rows: rows decoded at a time; answers do not depend on it.
-            team: the ranks that share `complete`, which rank 0 calls; None: this process. Schedulers always run in
-                this process.
+        `bits` (8 or 4) quantises the weights (`packed_copy`), for prompts, too; `dtype` is that of computations, None:
+        of the model's parameters; `max_rows` are decoded at a time, without effect on answers. A team's ranks share
+        `complete`, which rank 0 calls; schedulers always run in this process.
         """
         self.model: Any = model
         self.context_tokens = model.sizes.context_tokens
@@ -88,18 +83,10 @@ class Engine:
         self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None,
         seed: int | Sequence[int] = 0, log_probabilities: bool = False,
     ) -> list[Completion]:  # fmt: skip
-        """Return one completion per prompt. At most `max_rows` rows are decoded at a time (continuous batching).
+        """Return one completion per prompt (token ids). `max_rows` rows are decoded at a time (continuous batching).
 
-        Args:
-            prompts: token ids, of any lengths.
-            max_new_tokens: per row, including forced ones.
-            temperature: 0 is greedy.
-            top_k: draw among the k most likely; None: all.
-            seed: of the batch, or one for each prompt, whose draws then do not depend on other prompts.
-            log_probabilities: whether completions have log-probabilities.
-
-        Raises:
-            ConfigError: a prompt is empty.
+        `max_new_tokens` includes forced ones. A temperature of 0 is greedy; `top_k` draws among the k most likely
+        tokens. With a seed for each prompt instead of one for all, its draws do not depend on other prompts.
         """
         if isinstance(seed, int):
             seed = [int(np.random.SeedSequence([seed, row]).generate_state(1)[0]) for row in range(len(prompts))]
@@ -146,10 +133,7 @@ class Engine:
 
 
 def _complete(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> list[Completion]:
-    """Return the completions of all requests, each computed by one rank.
-
-    A row's draws depend only on its seed, its sums on no other row, so the answers equal one process's.
-    """
+    """Return the completions of all requests, each computed by one rank, equal to those of one process."""
     if (given := request["engine"]) is not None and not team.group.leads:
         ranks = {bytes.fromhex(token): rank for token, rank in given["ranks"].items()}
         dtype, tokenizer = given["dtype"] and getattr(mx, given["dtype"]), Tokenizer(ranks, given["pattern"])

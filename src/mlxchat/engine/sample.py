@@ -86,10 +86,7 @@ class Sampler:
         return mx.where(self._is_drawn, drawn[:, 0].astype(best.dtype), best)
 
     def distribution(self, logits: mx.array) -> tuple[mx.array | None, mx.array]:
-        """Return the candidates (B, N), None for all in order, and their probabilities (B, N), not normalised.
-
-        With a temperature of 0 the probabilities have no meaning.
-        """
+        """Return the candidates (B, N), None for all in order, and their probabilities (B, N), not normalised."""
         scores, ids = logits / self._temperature, None
         if self._most is not None:
             ids = likeliest(scores, int(min(self._most, logits.shape[-1])))
@@ -180,10 +177,7 @@ class Constraint:
         return Constraint(self.matcher.deep_copy(), self.followed)
 
     def allowed(self, answer: Sequence[int], vocab_size: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Return which tokens (V,) may follow an answer, which continues that of the last call.
-
-        End tokens may once the text is complete. A grammar that exceeds llguidance's limits allows only these.
-        """
+        """Return which tokens (V,) may follow an answer, which continues that of the last call."""
         for token in answer[self.followed :]:
             self.matcher.consume_token(token)
         self.followed = len(answer)

@@ -29,7 +29,6 @@ from mlxchat.tasks.base import find_fault
 
 MOST_CONTEXT_TOKENS = 8192
 """Limit for third-party models, since a row's memory grows with its length."""
-_MOST_REASON_CHARS = 300
 # Tokens after which mlx-lm would end a row; the scheduler removes it before.
 _UNLIMITED = 1 << 30
 
@@ -50,12 +49,7 @@ class ThirdPartyEngine(Engine):
 
     @classmethod
     def load(cls, folder: Path) -> ThirdPartyEngine:
-        """Load a folder with config.json, model*.safetensors and a tokenizer's files.
-
-        Raises:
-            ConfigError: mlx-lm is not installed.
-            DataError: the folder does not exist, or mlx-lm cannot load it without executing its code.
-        """
+        """Load a folder with config.json, model*.safetensors and a tokenizer's files, without executing its code."""
         tokenizer, context_tokens = load_tokenizer(folder)
         with _opening(folder) as (loading, config):
             return cls(loading.load_model(folder)[0], tokenizer, str(config.get("model_type")), context_tokens)
@@ -77,16 +71,15 @@ def _opening(folder: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     try:
         yield utils, json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except Exception as error:  # a damaged folder may raise any error
-        reason = shorten(str(error), _MOST_REASON_CHARS, placeholder="…")
+        reason = shorten(str(error), 300, placeholder="…")
         raise DataError(f"{folder}: mlx-lm cannot open it ({type(error).__name__}: {reason})") from None
 
 
 def load_tokenizer(folder: Path) -> tuple[ThirdPartyTokenizer, int]:
-    """Return a folder's tokenizer and the model's maximum input length; the model is not loaded. Errors as `load`'s."""
+    """Return a folder's tokenizer and the model's maximum input length; the model is not loaded."""
     with _opening(folder) as (loading, config):
         safely, ends = {"trust_remote_code": False}, config.get("eos_token_id")
         tokenizer = ThirdPartyTokenizer(loading.load_tokenizer(folder, safely, eos_token_ids=ends))
-        tokenizer.encode("a")  # fails now for faults in some settings
         sizes = config.get("text_config", config)
         context_tokens = int(sizes.get("max_position_embeddings") or sizes.get("n_positions") or MOST_CONTEXT_TOKENS)
         return tokenizer, min(MOST_CONTEXT_TOKENS, context_tokens)
@@ -194,17 +187,15 @@ class ThirdPartyTokenizer:
     def render(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Return the prompt of the assistant's next message by the folder's chat template.
 
-        Raises:
-            DataError: the conversation is invalid, or the template fails or refuses it (many refuse system prompts).
+        Raises DataError if the conversation is invalid, or the template refuses it (many refuse system prompts).
         """
         if fault := find_fault(messages, least=1):
             raise DataError(f"a conversation cannot be tokenized: {fault}")
         plain = [{"role": each["role"], "content": content_text(each["content"])} for each in messages]
         try:
             return self.encode(str(self.inner.apply_chat_template(plain, add_generation_prompt=True, tokenize=False)))
-        except Exception as error:  # a template may raise any error, with any text
-            reason = f"{type(error).__name__}: {error}"[:500]
-            raise DataError(f"the model's chat template does not render this conversation ({reason})") from None
+        except Exception as error:  # a template may raise any error
+            raise DataError(f"the model's chat template does not render this conversation ({error})") from None
 
     @cached_property
     def special_ids(self) -> dict[str, int]:

@@ -55,11 +55,7 @@ class TextLoss:
 def text_loss(
     model: Any, rows: Sequence[Row], token_bytes: Ints, *, micro_tokens: int, team: Team | None = None
 ) -> TextLoss:
-    """Return the model's loss on the rows' targets.
-
-    A target (T,) counts if it is not −1 and has bytes by `token_bytes` (V,), which special tokens have not.
-    `micro_tokens` are those of a forward pass, at most; see `score_rows`.
-    """
+    """Return the loss on the targets (T,) that are not −1 and have bytes by `token_bytes` (V,): not special tokens."""
     scored = [row_of(*row) for row in rows]
     sums = _sums(scored, score_rows(model, scored, batch_tokens=micro_tokens, team=team), token_bytes).sum(0)
     return TextLoss(float(sums[0]), int(sums[1]), int(sums[2]))
@@ -99,11 +95,16 @@ def measure_text(ctx: Context, model: LanguageModel) -> dict[str, Any]:
     config, token_bytes = ctx.config.eval, model.tokenizer.token_bytes
     documents = partial(read_texts, Path(config.text or ""), config.text_column)
     total = sum(1 for _ in documents())
-    pieces = (
-        (number, row_of(piece[:-1], piece[1:]))
-        for number, text in enumerate(documents())
-        for piece in _pieces(model.tokenizer.encode_documents([text])[0].astype(np.int32), model.context_tokens)
-    )
+
+    def cut() -> Iterator[tuple[int, ScoredRow]]:
+        """Yield the rows with the numbers of their documents; each row begins with the last token of the one before."""
+        for number, text in enumerate(documents()):
+            ids = model.tokenizer.encode_documents([text])[0].astype(np.int32)
+            for start in range(0, len(ids) - 1, model.context_tokens):
+                piece = ids[start : start + model.context_tokens + 1]
+                yield number, row_of(piece[:-1], piece[1:])
+
+    pieces = cut()
     owners, parts = list[int](), list[np.ndarray[Any, Any]]()
     with ctx.progress(total, "documents") as progress:
         while window := list(islice(pieces, _WINDOW_ROWS)):
@@ -126,12 +127,6 @@ def measure_text(ctx: Context, model: LanguageModel) -> dict[str, Any]:
         "perplexity_stderr": loss_error and loss_error * found.perplexity, "tokens": found.num_tokens,
         "bytes": found.num_bytes, "documents": total,
     }  # fmt: skip
-
-
-def _pieces(ids: Ints, context_tokens: int) -> Iterator[Ints]:
-    """Yield parts of at most context_tokens + 1 ids that share one with the next."""
-    for start in range(0, len(ids) - 1, context_tokens):
-        yield ids[start : start + context_tokens + 1]
 
 
 def ratio_error(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> float | None:

@@ -26,7 +26,6 @@ from mlxchat.runner.progress import Progress
 from mlxchat.tasks.answers import content_text
 from mlxchat.tasks.base import Task
 
-_Verdict = tuple[bool, dict[str, Any]]
 _Answer = tuple[str, int, dict[str, Any]]
 """Text, tokens and details."""
 
@@ -47,14 +46,7 @@ def evaluate_task(
     ctx: Context, model: LanguageModel, task: Task, answering: Answering, *, name: str, work: Path,
     progress: Callable[[int, str], Progress] | None = None,
 ) -> tuple[Score, list[Example]]:  # fmt: skip
-    """Return the score of a model's answers to all of a task's conversations, and a record of each answer.
-
-    `work` is the folder of this task's journals, kept between attempts; `progress` as in `answer_all`.
-
-    Raises:
-        DataError: a letter is not a single token.
-        Interrupted: the run was asked to stop; the same call resumes.
-    """
+    """Return the score and the records of all answers; `work` keeps the journals, `progress` is as in `answer_all`."""
     asked = _Asked(model, task, answering)
     samples = answering.seeds if task.kind == "generative" else 1
     about = {"questions": len(task), "kind": task.kind, **asdict(answering), "batch_rows": None, "seeds": None}
@@ -89,11 +81,11 @@ class _Asked:
                 continue
             talks = [self.task[index] for index in batch]
             answers = self._letters(batch, talks) if self.task.kind == "categorical" else self._texts(batch, sample)
-            verdicts = pool.map(partial(judge, self.task), talks, [text for text, _, _ in answers])
+            verdicts = pool.map(self.task.explain, talks, [text for text, _, _ in answers])
             yield [
                 {
                     "index": index, "seed": sample if draws else None, "prompt": question_text(talk), "output": text,
-                    "expected": expected_text(talk), "verdict": is_right, "tokens": tokens,
+                    "expected": content_text(talk["messages"][-1]["content"]), "verdict": is_right, "tokens": tokens,
                     "details": details | ({"cropped": True} if self.cropped[index] else {}) | more,
                 }
                 for index, talk, (text, tokens, details), (is_right, more)
@@ -137,19 +129,6 @@ def question_text(conversation: dict[str, Any]) -> str:
     if len(messages) == 1:
         return content_text(messages[0]["content"])
     return "\n\n".join(f"{message['role']}: {content_text(message['content'])}" for message in messages)
-
-
-def expected_text(conversation: dict[str, Any]) -> str:
-    """Return the expected answer."""
-    return content_text(conversation["messages"][-1]["content"])
-
-
-def judge(task: Task, conversation: dict[str, Any], text: str) -> _Verdict:
-    """Return a task's verdict and its details."""
-    explain: Callable[[dict[str, Any], str], _Verdict] | None = getattr(task, "explain", None)
-    if explain is not None:
-        return explain(conversation, text)
-    return bool(task.evaluate(conversation, text)), {}
 
 
 def _seed_of(seed: int, index: int, sample: int) -> int:

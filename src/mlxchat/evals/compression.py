@@ -12,7 +12,8 @@ from typing import Any
 import tiktoken
 
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.data.vocabulary import is_packaged, read_vocabulary
+from mlxchat.data.vocabulary import read_vocabulary
+from mlxchat.errors import DataError
 
 RIVALS = {"gpt2": "gpt2", "gpt4": "cl100k"}
 """Column of the table → packaged vocabulary."""
@@ -28,7 +29,7 @@ def compression_rows(tokenizer: Tokenizer, splits: dict[str, Iterable[str]]) -> 
     A row has the text's name, its bytes, and tokens of ours, gpt2 and gpt4 (None: not installed); for each installed
     rival the fraction of tokens that ours saves, and which is better: ours, the rival or tie.
     """
-    rivals = {name: _encoding(source) if is_packaged(source) else None for name, source in RIVALS.items()}
+    rivals = {name: _encoding(source) for name, source in RIVALS.items()}
     folder = Path(__file__).with_name("texts")
     texts = {kind: [folder.joinpath(f"{kind}.txt").read_text(encoding="utf-8")] for kind in KINDS}
     rows = []
@@ -69,6 +70,10 @@ def _first(documents: Iterable[str]) -> Iterator[str]:
             return
 
 
-def _encoding(source: str) -> tiktoken.Encoding:
-    vocabulary = read_vocabulary(source)
+def _encoding(source: str) -> tiktoken.Encoding | None:
+    """Return the encoding of a packaged vocabulary; None: it is not installed."""
+    try:
+        vocabulary = read_vocabulary(source)
+    except DataError:
+        return None
     return tiktoken.Encoding(source, pat_str=vocabulary.pattern, mergeable_ranks=vocabulary.ranks, special_tokens={})

@@ -47,10 +47,6 @@ def evaluate_core(
     model's context are computed whole by "extend" if the model is ours, as in nanochat; "cut" drops their beginning.
     Shots are drawn from the `max_per_task` examples of a task. `work` is the folder of the journals, kept between
     attempts; `progress` as in `answer_all`.
-
-    Raises:
-        DataError: the bundle cannot be read, lacks a task, or has too few examples for the shots.
-        Interrupted: the run was asked to stop; the same call resumes.
     """
     bundle, most = open_bundle(ctx, config), model.context_tokens
     chosen = bundle.choose(config.tasks)
@@ -66,17 +62,17 @@ def evaluate_core(
         unit = f"examples of {task.label}, CORE's task {number} of {len(chosen)}"
         score, records = _score(ctx, model, task, items, path, about, unit, limit, progress)
         examples += [{"task": f"core/{task.label}", **record} for record in records]
-        extended = sum(record["tokens"] > most for record in records)
-        scores[task.label], tasks[task.label] = score, task_data(task, score, extended)
+        scores[task.label] = score
+        tasks[task.label] = {
+            **score.to_dict(), "num_fewshot": task.num_fewshot, "type": task.kind, "baseline": task.baseline,
+            "extended": sum(record["tokens"] > most for record in records), "cropped": score.cropped,
+        }  # fmt: skip
     whole = list(scores.values()) if len(chosen) == len(bundle.tasks) else []
     return {"core": mean_centered(whole), "stderr": mean_centered_stderr(whole), **about, "tasks": tasks}, examples
 
 
 def measure_core(ctx: Context, model: LanguageModel, examples: list[Example]) -> dict[str, Any] | None:
-    """Return a model's results on CORE's tasks as data of scores.json; None if eval.core is null.
-
-    Examples get theirs added. Raises as `evaluate_core`.
-    """
+    """Return a model's results on CORE's tasks as data of scores.json, and add examples; None: eval.core is null."""
     config = ctx.config.eval.core
     if config is None:
         return None
@@ -132,12 +128,6 @@ def _score(
     return Score.of_examples([records], kind=task.kind, chance=task.baseline, cropped=cropped), records
 
 
-def task_data(task: CoreTask, score: Score, extended: int = 0) -> dict[str, Any]:
-    """Return a task's score as data of scores.json; `extended` prompts were computed beyond the model's context."""
-    more = {"num_fewshot": task.num_fewshot, "type": task.kind, "baseline": task.baseline, "extended": extended}
-    return score.to_dict() | more | {"cropped": score.cropped}
-
-
 def answer_examples(
     model: LanguageModel, task: CoreTask, items: list[dict[str, Any]], known: Container[int] = (), *,
     limit: int | None = None,
@@ -188,7 +178,8 @@ def _judge(
         prompt, wanted = render_prompts(task, item, [])[0], str(item["continuation"])
         output, verdict = model.tokenizer.decode(predicted), bool(expected) and predicted == expected
     else:
-        details["losses"] = mean_losses(found)
+        # None where no token of an option is scored.
+        details["losses"] = [float(np.mean(each, dtype=np.float64)) if len(each) else None for each in found]
         chosen, options = likeliest(details["losses"]), task.options(item)
         prompt = str(item["query"] if task.kind == "multiple_choice" else item["continuation"])
         output, wanted, verdict = str(options[chosen]), str(options[question.gold]), chosen == question.gold
@@ -198,17 +189,8 @@ def _judge(
     }  # fmt: skip
 
 
-def mean_losses(losses: Sequence[np.ndarray[Any, Any]]) -> list[float | None]:
-    """Return the mean loss of each option; None where none of its tokens is scored."""
-    return [float(np.mean(each, dtype=np.float64)) if len(each) else None for each in losses]
-
-
 def likeliest(losses: Sequence[float | None]) -> int:
-    """Return the option with the lowest mean loss, the first of equals.
-
-    In nanochat an option without scored tokens (a prefix of all others) has NaN: chosen if it comes first, otherwise
-    never.
-    """
+    """Return the first option with the lowest mean loss; as in nanochat, the first one wins if it has no loss."""
     if losses[0] is None:
         return 0
     return min((loss, place) for place, loss in enumerate(losses) if loss is not None)[1]

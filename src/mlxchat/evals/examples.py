@@ -33,29 +33,15 @@ _SCHEMA = pa.schema(
     ]
 )  # fmt: skip
 
-_ROLLOUT = (
-    "iteration", "question", "sample", "prompt", "output", "expected", "reward", "parts", "right", "advantage",
-    "tokens", "finished",
-)  # fmt: skip
-
 
 def answer_all(
     ctx: Context, path: Path, about: Record, total: int, unit: str, answer: Answer,
     progress: Callable[[int, str], Progress] | None = None,
 ) -> list[Example]:  # fmt: skip
-    """Return all examples of a task by index; those of an earlier attempt come from its journal.
+    """Return all `total` examples of a task by index; those of an earlier attempt come from its journal.
 
-    Args:
-        ctx: of the stage.
-        path: the journal: `about`, which identifies the evaluation, then a JSON line per batch.
-        about: JSON data; a journal about something else is removed.
-        total: number of examples.
-        unit: their name on the display.
-        answer: computes the missing ones.
-        progress: returns the display; None: the context's.
-
-    Raises:
-        Interrupted: the run was asked to stop; the next attempt continues.
+    The journal at `path` has `about`, which identifies the evaluation, then a JSON line per batch; one about something
+    else is removed. `unit` names the examples on the display, which `progress` returns (None: the context's).
     """
     journal = Records(path)
     first, *lines = journal.read() or [{}]
@@ -93,17 +79,14 @@ def _encodable(value: Any) -> Any:
 
 
 def read_examples(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of an evaluation's artifact, `details` as it was; raises DataError if they cannot be read."""
+    """Yield the rows of an evaluation's artifact, `details` as it was; raises DataError if it has none."""
     path = folder / EXAMPLES_FILE
     if not path.is_file():
         raise DataError(f"{folder.name} holds no examples: only evaluations (eval_base, eval_sft, …) and RL do")
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    yield row | {"details": json.loads(row["details"])}
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        raise DataError(f"the examples of {folder.name} cannot be read ({error})") from None
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                yield row | {"details": json.loads(row["details"])}
 
 
 def has_rollouts(folder: Path) -> bool:
@@ -112,10 +95,6 @@ def has_rollouts(folder: Path) -> bool:
 
 
 def read_rollouts(folder: Path) -> list[dict[str, Any]]:
-    """Return RL's saved rollouts, last iteration first, grouped by question; raises DataError if they are damaged."""
-    try:
-        lines = [json.loads(line) for line in (folder / ROLLOUTS_FILE).read_bytes().split(b"\n") if line]
-        rows = [{name: line[name] for name in _ROLLOUT} for line in lines]
-        return sorted(rows, key=lambda each: -each["iteration"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder.name}/{ROLLOUTS_FILE} cannot be read ({type(error).__name__}: {error})") from None
+    """Return RL's saved rollouts, last iteration first, grouped by question."""
+    lines = [json.loads(line) for line in (folder / ROLLOUTS_FILE).read_bytes().split(b"\n") if line]
+    return sorted(lines, key=lambda each: -each["iteration"])

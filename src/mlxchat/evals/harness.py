@@ -64,10 +64,7 @@ class HarnessModel(TemplateLM):
         return self._name
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Return ids, after <|bos|> unless `add_special_tokens` is False.
-
-        Special tokens are recognised only in texts that begin with <|bos|>, as those of `apply_chat_template` do.
-        """
+        """Return ids after <|bos|>, if wanted; a text that begins with <|bos|> is a chat with special tokens."""
         if string.startswith("<|bos|>"):
             return self._own_tokenizer.encoding.encode(string, allowed_special="all")
         ids = self._own_tokenizer.encode(string)

@@ -14,13 +14,7 @@ from mlxchat.data.sources import Corpus
 from mlxchat.data.tokens import open_documents
 from mlxchat.engine.generate import Engine
 from mlxchat.errors import StepFailed
-from mlxchat.evals.bpb import (
-    measure_text,
-    ngram_bits_per_byte,
-    text_loss,
-    texts_of_rows,
-    uniform_bits_per_byte,
-)
+from mlxchat.evals.bpb import measure_text, ngram_bits_per_byte, text_loss, texts_of_rows, uniform_bits_per_byte
 from mlxchat.evals.chat import Answering, evaluate_task
 from mlxchat.evals.core import measure_core, measure_plain_choice
 from mlxchat.evals.examples import EXAMPLES_FILE, write_examples
@@ -32,11 +26,7 @@ from mlxchat.runner.context import Context
 def measure(ctx: Context, model: LanguageModel, *, as_base: bool, as_chat: bool) -> dict[str, Any]:
     """Return what `eval` and `suite` demand of a model as data of scores.json, write its examples, record metrics.
 
-    Args:
-        ctx: of the stage; `corpus` is an optional input.
-        model: to evaluate.
-        as_base: measure CORE and multiple choice as plain text.
-        as_chat: measure the suite.
+    `as_base` measures CORE and multiple choice as plain text, `as_chat` the suite; `corpus` is an optional input.
     """
     examples: list[dict[str, Any]] = []
     scores: dict[str, Any] = {
@@ -59,11 +49,7 @@ def write_scores(ctx: Context, scores: dict[str, Any]) -> None:
 
 
 def measure_own(engine: Engine, functions: Mapping[str, str]) -> dict[str, float]:
-    """Return name → what the user's function `module:name` of `eval.own` returns for a model.
-
-    Raises:
-        StepFailed: a function did not return a finite number.
-    """
+    """Return name → the finite number that the user's function `module:name` of `eval.own` returns for a model."""
     found = {}
     for name, function in sorted(functions.items()):
         value = load_part(function)(engine)
@@ -97,10 +83,7 @@ def _measure_corpus(ctx: Context, model: LanguageModel) -> dict[str, float]:
 def _measure_suite(
     ctx: Context, model: LanguageModel, examples: list[dict[str, Any]], *, as_chat: bool
 ) -> dict[str, Any]:
-    """Return scores of the suite's tasks and their means, which become metrics, too; add the examples.
-
-    Third-party models answer greedily and once.
-    """
+    """Return the scores of the suite and their means, also as metrics; third-party models answer greedily, once."""
     config, results, suite = ctx.config.eval, dict[str, Score](), sorted(ctx.config.suite.items())
     seeds = config.seeds if model.is_ours else 1
     temperature = float(seeds > 1) if config.temperature is None or not model.is_ours else config.temperature

@@ -37,7 +37,6 @@ class QuantisedLoss:
         return not self.divergence <= MOST_CHANGE
 
     def __str__(self) -> str:
-        """Describe the cost, with a warning if it is bad."""
         said = (
             f"weights of {self.bits} bits: {self.rounded:.4f} bits per byte of a sample text, {self.exact:.4f} with "
             f"the original weights; KL divergence {self.divergence:.4f} nats per token"

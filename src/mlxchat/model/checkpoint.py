@@ -42,10 +42,7 @@ MODEL_FILE = "gpt.py"  # the model's own code, in folders whose model mlx-lm lac
 
 
 def save_checkpoint(folder: Path, model: GPT, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:
-    """Write a model into an existing folder, reproducibly and in float32.
-
-    `facts` is plain data for checkpoint.json: 'stage', 'format' ('base' or 'chat'), 'iterations', …
-    """
+    """Write a model into a folder, reproducibly and in float32; `facts` is plain data for checkpoint.json."""
     arrays = {name: np.asarray(value.astype(mx.float32)) for name, value in flatten_parameters(model).items()}
     save_file(arrays, folder / "model.safetensors", metadata={"format": "mlx"})
     write_description(folder, model.sizes, tokenizer, facts)
@@ -55,10 +52,7 @@ def save_adapters(
     folder: Path, adapters: Mapping[str, mx.array], adapter_sizes: AdapterConfig, *, base: Path, sizes: GPTSizes,
     tokenizer: Tokenizer, facts: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Write a model folder with adapters only, by name, which refers to its base artifact, as `save_checkpoint` does.
-
-    `base` is the artifact's folder; it may have adapters, too.
-    """
+    """Write a folder as `save_checkpoint` does, with adapters by name, which refers to its base artifact."""
     write_adapters(folder, adapters, adapter_sizes, num_layers=sizes.num_layers)
     about: dict[str, Any] = {"base": {"rid": read_manifest(base)["rid"]}}
     if adapter_sizes.bits is not None:

@@ -53,14 +53,9 @@ def score_rows(
 ) -> list[Floats]:  # fmt: skip
     """Return the scores (K, n) of each row; losses and entropies are in nats.
 
-    Args:
-        model: ours, or one of mlx-lm, which maps ids to logits.
-        rows: to score.
-        kinds: the scores to return.
-        batch_tokens: of a forward pass, padding included; a longer row is a pass of its own.
-        dtype: of our model's forward pass; None: that of its parameters.
-        team: ranks that share the rows of our model; None: this process alone.
-        role: under which the ranks keep the model.
+    The model is ours, or one of mlx-lm, which maps ids to logits. A forward pass has at most `batch_tokens`, padding
+    included; a longer row is a pass of its own. For ours, `dtype` is that of the pass (None: of the parameters), and a
+    team's ranks share the rows; they keep the model under its `role`.
     """
     found: list[Floats] = [np.zeros((len(kinds), 0), np.float32)] * len(rows)
     scored = [number for number, row in enumerate(rows) if len(row.targets)]

@@ -21,10 +21,7 @@ NANOCHATS_HEAD_WIDTH = 128
 
 @dataclass(frozen=True, kw_only=True)
 class GPTSizes:
-    """The architecture and sizes of a GPT.
-
-    Features are those of `ArchitectureConfig`, and default to October 2025.
-    """
+    """The architecture and sizes of a GPT; features are those of `ArchitectureConfig`, by default October 2025's."""
 
     vocab_size: int
     num_layers: int

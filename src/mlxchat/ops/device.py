@@ -121,10 +121,7 @@ def describe_device() -> dict[str, Any]:
 
 
 def compiled_method(method: Callable[P, R]) -> Callable[P, R]:
-    """Return a method compiled by `mx.compile`, which does not keep its object alive.
-
-    So an object that holds its own compiled method is freed, with its arrays, as soon as nothing else holds it.
-    """
+    """Return a method compiled by `mx.compile`, which does not keep its object and that object's arrays alive."""
     held = WeakMethod(method)
 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

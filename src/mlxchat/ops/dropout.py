@@ -52,9 +52,6 @@ def fold(keys: mx.array, place: int) -> mx.array:
 
 
 def dropped(x: mx.array, keys: mx.array, rate: float) -> mx.array:
-    """Return x (B, …) with about `rate` of its numbers 0 and the others divided by the share that is kept.
-
-    Equal keys (B, 2) in uint32 give equal masks.
-    """
+    """Return x (B, …) with about `rate` of its numbers 0, others rescaled; equal keys (B, 2) give equal masks."""
     kept = mx.vmap(lambda key: mx.random.bernoulli(1 - rate, x.shape[1:], key))(keys)
     return mx.where(kept, x.astype(mx.float32) * (1 / (1 - rate)), 0.0).astype(x.dtype)

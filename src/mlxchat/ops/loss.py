@@ -45,11 +45,7 @@ def split_positions(x: mx.array, rows: int) -> list[slice]:
 def token_scores(x: mx.array, weight: mx.array, targets: mx.array, kinds: Sequence[Kind]) -> list[mx.array]:
     """Return an array (N,) for each kind of score, 0 where the target is negative. Not meant for gradients.
 
-    Args:
-        x: (N, C) final hidden states.
-        weight: (V, C) the output head.
-        targets: (N,) token ids; negative ones are ignored.
-        kinds: the scores to return.
+    Shapes: final hidden states x (N, C), output head `weight` (V, C), targets (N,).
     """
     chunks: list[list[mx.array]] = []
     for rows in split_positions(x[None], LOGITS // len(weight)):
@@ -79,12 +75,9 @@ def cross_entropy_sum(
 ) -> mx.array:
     """Return the weighted sum of the tokens' cross-entropy (scalar, nats), differentiable in x and weight.
 
-    Args:
-        x: (N, C) final hidden states.
-        weight: (V, C) the output head.
-        targets: (N,) token ids, not negative.
-        row_weights: (N,) factor of each token's loss; 0 ignores it, and it may be negative, as advantages of RL.
-        frozen_head: skip the gradient of weight, which takes a quarter of the time.
+    Shapes: final hidden states x (N, C), output head `weight` (V, C), targets (N,), not negative, and the factors of
+    their losses `row_weights` (N,): 0 ignores a token, and advantages of RL may be negative. `frozen_head` skips the
+    gradient of the head, which takes a quarter of the time.
     """
 
     def of_chunk(part: slice, logits: mx.array, after: list[mx.array]) -> tuple[list[mx.array], mx.array]:
@@ -103,25 +96,13 @@ def _cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.ar
 
 
 def distillation_sum(
-    x: mx.array,
-    weight: mx.array,
-    targets: mx.array,
-    row_weights: mx.array,
-    teacher: Logits,
-    mix: TeacherConfig,
-    *,
+    x: mx.array, weight: mx.array, targets: mx.array, row_weights: mx.array, teacher: Logits, mix: TeacherConfig, *,
     frozen_head: bool = False,
-) -> tuple[mx.array, ...]:
+) -> tuple[mx.array, ...]:  # fmt: skip
     """Return (1 − w) × cross-entropy + w T² × KL(teacher, student), differentiable in x and weight, then both parts.
 
-    Args:
-        x: (B, T, C) the student's final hidden states.
-        weight: (V, C) the student's output head.
-        targets: (B, T) token ids, not negative.
-        row_weights: (B, T) factor of each token's loss; 0 ignores it.
-        teacher: returns the teacher's logits.
-        mix: share w of the divergence, and temperature T.
-        frozen_head: skip the gradient of weight.
+    Shapes: the student's final hidden states x (B, T, C) and output head `weight` (V, C), targets and `row_weights`
+    (B, T) as in `cross_entropy_sum`. `mix` has the share w of the divergence, and the temperature T.
     """
 
     def of_chunk(part: slice, logits: mx.array, after: list[mx.array]) -> tuple[list[mx.array], mx.array]:

@@ -45,10 +45,7 @@ def device_kind(choice: str) -> str:
 
 
 def dtype_name(device: str, compute_dtype: str) -> str:
-    """Return 'float32' or 'bfloat16' for `machine.device` and `machine.compute_dtype`.
-
-    'auto' is bfloat16 on a GPU; CPUs are forty times slower in half precision.
-    """
+    """Return 'float32' or 'bfloat16'; 'auto' is bfloat16 on a GPU, as CPUs are forty times slower in half precision."""
     if compute_dtype == "auto":
         return "float32" if device_kind(device) == "cpu" else "bfloat16"
     return compute_dtype

@@ -68,22 +68,15 @@ def muon_update(
 
 
 def normuon_update(
-    gradients: mx.array,
-    momenta: mx.array,
-    variances: mx.array,
-    momentum: mx.array,
-    beta2: float,
-    num_iterations: int,
-    dtype: mx.Dtype,
-) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    gradients: mx.array, momenta: mx.array, variances: mx.array, momentum: mx.array, beta2: float,
+    num_iterations: int, dtype: mx.Dtype,
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:  # fmt: skip
     """Return jul2026's update of matrices (S, R, C) as two factors, and the new momenta and variances.
 
     Nesterov momentum, Polar Express, a Frobenius norm of sqrt(min(R, C)) (Muon+, arXiv 2602.21545), then normalisation
-    by a running mean of squares (decay beta2) of each row or column, at the same norm (NorMuon, arXiv 2510.05491).
-
-    Returns:
-        Directions (S, R, C), and their scales, shaped like variances, to be multiplied by −lr × `aspect_factor`;
-        momenta; variances: (S, R, 1), or (S, 1, C) for wide matrices.
+    by a running mean of squares (decay beta2) of each row or column, at the same norm (NorMuon, arXiv 2510.05491). The
+    factors are directions (S, R, C) and their scales, shaped like variances, (S, R, 1) or (S, 1, C) for wide matrices,
+    to be multiplied by −lr × `aspect_factor`.
     """
     ahead, momenta = nesterov(gradients, momenta, momentum)
     direction = polar_express(ahead, num_iterations, dtype)

@@ -75,20 +75,13 @@ class Optimizer:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        config: OptimizerConfig,
-        *,
-        width: int,
-        lr_frac: float = 1.0,
-        batch_lr_scale: float = 1.0,
-        weight_decay: float | None = None,
-        adapter: AdamWRule | None = None,
-    ) -> None:
-        """Assign a rule to each parameter; all moments are zero.
+        self, model: nn.Module, config: OptimizerConfig, *, width: int, lr_frac: float = 1.0,
+        batch_lr_scale: float = 1.0, weight_decay: float | None = None, adapter: AdamWRule | None = None,
+    ) -> None:  # fmt: skip
+        """Assign a rule to each parameter: a matrix of a block, or one of AdamW's groups; all moments are zero.
 
         Args:
-            model: every trained parameter must be a matrix of a block or belong to a group of AdamW.
+            model: its trained parameters are updated.
             config: rates and momenta.
             width: of the model; rates of tables scale with (width / 768)^-0.5.
             lr_frac: factor of all rates (nanochat's init_lr_frac).
@@ -231,17 +224,9 @@ def _together(arrays: Flat) -> Iterator[list[str]]:
 
 
 def adamw_update(
-    parameter: mx.array,
-    gradient: mx.array,
-    first: mx.array,
-    second: mx.array,
-    rule: AdamWRule,
-    *,
-    count: mx.array,
-    lr_factor: mx.array,
-    epsilon: float,
-    ok: mx.array,
-) -> tuple[mx.array, mx.array, mx.array]:
+    parameter: mx.array, gradient: mx.array, first: mx.array, second: mx.array, rule: AdamWRule, *,
+    count: mx.array, lr_factor: mx.array, epsilon: float, ok: mx.array,
+) -> tuple[mx.array, mx.array, mx.array]:  # fmt: skip
     """Return a parameter of any shape and its moments after an update as in torch.optim.AdamW (arXiv 1711.05101).
 
     `count` is the number of this update, from 1; `lr_factor` multiplies the rate; if `ok` is False, nothing changes.

@@ -117,7 +117,6 @@ class TextNeed:
     corpus: Corpus | None  # the corpus's files; None: they are not listed yet
 
     def __str__(self) -> str:
-        """Return a description."""
         text = f"text: {format_count(self.chars)} characters"
         if self.tokens:
             text += f" for {format_count(self.tokens)} tokens"

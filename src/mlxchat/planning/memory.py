@@ -21,13 +21,7 @@ from mlxchat.config.schema import AdapterConfig, Config, MachineConfig, Optimize
 from mlxchat.config.wording import format_bytes
 from mlxchat.distributed.ranks import current_team
 from mlxchat.errors import ConfigError
-from mlxchat.model.sizes import (
-    GPTSizes,
-    count_parameters,
-    matrices_of,
-    shapes_of,
-    sizes_of,
-)
+from mlxchat.model.sizes import GPTSizes, count_parameters, matrices_of, shapes_of, sizes_of
 from mlxchat.ops import machine as bounds
 from mlxchat.ops.machine import available_cores, device_kind, dtype_name
 from mlxchat.planning.inputs import find_model_sizes
@@ -328,9 +322,6 @@ class Training:
         return self.device.excess(self.peak_bytes(1), f"one row of {self.row_tokens:,} tokens at a time", remedies)
 
 
-# What fits
-
-
 class MicroBatch(NamedTuple):
     """The rows computed at a time."""
 
@@ -345,10 +336,7 @@ class MicroBatch(NamedTuple):
 
 
 def choose_micro_batch(ctx: Context, training: Training) -> MicroBatch:
-    """Return the micro-batch of a stage; raises ConfigError if not even one row fits.
-
-    A resumed training keeps its micro-batch while that fits, because rounding depends on it.
-    """
+    """Return the micro-batch of a stage; a resumed training keeps its own, on which rounding depends."""
     machine = ctx.config.machine
     training = training.on(machine)
     chosen = ctx.work / _CHOICE

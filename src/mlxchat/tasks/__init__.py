@@ -66,13 +66,7 @@ def task_class(name: str) -> type[Task]:
 
 
 def load_task(name: str, split: str, **options: Any) -> Task:
-    """Return a task; its data is read when the first conversation is needed.
-
-    Args:
-        name: one of `task_names()`, or `module:Class`.
-        split: one of the task's `splits`.
-        options: fields of the task's class; all tasks have `size` and `seed`. A wrong one raises ConfigError.
-    """
+    """Return a task (`task_class`), which reads its data when needed; a wrong option raises ConfigError."""
     cls = task_class(name)
     known = [option for option in inspect.signature(cls).parameters if option != "split"]
     for option in options:
@@ -103,10 +97,7 @@ def contents_of(item: TaskItem, hash_of: Callable[[Path], str]) -> list[str]:
 
 
 def find_item_problems(where: str, items: Mapping[str, TaskItem], *, training: bool) -> Iterator[str]:
-    """Yield a message for each problem of the items at the key `where`; no data is read.
-
-    With `training`, held-out splits are refused.
-    """
+    """Yield each problem of the items at the key `where`; no data is read. `training` refuses held-out splits."""
     if not items:
         yield f"{where} is empty: give it at least one task"
     for name, item in items.items():

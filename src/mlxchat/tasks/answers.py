@@ -68,20 +68,14 @@ def final_number(text: str) -> str | None:
 
 
 def is_right(conversation: Conversation, response: str) -> bool:
-    """Return True if a response has the conversation's number after ####, or equals its answer if that has no number.
-
-    Leading and trailing white space is ignored.
-    """
+    """Return True if a response has the conversation's number after ####, or, without one, equals its answer."""
     answer = answer_text(conversation)
     number = final_number(answer)
     return final_number(response) == number if number is not None else response.strip() == answer.strip()
 
 
 def number_and_form(expected: str, response: str) -> tuple[bool, bool] | None:
-    """Return whether a response has the number of the expected answer, and whether it has a number after ####.
-
-    Without ####, the response's last number counts. None: the expected answer has no number after ####.
-    """
+    """Return whether a response has the expected number (else its last), and one after ####; None: none is expected."""
     number, given = final_number(expected), final_number(response)
     if number is None:
         return None
@@ -99,12 +93,8 @@ def is_answer(conversation: Conversation, response: str, *, contains: bool = Fal
     """Return True if a response equals a conversation's answer after normalisation.
 
     Numbers are compared by value (4, 4.0; 1000, 1,000), words without letter case and surrounding punctuation. If the
-    answer has a number after ####, only that number is compared.
-
-    Args:
-        conversation: with the answer as its last message.
-        response: to judge.
-        contains: accept a response that contains the answer's words in sequence.
+    answer has a number after ####, only that number is compared. `contains` accepts a response that contains the
+    answer's words in sequence.
     """
     answer = answer_text(conversation)
     number = final_number(answer)

@@ -38,10 +38,7 @@ def texts() -> dict[str, list[Any]]:
 
 @dataclass(eq=False, kw_only=True)
 class Arithmetic(Task):
-    """Word problems; a response is right if the number after #### is.
-
-    Numbers are 2 to 99, products and dividends below 250, results integers of at least 2.
-    """
+    """Word problems, judged by the number after ####; numbers are 2 to 99, products and dividends below 250."""
 
     name = "arithmetic"
     steps: int = 1
@@ -50,7 +47,6 @@ class Arithmetic(Task):
     """Fraction of problems with two steps, 0 to 1; None: `steps` applies to all."""
 
     def __post_init__(self) -> None:
-        """Check the options."""
         super().__post_init__()
         if self.steps not in (1, 2):
             raise ConfigError(f"steps of task arithmetic is {self.steps}, expected 1 or 2.")

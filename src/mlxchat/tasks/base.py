@@ -14,7 +14,7 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from mlxchat.errors import ConfigError, suggest
+from mlxchat.errors import ConfigError, DataError, suggest
 from mlxchat.tasks.answers import Conversation, calculator_parts, is_right
 
 _T = TypeVar("_T")
@@ -28,7 +28,6 @@ class Task(ABC):
 
     The fields are the options that an item of a mixture or suite may set. A subclass that adds options must be a
     dataclass, too. Creating a task checks its options; data is read when the first conversation is needed.
-
     """
 
     name: ClassVar[str] = ""  # in the registry; by default the class's name
@@ -54,7 +53,6 @@ class Task(ABC):
         cls.name = cls.name or cls.__name__
 
     def __post_init__(self) -> None:
-        """Check the options; raises ConfigError."""
         self._check_choice("split", self.split, self.splits)
         if self.size is not None and self.size < 1:
             raise ConfigError(f"size of task {self.name} is {self.size}, expected 1 or more, or null for all.")
@@ -81,10 +79,7 @@ class Task(ABC):
         return []
 
     def fetch(self, check: Callable[[], None] = lambda: None) -> list[Path]:
-        """Download the task's files where they are missing, and return their paths.
-
-        `check` is called often during downloads and may raise to end them.
-        """
+        """Download the task's missing files, and return the paths of all; `check` may raise to end it."""
         return [path for source in self.needs() for path in source.fetch(check)]
 
     def check(self) -> None:  # noqa: B027  (most tasks need nothing of the machine)
@@ -106,6 +101,10 @@ class Task(ABC):
         """Return True if a response is right; by default judged by `is_right`."""
         return is_right(conversation, response)
 
+    def explain(self, conversation: Conversation, response: str) -> tuple[bool, dict[str, Any]]:
+        """Return the verdict, and details for the examples of an evaluation."""
+        return bool(self.evaluate(conversation, response)), {}
+
     def reward(self, conversation: Conversation, response: str) -> float:
         """Return 1.0 for a right response, 0.0 for a wrong one."""
         return float(self.evaluate(conversation, response))
@@ -119,10 +118,7 @@ class Task(ABC):
         return len(self._indices())
 
     def __getitem__(self, index: int) -> Conversation:
-        indices = self._indices()
-        if not 0 <= index < len(indices):
-            raise IndexError(f"index {index} of task {self.name} is out of range, it has {len(indices)} conversations")
-        number = indices[index]
+        number = self._indices()[index]
         return self._conversation(number, random.Random(f"{self.name}/{self.split}/{self.seed}/{number}"))
 
     def _shuffled(self, items: Sequence[_T]) -> list[_T]:
@@ -136,10 +132,7 @@ def held_out(key: str, fraction: float) -> bool:
 
 
 def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
-    """Return a multiple-choice question in nanochat's wording; surplus letters or choices are left out.
-
-    The letter follows its choice without a space, so that it is the same token as in the answer.
-    """
+    """Return a multiple-choice question in nanochat's wording; no space before letters, as in answers."""
     lines = "".join(f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=False))
     return f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
 
@@ -147,9 +140,9 @@ def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> 
 def choice_dialogue(
     question: str, letters: Sequence[str], choices: Sequence[str], answer: str, **extra: Any
 ) -> Conversation:
-    """Return a multiple-choice conversation with the keys "letters" and "answer"; raises ValueError if unanswerable."""
+    """Return a multiple-choice conversation with the keys "letters" and "answer"; raises DataError if unanswerable."""
     if len(letters) != len(choices) or answer not in letters:
-        raise ValueError(f"answer {answer} and {len(choices)} choices, expected one of {', '.join(letters)}")
+        raise DataError(f"{question}: answer {answer} of {len(choices)} choices, expected one of {', '.join(letters)}")
     offered = {"question": question, "choices": list(choices), "letters": list(letters), "answer": answer}
     return dialogue(render_mc(question, letters, choices), answer, **extra, **offered)
 
@@ -184,13 +177,9 @@ def find_fault(messages: Any, *, least: int = 2) -> str:
             return f'message {position + 1} is from "{message["role"]}", expected "{expected}"'
     for message in messages:
         role, content = message["role"], message["content"]
-        if not isinstance(content, str) and not (role == "assistant" and _are_parts(content)):
-            also = f", or a list of parts: {', '.join(PARTS)}" if role == "assistant" else ""
-            return f"content of the {role} message is not text{also}"
+        parts = content if role == "assistant" and isinstance(content, list) else [{"type": "text", "text": content}]
+        for part in parts:
+            if not (isinstance(part, dict) and part.get("type") in PARTS and isinstance(part.get("text"), str)):
+                also = f", or a list of parts: {', '.join(PARTS)}" if role == "assistant" else ""
+                return f"content of the {role} message is not text{also}"
     return ""
-
-
-def _are_parts(content: Any) -> bool:
-    return isinstance(content, list) and all(
-        isinstance(part, dict) and part.get("type") in PARTS and isinstance(part.get("text"), str) for part in content
-    )

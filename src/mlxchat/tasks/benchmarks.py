@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from mlxchat.errors import ConfigError, StepFailed
@@ -16,10 +17,7 @@ from mlxchat.tasks.downloads import HubTask
 
 
 class SmolTalk(HubTask):
-    """General conversations, some with a system message; 460 thousand in train.
-
-    Meant for training: verdicts require the exact text of the data set's answer.
-    """
+    """460 thousand general conversations to train on, some with a system message; verdicts require the exact answer."""
 
     name = "smoltalk"
     home = "HuggingFaceTB/smol-smoltalk"
@@ -31,11 +29,7 @@ class SmolTalk(HubTask):
 
 
 class MMLU(HubTask):
-    """Questions of 57 subjects with four choices; the answer is a letter.
-
-    The split auxiliary_train (training questions of other data sets) is in the subset `all` and in the subset
-    `auxiliary_train`, there inside a column `train`. Both can be read.
-    """
+    """Questions of 57 subjects with four choices; the answer is a letter. Both subsets have a split auxiliary_train."""
 
     name = "mmlu"
     kind = "categorical"
@@ -112,10 +106,7 @@ class GSM8K(HubTask):
 
 @dataclass(eq=False, kw_only=True)
 class HumanEval(HubTask):
-    """164 functions to write from their docstrings; a response is right if its program passes the function's tests.
-
-    Programs run in the sandbox; docs/internals/security.md describes its limits.
-    """
+    """164 functions to write from docstrings, judged by their tests in the sandbox (docs/internals/security.md)."""
 
     name = "humaneval"
     home = "openai/openai_humaneval"
@@ -161,13 +152,8 @@ def extract_program(response: str) -> str:
 
 def extract_imports(prompt: str) -> str:
     """Return the import lines of a prompt before its first other line of code."""
-    imports = []
-    for line in map(str.strip, prompt.split("\n")):
-        if line.startswith(("import ", "from ")):
-            imports.append(line)
-        elif line and not line.startswith("#"):
-            break
-    return "\n".join(imports)
+    lines = [line for line in map(str.strip, prompt.split("\n")) if line and not line.startswith("#")]
+    return "\n".join(takewhile(lambda line: line.startswith(("import ", "from ")), lines))
 
 
 def assemble_program(conversation: Conversation, response: str) -> str:

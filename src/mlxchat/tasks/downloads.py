@@ -19,7 +19,7 @@ from mlxchat.errors import ConfigError, DataError
 from mlxchat.hub import client, listings
 from mlxchat.hub.cache import HubFile, cache_folder
 from mlxchat.tasks.answers import Conversation
-from mlxchat.tasks.base import Task, find_fault
+from mlxchat.tasks.base import Task
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -89,7 +89,6 @@ class UrlTask(Task):
     """A local file instead of the address."""
 
     def __post_init__(self) -> None:
-        """Check the address."""
         super().__post_init__()
         for source in self.needs():
             if not source.url.startswith(("http://", "https://")):
@@ -128,7 +127,6 @@ class HubTask(Task):
     """One of `subsets`; None: the first."""
 
     def __post_init__(self) -> None:
-        """Check the subset."""
         super().__post_init__()
         if self.subset is None:
             self.subset = self.subsets[0]
@@ -150,19 +148,10 @@ class HubTask(Task):
 
     @abstractmethod
     def _conversation_of(self, row: dict[str, Any]) -> Conversation:
-        """Return the conversation of a row (column → value); may raise if the row has an unexpected format."""
+        """Return the conversation of a row (column → value)."""
 
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
-        row = self.rows[index]
-        try:
-            conversation = self._conversation_of(row)
-            fault = find_fault(conversation["messages"])
-        except (LookupError, ValueError, TypeError, AttributeError) as error:  # whatever an unexpected type raises
-            fault = str(error)
-        if fault:
-            place = f"row {self.rows.order[index]} of {self._source.repository}/{self._source.pattern}"
-            raise DataError(f"task {self.name}: {place} is no conversation: {fault}")
-        return conversation
+        return self._conversation_of(self.rows[index])
 
     def _own_size(self) -> int:
         return len(self.rows)
@@ -172,19 +161,16 @@ class Rows:
     """The rows of parquet files, permuted as by `datasets.Dataset.shuffle(seed)`; memory-mapped: they may be GB."""
 
     def __init__(self, files: Sequence[Path], columns: Sequence[str], *, seed: int) -> None:
-        """Read columns."""
         import numpy as np
 
         self._table = _read_parquet(files, list(columns))
-        self.order = np.random.default_rng(seed).permutation(self._table.num_rows).tolist()
-        """Positions in the files."""
+        self._order = np.random.default_rng(seed).permutation(self._table.num_rows).tolist()
 
     def __len__(self) -> int:
-        return len(self.order)
+        return len(self._order)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return a row: column → value."""
-        number = self.order[index]
+        number = self._order[index]
         return {name: self._table.column(name)[number].as_py() for name in self._table.column_names}
 
 
@@ -204,14 +190,10 @@ def _read_parquet(files: Sequence[Path], columns: list[str]) -> pa.Table:
                     if table.num_columns == 1 and pa.types.is_struct(table.schema.types[0]):
                         table = pa.Table.from_struct_array(table.column(0))  # as in MMLU's auxiliary_train
                     table = table.select(columns)
-                    if writer is None:
-                        schema = table.schema
-                        writer = pa.ipc.new_file(target.name, schema)
-                    writer.write_table(table.cast(schema))
+                    writer = writer or pa.ipc.new_file(target.name, table.schema)
+                    writer.write_table(table)
             except (OSError, KeyError, pa.ArrowException) as error:
                 has = f"the columns {', '.join(columns)}"
                 raise DataError(f"{path}: cannot be read as parquet with {has} ({error})") from None
-        if writer is None:
-            return pa.table({column: [] for column in columns})
         writer.close()
         return pa.ipc.open_file(pa.memory_map(target.name)).read_all()

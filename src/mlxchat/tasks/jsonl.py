@@ -58,18 +58,16 @@ def read_lines(path: Path, parse: Callable[[Any], T], forms: str) -> list[T]:
 
 
 def read_conversations(path: Path, *, ends_answered: bool = True, least: int = 2) -> list[Conversation]:
-    """Return the conversations of a .jsonl file, whose lines are checked by `parse_conversation`.
-
-    Args:
-        path: the file, in UTF-8; empty lines are skipped.
-        ends_answered: refuse conversations that end with a user message, which nanochat accepts.
-        least: minimum number of messages; 1 also accepts {"question"}, {"prompt"} and a JSON string.
-    """
+    """Return the conversations of a .jsonl file, whose lines are checked by `parse_conversation`."""
     return read_lines(path, partial(parse_conversation, ends_answered=ends_answered, least=least), _FORMS)
 
 
 def parse_conversation(value: Any, *, ends_answered: bool = True, least: int = 2) -> Conversation:
-    """Return the conversation of a parsed line; raises ValueError with what is wrong."""
+    """Return the conversation of a parsed line; raises ValueError with what is wrong.
+
+    `ends_answered` refuses conversations that end with a user message, which nanochat accepts. `least` is the minimum
+    number of messages; 1 also accepts {"question"}, {"prompt"} and a JSON string.
+    """
     if isinstance(value, str) and least == 1:
         value = {"question": value}
     if isinstance(value, dict):
@@ -110,7 +108,6 @@ class Jsonl(Task):
     """1: a response is right if it contains the answer as whole words; 0: it must equal the answer."""
 
     def __post_init__(self) -> None:
-        """Check the options."""
         super().__post_init__()
         if self.path is None and self.own_path is None:
             raise ConfigError(f"task {self.name} has no path. Set the .jsonl file to read: path=my.jsonl.")
@@ -129,13 +126,11 @@ class Jsonl(Task):
     @cached_property
     def _places(self) -> list[int]:
         """The indices of the split's conversations."""
-        fraction = self.held_out_frac or 0.0
-        places = [
-            place
-            for place, conversation in enumerate(self._lines)
-            for asked in [next(each["content"] for each in conversation["messages"] if each["role"] == "user")]
-            if held_out(f"jsonl/{asked}", fraction) == (self.split == "test")
-        ]
+        fraction, places = self.held_out_frac or 0.0, []
+        for place, conversation in enumerate(self._lines):
+            asked = next(each["content"] for each in conversation["messages"] if each["role"] == "user")
+            if held_out(f"jsonl/{asked}", fraction) == (self.split == "test"):
+                places.append(place)
         if not places:
             raise DataError(
                 f"{self.path}: none of its conversations is in the {self.split} split of task {self.name}, whose "
@@ -151,7 +146,7 @@ class Jsonl(Task):
         return self._lines[self._places[index % len(self._places)]]
 
     def evaluate(self, conversation: Conversation, response: str) -> bool:
-        """Judge by `is_answer`."""
+        """Return the verdict of `is_answer`."""
         return is_answer(conversation, response, contains=bool(self.contains))
 
 
@@ -174,10 +169,7 @@ class Pairs(Jsonl):
 
 
 def parse_pair(value: Any) -> Conversation:
-    """Return {"messages", "rejected"} of one parsed line: the messages up to the chosen answer, the rejected content.
-
-    Raises ValueError with what is wrong.
-    """
+    """Return {"messages", "rejected"} of a line: messages up to the chosen answer, rejected content."""
     if not isinstance(value, dict) or not {"chosen", "rejected"} <= value.keys():
         raise ValueError('not an object with "chosen" and "rejected"')
     chosen, rejected = (_whole(value, name) for name in ("chosen", "rejected"))
@@ -240,7 +232,3 @@ class IdentityConversations(UrlTask):
 
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
         return self._lines[index]
-
-    def evaluate(self, conversation: Conversation, response: str) -> bool:
-        """Judge as task jsonl does."""
-        return is_answer(conversation, response)

@@ -80,8 +80,8 @@ class FirstQuestions(Task):
 
     @cached_property
     def _rows(self) -> list[dict[str, str]]:
-        lines = Path(__file__).with_name("first_questions.jsonl").read_text(encoding="ascii").splitlines()
-        return [json.loads(line) for line in lines]
+        text = Path(__file__).with_name("first_questions.jsonl").read_text(encoding="ascii")
+        return list(map(json.loads, text.splitlines()))
 
     def _own_size(self) -> int:
         return len(self._rows)
@@ -96,10 +96,7 @@ class FirstQuestions(Task):
 
 
 class KindsMC(_ShippedTask):
-    """The kind of a name: a capital, a currency, a mountain or a nationality, always in this order.
-
-    The easiest categorical task: each letter always means the same kind, and names of a kind look alike.
-    """
+    """The kind of a name: capital, currency, mountain or nationality, always in this order. The easiest choice."""
 
     name = "kinds_mc"
     kind = "categorical"
@@ -111,16 +108,11 @@ class KindsMC(_ShippedTask):
 
 
 class Practice(Task):
-    """Conversations of `arithmetic`, `first_letter_count` and `everyday`, judged as those tasks judge them.
-
-    A quarter are letters to count, a quarter everyday questions, so that the model forgets less of what it does not
-    practise. Of the word problems 60 % have two steps.
-    """
+    """Half word problems (60 % of two steps), a quarter letters, a quarter everyday; judged by their own tasks."""
 
     name = "practice"
 
     def __post_init__(self) -> None:
-        """Create the three tasks."""
         super().__post_init__()
         self._letters = FirstLetterCount(self.split, seed=self.seed)
         self._everyday = Everyday(self.split, seed=self.seed + 2)
@@ -164,11 +156,7 @@ def digest_of(name: str) -> str:
 
 
 def documents(name: str, max_chars: int | None = None) -> Iterator[str]:
-    """Yield the documents of a shipped text, always in the same order.
-
-    Documents of more than `max_chars` characters (None: any) are split at sentence ends into parts with the same
-    heading.
-    """
+    """Yield the documents of a shipped text in order; parts of at most `max_chars`, each with the heading."""
     return (
         f"{heading}\n{piece}" if heading else piece
         for heading, body in read_rows(name)

@@ -30,9 +30,6 @@ _COUNT_QUESTIONS = (
     "Count the letter '{letter}' in {word}.",
     "How many times is '{letter}' in the word {word}?",
 )
-_LOWER_FRACTION = 0.3
-_MARK_FRACTION = 0.5
-_LETTER_OF_WORD_FRACTION = 0.9
 _QUOTES = ("", "'", '"')
 
 
@@ -48,10 +45,7 @@ def is_only_spelled(word: str) -> bool:
 
 
 class FirstLetterCount(Task):
-    """Count a letter in a word that `everyday` teaches to spell; judged by the number after ####.
-
-    Training never counts letters of the test words.
-    """
+    """Count a letter in a word that `everyday` teaches to spell, judged by the number after ####."""
 
     name = "first_letter_count"
 
@@ -74,10 +68,7 @@ class FirstLetterCount(Task):
 
 
 def count_letters(word: str, letter: str) -> str:
-    """Return the word, the calculator call that counts a letter in its spelling, and the result.
-
-    The letter " " counts all letters. Letters after a blank are single tokens in every vocabulary.
-    """
+    """Return the word, the call that counts a letter (" ": all) in its spelling, and the result."""
     spelled = "".join(f" {char}" for char in word)
     count = spelled.count(letter)
     return f'The word {word}: <<"{spelled}".count("{letter}")={count}>>{count}'
@@ -115,14 +106,13 @@ class SpellingBee(_WordListTask):
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
         draw = self._draw(index)
         word = draw.choice(self._words)
-        letter = draw.choice(word if draw.random() < _LETTER_OF_WORD_FRACTION else string.ascii_lowercase)
+        letter = draw.choice(word if draw.random() < 0.9 else string.ascii_lowercase)
         question = draw.choice(_questions())
-        if draw.random() < _LOWER_FRACTION:
+        if draw.random() < 0.3:
             question = question.lower()
-        quote = draw.choice(_QUOTES)
-        quote_of_word = draw.choice(_QUOTES)
-        asked = question.format(letter=f"{quote}{letter}{quote}", word=f"{quote_of_word}{word}{quote_of_word}")
-        if draw.random() < _MARK_FRACTION:
+        quote, other = draw.choice(_QUOTES), draw.choice(_QUOTES)
+        asked = question.format(letter=f"{quote}{letter}{quote}", word=f"{other}{word}{other}")
+        if draw.random() < 0.5:
             asked += "?"
         return dialogue(asked, _count_aloud(word, letter))
 
