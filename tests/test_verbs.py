@@ -189,12 +189,9 @@ def test_completion_covers_verbs_options_keys_and_artifacts(two, complete, tmp_p
     assert complete(f"mlxchat pin {place} --remove ") >= {"best"}
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_scripts_are_valid(shell, capsys, tmp_path):
-    assert run_here("completion", shell) == 0
+def test_completion_script_is_valid(capsys, tmp_path):
+    assert run_here("completion", "bash") == 0
     script = tmp_path / "script"
     script.write_text(capsys.readouterr().out)
     assert "_ARGCOMPLETE" in script.read_text()
-    if shutil.which(shell) is None:
-        pytest.skip(f"no {shell} here")
-    subprocess.run([shell, "-n", str(script)], check=True)
+    subprocess.run(["bash", "-n", str(script)], check=True)

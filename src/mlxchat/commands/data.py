@@ -137,17 +137,15 @@ def _aim(settings: list[str]) -> tuple[str, str, list[str]]:
     """Return a title, the stage whose data is shown, and the settings to compose."""
     chosen = dict(word.split("=", 1) for word in settings if word.startswith(("mixture=", "suite=", "stage=")))
     overrides = [word for word in settings if not word.startswith(("mixture=", "suite=", "stage="))]
-    if "suite" in chosen and ("mixture" in chosen or chosen.get("stage", "eval") != "eval"):
-        raise ConfigError("suite= shows the questions of eval: it excludes mixture= and stage=")
     stage = chosen.get("stage", "eval" if "suite" in chosen else "sft")
     if stage not in _STAGES:
         raise ConfigError(f'stage is "{stage}", expected one of {", ".join(_STAGES)}.{suggest(stage, _STAGES)}')
+    if "suite" in chosen:
+        return f"suite {chosen['suite']}", "eval", [f"suite={chosen['suite']}", *overrides]
     if "mixture" in chosen:
         if stage not in ("midtrain", "sft"):
             raise ConfigError(f"mixture= is for midtrain and sft, not for {stage}")
         return f"mixture {chosen['mixture']}", stage, [f"mixture@{stage}.mixture={chosen['mixture']}", *overrides]
-    if "suite" in chosen:
-        return f"suite {chosen['suite']}", stage, [f"suite={chosen['suite']}", *overrides]
     return f"stage {stage}", stage, overrides
 
 

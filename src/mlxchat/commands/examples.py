@@ -70,9 +70,8 @@ def _show_rollouts(folder: Path, *, which: str, count: int, iteration: int | Non
     """Print `count` questions of RL with their answers, best first; those of the last iteration come first."""
     answers = read_rollouts(folder)
     kept = sorted({answer["iteration"] for answer in answers})
-    told = f"answers of {len(kept)} iterations are kept, {kept[0]} to {kept[-1]}" if kept else "no answers are kept"
     if iteration is not None and iteration not in kept:
-        raise ConfigError(f"{folder.name} holds no answers of iteration {iteration}: {told}")
+        raise ConfigError(f"{folder.name} holds no answers of iteration {iteration}, but of {kept}")
     shown = 0
     for (of, number), group in groupby(answers, key=lambda each: (each["iteration"], each["question"])):
         question = list(group)
@@ -80,8 +79,7 @@ def _show_rollouts(folder: Path, *, which: str, count: int, iteration: int | Non
         if iteration not in (None, of) or not wanted or shown == count:
             continue
         shown += 1
-        right, rewards = sum(each["right"] for each in question), [each["reward"] for each in question]
-        mean = sum(rewards) / len(rewards)
+        right, mean = sum(each["right"] for each in question), sum(each["reward"] for each in question) / len(question)
         print(f"iteration {of}, question {number}: {right} of {len(question)} right, mean reward {mean:.3g}")
         _print_wrapped("asked", question[0]["prompt"])
         _print_wrapped("expected", question[0]["expected"])
@@ -93,7 +91,7 @@ def _show_rollouts(folder: Path, *, which: str, count: int, iteration: int | Non
             print(visible(f"  {verdict}  {numbers}  {answer['tokens']} tokens{cut}"))
             _print_wrapped("", answer["output"])
         print()
-    print(f"{told}: --iteration N shows one" if iteration is None else f"iteration {iteration} of {len(kept)}")
+    print(f"iterations with answers (--iteration N): {', '.join(map(str, kept)) or 'none'}")
 
 
 def show_samples(store: Store, name: str, *, as_json: bool) -> int:

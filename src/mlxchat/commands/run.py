@@ -157,7 +157,8 @@ MLXCHAT_CPU=plain uses the code of GPUs there. MLXCHAT_LOCKS: folder of the GPUs
 
 def describe_usage(options: str) -> str:
     """Return the text of `mlxchat --help`; `options` is its section of options, formatted by argparse."""
-    from mlxchat.composition.compose import describe_options, group_names, group_options
+    from mlxchat.composition.compose import group_names, group_options
+    from mlxchat.composition.overrides import describe_options
     from mlxchat.runner.stage import Stages
 
     verbs = "\n".join(f"  {verb:<11} {purpose}" for verb, (_, purpose) in VERBS.items() if " " not in verb)

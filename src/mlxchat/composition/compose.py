@@ -6,11 +6,10 @@ import argparse
 import shlex
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import mlxchat.conf
 from mlxchat.composition.overrides import as_hydra, find_mistakes, implied_experiment, refuse_hydras
 from mlxchat.composition.problems import find_problems
 from mlxchat.composition.sections import schema_of
@@ -188,8 +187,7 @@ def to_typed(composed: DictConfig) -> Config:
     with open_dict(composed):
         composed.pop("hydra", None)
     plain = cast("dict[str, Any]", OmegaConf.to_container(composed))
-    removed = [each.name for each in fields(Config) if each.name not in plain]
-    if removed:  # by ~KEY; to_object would fill in "???"
+    if removed := [each.name for each in fields(Config) if each.name not in plain]:  # by ~KEY
         raise ConfigError(f"{', '.join(removed)} cannot be removed, only changed; '~pipeline.STEP' leaves a step out")
     try:
         config = OmegaConf.to_object(composed)
@@ -208,13 +206,9 @@ def to_typed(composed: DictConfig) -> Config:
     return config
 
 
-@cache
 def conf_folder() -> Path:
     """Return the folder of the YAML files that ship with mlxchat."""
-    spec = find_spec(CONF_MODULE)
-    assert spec is not None
-    assert spec.submodule_search_locations
-    return Path(next(iter(spec.submodule_search_locations)))
+    return Path(mlxchat.conf.__path__[0])
 
 
 def group_options(group: str) -> list[str]:
@@ -222,11 +216,6 @@ def group_options(group: str) -> list[str]:
     if group == "model":
         return list(MODELS)
     return sorted(entry.stem for entry in conf_folder().joinpath(group).glob("[!_]*.yaml"))
-
-
-def describe_options(options: list[str]) -> str:
-    """Return the options of a group for a message; abbreviated for `model`."""
-    return f"{options[0]} … {options[-1]}" if options == MODELS else ", ".join(options)
 
 
 def group_names() -> list[str]:

@@ -97,8 +97,12 @@ def find_mistakes(overrides: Iterable[str], groups: Groups, schema: type) -> Ite
 def no_option(group: str, name: str, groups: Groups) -> str:
     """Return what is wrong with GROUP=NAME."""
     known = [*groups.get(group, ())]
-    shown = f"{known[0]} … {known[-1]}" if known == MODELS else ", ".join(known)
-    return f'{group} has no option "{name}": {shown}.{suggest(name, known)}'
+    return f'{group} has no option "{name}": {describe_options(known)}.{suggest(name, known)}'
+
+
+def describe_options(options: list[str]) -> str:
+    """Return the options of a group for a message; abbreviated for `model`."""
+    return f"{options[0]} … {options[-1]}" if options == MODELS else ", ".join(options)
 
 
 def refuse_hydras(overrides: list[str]) -> None:
