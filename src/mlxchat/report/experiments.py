@@ -17,7 +17,7 @@ from mlxchat.config.wording import plural
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.report.document import Block
 from mlxchat.report.plots import COLOURS, INK, SOFT, Picture, make_panels, name_axes, one_line
-from mlxchat.report.significance import CONFIDENCE, Difference, compare_means, standard_error
+from mlxchat.report.significance import CONFIDENCE, MOST_SEEDS, Difference, compare_means, standard_error
 from mlxchat.store.compare import Plan
 from mlxchat.store.files import Records
 from mlxchat.store.fingerprint import changes, flatten
@@ -77,16 +77,14 @@ class Verdict:
     """The first differences of settings from the baseline."""
 
     @property
-    def words(self) -> str:
-        """Status, and what would decide an undecided one."""
-        if self.against is None:
-            return "baseline"
+    def more_seeds(self) -> str:
+        """How many seeds both sides need further, if it is not decided."""
         if self.status != UNDECIDED:
-            return self.status
+            return ""
         if self.difference is None:
-            return f"{UNDECIDED}: give both at least two seeds"
+            return "at least 2 each"
         more = self.difference.more_seeds
-        return f"{UNDECIDED}: " + ("too close" if more is None else f"about {plural(more, 'more seed')} each")
+        return f"more than {MOST_SEEDS}" if more is None else f"about {more}"
 
 
 def find_experiments(store: Store, plans: Iterable[Plan], metric: str) -> list[Experiment]:
@@ -199,14 +197,15 @@ def table_of_verdicts(verdicts: Sequence[Verdict], metric: str) -> Table:
             str(each.experiment),
             "" if each.difference is None else str(each.difference),
             each.against.name if each.against is not None else "",
-            each.words,
+            each.status if each.against is not None else "baseline",
+            each.more_seeds,
             each.changes,
         ]
         for each in verdicts
     ]
     difference = f"difference [{CONFIDENCE:.0%}]"
-    header = ["experiment", "seeds", metric, difference, "from", "verdict", "changed"]
-    return Table(header=header, align="lrrrlll", rows=rows)
+    header = ["experiment", "seeds", metric, difference, "from", "verdict", "more seeds", "changed"]
+    return Table(header=header, align="lrrrllll", rows=rows)
 
 
 def describe_verdicts(verdicts: Sequence[Verdict], metric: str) -> dict[str, Any]:
@@ -291,7 +290,10 @@ def draw_progress(verdicts: Sequence[Verdict], metric: str) -> Picture:
         axes.margins(x=0.05, y=0.18)
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         name_axes(
-            axes, f"{len(kept)} of {plural(len(shown), 'experiment')} kept", "experiment", f"{metric} (mean ± error)"
+            axes,
+            f"{len(kept) - 1} of {plural(len(shown) - 1, 'experiment')} kept",
+            "experiment",
+            f"{metric} (mean ± error)",
         )
         return figure
 

@@ -15,7 +15,7 @@ from mlxchat.config.table import Table
 from mlxchat.config.wording import plural
 
 CONFIDENCE = 0.95
-_MOST_SEEDS = 30
+MOST_SEEDS = 30
 """Further seeds that are worth a suggestion."""
 
 
@@ -48,7 +48,7 @@ def compare_means(old: Sequence[float], new: Sequence[float]) -> Difference | No
     half = _half_width(old, new)
     if abs(mean) > half:
         return Difference(mean, mean - half, mean + half, 0)
-    enough = (more for more in range(1, _MOST_SEEDS + 1) if abs(mean) > _half_width(old, new, more))
+    enough = (more for more in range(1, MOST_SEEDS + 1) if abs(mean) > _half_width(old, new, more))
     return Difference(mean, mean - half, mean + half, next(enough, None))
 
 
