@@ -10,9 +10,8 @@ import re
 import sys
 from argparse import Action, Namespace
 from collections.abc import Iterable
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TextIO, get_args, get_type_hints
+from typing import Any, TextIO
 
 from argcomplete.completers import FilesCompleter
 from argcomplete.finders import CompletionFinder
@@ -20,6 +19,8 @@ from argcomplete.shell_integration import shellcode
 
 import mlxchat.conf
 from mlxchat.commands.arguments import Parser, is_setting, parser_of
+from mlxchat.composition.overrides import known_keys
+from mlxchat.config.schema import MODELS, Config
 from mlxchat.config.verbs import VERBS, split_verb
 from mlxchat.store.files import list_folder
 from mlxchat.store.naming import IMPORTS, PINS, called, latest, links, runs
@@ -114,24 +115,12 @@ def _stages() -> Iterable[str]:
 
 
 def _settings(current: str) -> list[str]:
-    """Return config groups with their options, and keys of the configuration one level below the typed sections."""
-    from mlxchat.config import schema
-
+    """Return config groups with their options, and the keys of the configuration."""
     conf = Path(mlxchat.conf.__path__[0])
     group, equals, _ = current.lstrip("+").partition("=")
     if equals:
         files = [name[:-5] for name in list_folder(conf / group.partition("@")[0]) if name.endswith(".yaml")]
-        names = {"model": schema.MODELS, "stage": ["all", *_stages()]}.get(group, files)
+        names = {"model": MODELS, "stage": ["all", *_stages()]}.get(group, files)
         return [f"{current.partition('=')[0]}={name}" for name in names]
-    groups = [f"{name}=" for name in list_folder(conf) if (conf / name).is_dir() and name[0] != "_"]
-    *sections, _ = current.split(".")
-    kind: Any = schema.Config
-    for section in sections:
-        kind = _dataclass_in(get_type_hints(kind).get(section)) if kind is not None else None
-    hints = get_type_hints(kind) if kind is not None and current else {}
-    keys = [f"{item.name}{'.' if _dataclass_in(hints[item.name]) else '='}" for item in (fields(kind) if hints else ())]
-    return ["stage=", "model=", *groups, *(".".join([*sections, key]) for key in keys)]
-
-
-def _dataclass_in(hint: Any) -> Any:
-    return next((each for each in (hint, *get_args(hint)) if is_dataclass(each)), None)
+    groups = [name for name in list_folder(conf) if (conf / name).is_dir() and name[0] != "_"]
+    return [f"{name}=" for name in ("stage", "model", *groups, *(known_keys(Config) if current else ()))]
