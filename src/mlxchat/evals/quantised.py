@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -20,16 +20,13 @@ SAMPLE = Path(__file__).with_name("quantised_sample.txt").read_text(encoding="ut
 """About 500 tokens on which the cost of quantised weights is measured."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class QuantisedLoss:
+class QuantisedLoss(NamedTuple):
     """Loss on the sample text with original and with quantised weights."""
 
     bits: int
     exact: float  # bits per byte with the original weights
     rounded: float  # bits per byte with the quantised weights
-    divergence: float
-    """Mean KL divergence of the next-token distributions in nats. Unlike the loss of a chat model on plain text, it
-    cannot fall by chance."""
+    divergence: float  # mean KL of next tokens in nats, which unlike a chat model's loss cannot fall by chance
 
     @property
     def bad(self) -> bool:
@@ -56,6 +53,4 @@ def measure_quantised(model: GPT, tokenizer: Tokenizer, bits: int) -> tuple[GPT,
     p, q = (each(mx.array(ids[None, :-1]))[0] for each in (model, packed))
     p, q = (each - mx.logsumexp(each, axis=-1, keepdims=True) for each in (p, q))
     divergence = float(np.asarray((mx.exp(p) * (p - q)).sum(-1)).mean())
-    return packed, QuantisedLoss(
-        bits=bits, exact=exact.bits_per_byte, rounded=rounded.bits_per_byte, divergence=divergence
-    )
+    return packed, QuantisedLoss(bits, exact.bits_per_byte, rounded.bits_per_byte, divergence)

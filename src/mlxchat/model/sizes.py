@@ -7,7 +7,7 @@ The depth determines width, heads, parameters and FLOPs, as in nanochat's script
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -186,31 +186,26 @@ def resolve_targets(targets: Iterable[str], sizes: GPTSizes) -> list[str]:
     return [name for name in matrices_of(sizes) if f".{name}".endswith(ends)]
 
 
-def find_adapter_problems(where: str, adapter: AdapterConfig, sizes: GPTSizes) -> Iterator[str]:
-    """Yield a message for each value of a section, such as sft.adapter, that is impossible with a model's sizes."""
+def resolve_adapter(where: str, adapter: AdapterConfig, sizes: GPTSizes) -> AdapterConfig | None:
+    """Return the adapter of a section, such as sft.adapter, with modules' names as targets, or None if it has none."""
     if not adapter.is_there:
-        return
+        return None
+    problems = []
     for target in adapter.targets:
         if not resolve_targets([target], sizes):
             known = [*TARGET_GROUPS, *dict.fromkeys(name.rpartition(".")[2] for name in matrices_of(sizes))]
-            yield (
+            problems.append(
                 f'{where}.targets: the model has no matrix "{target}": expected attention, mlp, all, or c_q, c_k, c_v, '
                 f"c_proj, c_fc, optionally with their prefixes (mlp.c_proj, h.0.attn.c_q).{suggest(target, known)}"
             )
     if not adapter.targets:
-        yield f"{where}.targets is empty, expected attention, mlp, all, or matrices such as c_q"
+        problems.append(f"{where}.targets is empty, expected attention, mlp, all, or matrices such as c_q")
     if adapter.bits is not None and sizes.width % max(1, adapter.group_size):
-        yield (
+        problems.append(
             f"{where}.group_size is {adapter.group_size}, which does not divide the model's width of {sizes.width}: "
             f"expected 32, 64 or 128, or {where}.bits=null"
         )
-
-
-def resolve_adapter(where: str, adapter: AdapterConfig, sizes: GPTSizes) -> AdapterConfig | None:
-    """Return a section's adapter with modules' names as targets, or None; a ConfigError lists what does not fit."""
-    if not adapter.is_there:
-        return None
-    if problems := list(find_adapter_problems(where, adapter, sizes)):
+    if problems:
         raise ConfigError("\n".join(problems))
     return replace(adapter, targets=resolve_targets(adapter.targets, sizes))
 

@@ -146,7 +146,7 @@ class Decoding:
     remedies: tuple[str, ...] = ()  # settings that lower the need, for messages
 
     def on(self, machine: MachineConfig) -> Decoding:
-        """Return the same on the device of a machine: `find_device`."""
+        """Return the same on the device of a machine."""
         return replace(self, device=find_device(machine))
 
     def bytes_beside_weights(self, rows: int) -> int:
