@@ -115,10 +115,8 @@ def test_speedrun_d20_has_nanochats_numbers():
 def test_default_is_the_quickstart():
     config = composed()
     assert compose_config([]).choices["experiment"] == "quickstart"
-    assert (config.model.depth, config.model.aspect_ratio) == (4, 48)
     deeper = composed("experiment=quickstart", "model=d6")
-    assert deeper == replace(config, model=replace(config.model, name="d6", depth=6))
-    assert composed("model.depth=6") == deeper
+    assert deeper == replace(config, model=replace(config.model, name="d6", depth=6)) == composed("model.depth=6")
 
 
 @pytest.mark.parametrize(

@@ -36,26 +36,19 @@ def test_examples_are_spread_over_tasks(capsys, tmp_path):
         shown(capsys, tmp_path, task="gsm8")
 
 
-def test_rollouts_of_the_last_iteration_come_first(capsys, tmp_path):
-    def answer(iteration: int, question: int, sample: int, reward: float, **changes: Any) -> dict[str, Any]:
-        return {
-            "iteration": iteration, "question": question, "sample": sample, "prompt": f"<|bos|>what is {question}?",
-            "output": f"it is {sample}", "expected": "it is 1", "reward": reward, "parts": {}, "right": reward == 1,
-            "advantage": reward - 0.5, "tokens": 3, "finished": True,
-        } | changes  # fmt: skip
-
+def test_rollouts_show_rewards_best_answers_first(capsys, tmp_path):
     answers = [
-        *(answer(1, 7, sample, float(sample)) for sample in (0, 1)),
-        *(answer(9, 8, sample, 0.0) for sample in (0, 1)),
-        *(answer(9, 5, sample, float(sample), parts={"brief": -0.25}) for sample in (0, 1)),
-    ]
+        {
+            "iteration": iteration, "question": 5, "sample": sample, "prompt": "<|bos|>what?", "output": f"it {sample}",
+            "expected": "it is 1", "reward": float(sample), "parts": {"brief": -0.25}, "right": sample == 1,
+            "advantage": sample - 0.5, "tokens": 3, "finished": True,
+        }
+        for iteration in (1, 9) for sample in (0, 1)
+    ]  # fmt: skip
     (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(each) + "\n" for each in answers))
     text = shown(capsys, tmp_path, iteration=9)
-    assert text.count("what is 5?") == text.count("what is 8?") == 1
     assert "iteration 9, question 5: 1 of 2 right, mean reward 0.5" in text
     best, worst = text.index("right  reward 1  brief -0.25  advantage +0.500"), text.index("wrong  reward 0  brief")
     assert best < worst
+    assert "iteration 1," not in text
     assert "<|bos|>" not in text
-    text = shown(capsys, tmp_path, n=2)
-    assert "question 8" in text
-    assert "question 7" not in text
