@@ -20,7 +20,7 @@ class Numbers(RowStream):
     def ids(self, address: int) -> np.ndarray:
         return np.full(5, address)
 
-    def _pieces(self, space: int) -> Iterator[tuple[int, int, int]]:
+    def _best_fitting(self, space: int) -> Iterator[tuple[int, int, int]]:
         if self.number == self.fails_at:
             raise RuntimeError(f"row {self.number} cannot be read")
         self.number += 1

@@ -110,14 +110,9 @@ class RowStream:
     ) -> None:
         """Start at the source's position.
 
-        Args:
-            packing: best_fit, stream or, for conversations, alone.
-            source: of the sequences.
-            row_tokens: T.
-            buffer_size: sequences that best_fit chooses from.
-            batch_rows: B, for stream.
-            padding: for conversations the id that fills a row: <|bos|>, or <|assistant_end|> if they are alone.
-            train_on: for conversations 'assistant' or 'all'; None: documents, of which every token is a target.
+        `packing` is best_fit, which chooses from `buffer_size` sequences, stream, with B = `batch_rows`, or, for
+        conversations, alone; T is `row_tokens`. For conversations, `padding` is the id that fills a row (<|bos|>, or
+        <|assistant_end|> if they are alone) and `train_on` 'assistant' or 'all'; None: each token is a target.
         """
         self.placed: list[Any] = []
         """The addresses in the last row."""

@@ -107,9 +107,10 @@ class Shard:
             file = pq.ParquetFile(path)
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{path}: cannot be read ({error})") from None
-        columns = [field.name for field in file.schema_arrow if str(field.type) in ("string", "large_string")]
-        if self.column not in columns:
-            raise DataError(f'{self.name}: no column "{self.column}" of text, expected one of {", ".join(columns)}')
+        kinds = {field.name: str(field.type) for field in file.schema_arrow}
+        if kinds.get(self.column) not in ("string", "large_string"):
+            columns = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+            raise DataError(f'{self.name}: no column "{self.column}" of text, expected one of {columns}')
         return file
 
 

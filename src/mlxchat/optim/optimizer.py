@@ -78,16 +78,11 @@ class Optimizer:
         self, model: nn.Module, config: OptimizerConfig, *, width: int, lr_frac: float = 1.0,
         batch_lr_scale: float = 1.0, weight_decay: float | None = None, adapter: AdamWRule | None = None,
     ) -> None:  # fmt: skip
-        """Assign a rule to each parameter: a matrix of a block, or one of AdamW's groups; all moments are zero.
+        """Assign a rule to each trained parameter: a matrix of a block, or one of AdamW's groups; all moments are zero.
 
-        Args:
-            model: its trained parameters are updated.
-            config: rates and momenta.
-            width: of the model; rates of tables scale with (width / 768)^-0.5.
-            lr_frac: factor of all rates (nanochat's init_lr_frac).
-            batch_lr_scale: factor for the batch size, of all rates but the smear's.
-            weight_decay: Muon's; None: the configuration's.
-            adapter: rule of all trained parameters if these are adapters.
+        Rates of tables scale with (width / 768)^-0.5, all rates with `lr_frac` (nanochat's init_lr_frac), and all but
+        the smear's with `batch_lr_scale`. `weight_decay` is Muon's, None: the configuration's; `adapter` is the rule of
+        all parameters if these are adapters.
         """
         self.config = config
         self.weight_decay = config.weight_decay if weight_decay is None else weight_decay

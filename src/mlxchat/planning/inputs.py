@@ -21,7 +21,7 @@ from mlxchat.planning.horizon import derive_hyperparameters
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.store.store import Store
 from mlxchat.tasks import load_item
-from mlxchat.tasks.downloads import HubSource, UrlSource
+from mlxchat.tasks.downloads import UrlSource
 
 # Of nanochat's tokenizer of 65,536 tokens on FineWeb-Edu; later measured.
 _ESTIMATED_CHARS_PER_TOKEN = 4.8
@@ -180,7 +180,8 @@ def find_files(
         if isinstance(source, UrlSource):
             urls[source.url] = source.sha256
             continue
-        files = source.files if network else _recorded(source)
+        listed = source.files if network else recorded_files(source.repository, source.revision)
+        files = listed and [file for file in listed if fnmatch.fnmatchcase(file.path, source.pattern)]
         before = groups.get(source.repository) or []
         groups[source.repository] = files and list(dict.fromkeys([*before, *files]))
     urls |= {core.bundle: core.sha256 for _, core in _find(plan, CoreConfig) if "://" in core.bundle}
@@ -190,11 +191,6 @@ def find_files(
 
             groups[imported.repository] = files_to_fetch(imported)
     return groups, urls
-
-
-def _recorded(source: HubSource) -> list[HubFile] | None:
-    listed = recorded_files(source.repository, source.revision)
-    return listed and [file for file in listed if fnmatch.fnmatchcase(file.path, source.pattern)]
 
 
 def find_downloads(config: Config, plan: Iterable[PlannedStep], store: Store) -> dict[str, int | None]:

@@ -190,8 +190,10 @@ def _read_parquet(files: Sequence[Path], columns: list[str]) -> pa.Table:
                     if table.num_columns == 1 and pa.types.is_struct(table.schema.types[0]):
                         table = pa.Table.from_struct_array(table.column(0))  # as in MMLU's auxiliary_train
                     table = table.select(columns)
-                    writer = writer or pa.ipc.new_file(target.name, table.schema)
-                    writer.write_table(table)
+                    if writer is None:
+                        schema = table.schema
+                        writer = pa.ipc.new_file(target.name, schema)
+                    writer.write_table(table.cast(schema))
             except (OSError, KeyError, pa.ArrowException) as error:
                 has = f"the columns {', '.join(columns)}"
                 raise DataError(f"{path}: cannot be read as parquet with {has} ({error})") from None
