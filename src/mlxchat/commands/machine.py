@@ -29,7 +29,6 @@ from mlxchat.store.naming import find_model
 from mlxchat.store.store import Store
 
 _SLOW_GFLOPS = 30
-_LITTLE_DISK_BYTES = 5e9
 _BACKENDS = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-cuda")
 
 Finding = tuple[str, str, str]
@@ -59,10 +58,7 @@ def _installation() -> Iterator[Finding]:
     names = {str(each.name).lower().replace("_", "-") for each in importlib.metadata.distributions()}
     backends = [name for name in _BACKENDS if name in names]
     if len(backends) > 1:
-        told = (
-            f"{' and '.join(backends)} overwrite each other's library: pip uninstall {' '.join(backends)}, make setup"
-        )
-        yield ("wrong", "backend", told)
+        yield ("wrong", "backend", f"several overwrite each other: pip uninstall {' '.join(backends)}, then make setup")
     elif sys.platform == "linux" and not backends:
         told = "MLX has no backend: pip install 'mlx[cpu]', or, for NVIDIA, make setup DEVICE=cuda13"
         yield ("wrong", "backend", told)
@@ -114,10 +110,7 @@ def _resources(outputs: Path) -> Iterator[Finding]:
     place = outputs
     while not place.exists() and place != place.parent:
         place = place.parent
-    free = shutil.disk_usage(place).free
-    little = free < _LITTLE_DISK_BYTES
-    remedy = ": little. Free space, or choose another place with outputs=PATH" if little else ""
-    yield ("note" if little else "ok", "disk", f"{format_bytes(free)} free for {outputs}{remedy}")
+    yield ("ok", "disk", f"{format_bytes(shutil.disk_usage(place).free)} free for {outputs}")
     path = place / f".probe-{os.urandom(6).hex()}"
     try:
         with locks.hold(path, {}, lambda owner: None):

@@ -109,7 +109,10 @@ def _write(store: Store, place: Path, checkpoint: Checkpoint, out: Path, options
     else:
         exporting.write_adapters(checkpoint, out, target)
         how = {"adapter": "yes"}
-        notes += _adapter_notes(checkpoint, "mlx" if target == "mlx-adapter" else "hf")
+        base, form = checkpoint.bases[0].name, "mlx" if target == "mlx-adapter" else "hf"
+        notes.append(f"Adapters for {base}, whose weights are not here: mlxchat export {base} BASE --to {form}.")
+        if packed := (checkpoint.facts.get("adapter") or {}).get("bits"):
+            notes.append(f"They were trained on matrices of {packed} bits; --to mlx is exactly the trained model.")
     how["trust"] = " --trust-remote-code" if own_code else ""
     if checkpoint.bases and target not in ("mlx-adapter", "peft"):
         notes.append(f"Its adapters were merged into the weights of {checkpoint.bases[0].name}.")
@@ -121,15 +124,6 @@ def _write(store: Store, place: Path, checkpoint: Checkpoint, out: Path, options
         chats=checkpoint.chats, repository=options.hub, license=options.license,
     )  # fmt: skip
     (out / "README.md").write_text(text, encoding="utf-8")
-    return notes
-
-
-def _adapter_notes(checkpoint: Checkpoint, form: str) -> list[str]:
-    """Return notes on using adapters with their base in the format `form`."""
-    base = checkpoint.bases[0]
-    notes = [f"Adapters for {base.name}, whose weights are not here: mlxchat export {base.name} --to {form} BASE."]
-    if bits := (checkpoint.facts.get("adapter") or {}).get("bits"):
-        notes.append(f"They were trained on matrices of {bits} bits; --to mlx is exactly the model that was trained.")
     return notes
 
 

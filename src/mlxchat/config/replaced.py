@@ -75,5 +75,5 @@ def find_replacement(name: str) -> str:
 def upgrade_table() -> str:
     """Return both tables as Markdown, for CHANGELOG."""
     rows = [f"| {', '.join(f'`{key}`' for key in keys.split())} | {text} |" for keys, text in SETTINGS.items()]
-    rows += [f"| `mlxchat {verb}` | {text} |" for verb, text in VERBS.items()]
+    rows += [f"| verb `{verb}` | {text} |" for verb, text in VERBS.items()]
     return "\n".join(["| gone | instead |", "|---|---|", *rows])
