@@ -88,7 +88,7 @@ def test_import_name_can_be_replaced_and_removed(twin):
         (["nanochat", "./nothing"], DataError, "nothing does not exist"),
         (["nanochat", "d32"], ConfigError, "neither a folder nor a repository of the Hub"),
         (["nanochat", ".", "--name", "a/b"], ConfigError, '"a/b" is not an import name'),
-        (["./a_folder"], ConfigError, "For artifacts: mlxchat pull PLACE"),
+        (["./a_folder"], ConfigError, "expected mlxchat import nanochat.hf.adapter, got"),
     ],
 )
 def test_wrong_arguments_are_refused(words, error, message):

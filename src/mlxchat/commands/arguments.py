@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
         self.usage = " ".join(filter(None, (self.prog, self.form, "[OPTIONS]", settings)))
 
     def take_names(
-        self, form: str, *, least: int = 1, most: int | None = 1, first: Collection[str] = (), hint: str = "",
+        self, form: str, *, least: int = 1, most: int | None = 1, first: Collection[str] = (),
         about: str = "",
     ) -> None:  # fmt: skip
         """Declare how many names the verb takes.
@@ -58,11 +58,10 @@ class Parser(argparse.ArgumentParser):
             least: smallest number of names.
             most: largest number; None: any number.
             first: accepted values of the first name; empty: any.
-            hint: part of the error message about another first name.
             about: explains the words of the form; ID and RUN are always explained.
         """
-        self.form, self.least, self.most, self.first, self.hint = form, least, most, first, hint
-        self.about = "\n".join(filter(None, (_IDS if re.search(r"\b(ID|RUN)\b", form) else "", about)))
+        self.form, self.least, self.most, self.first = form, least, most, first
+        self.about = "\n".join(filter(None, (_IDS if re.search(r"\b(ID|MODEL|RUN)\b", form) else "", about)))
         self.use("[outputs=PATH]")
 
     def take_settings(self) -> None:
@@ -98,7 +97,7 @@ class Parser(argparse.ArgumentParser):
         if self.first and names and names[0] not in self.first:
             gone = find_replacement(f"{self.prog} {names[0]}".removeprefix("mlxchat "))
             got = f'"{names[0]}".{gone or suggest(names[0], self.first)}'
-            raise ConfigError(f"expected {self.prog} {'|'.join(self.first)}, got {got} {self.hint or see}")
+            raise ConfigError(f"expected {self.prog} {'|'.join(self.first)}, got {got} {see}")
         if names and self.most == 0:
             raise ConfigError(f'"{names[0]}" is not a setting: expected key=value. {see}')
         if len(names) < self.least or (self.most is not None and len(names) > self.most):

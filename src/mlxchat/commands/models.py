@@ -149,8 +149,7 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(/.+)?")
 
 def import_model(parser: Parser) -> None:
     """Declare `mlxchat import`."""
-    hint = "import is for models of other tools. For artifacts: mlxchat pull PLACE"
-    parser.take_names("FORMAT WHAT", least=0, most=2, first=IMPORT_FORMATS, hint=hint, about=_WHAT)
+    parser.take_names("FORMAT WHAT", least=0, most=2, first=IMPORT_FORMATS, about=_WHAT)
     parser.description = (
         "Take in a model or adapters of another tool. import:NAME then stands for it: "
         "pipeline.rl.checkpoint=import:NAME, mlxchat serve import:NAME."
