@@ -29,6 +29,10 @@ def has_target(step: PlannedStep) -> bool:
     return step.config.pretrain.target_bpb is not None
 
 
+def may_end_early(step: PlannedStep) -> bool:
+    return has_target(step) or step.config.pretrain.max_seconds is not None
+
+
 stage = Stage(
     version=6,
     inputs={"corpus": "corpus", "tokenizer": "tokenizer"},
@@ -43,7 +47,7 @@ stage = Stage(
         Metric("core_estimate_stderr", when=estimates_core, needs="core=nanochat"),
         Metric("core_tasks_estimate", "maximize", when=estimates_core_tasks, needs="pretrain.core.tasks"),
         Metric("reached_target", "maximize", when=has_target, needs="pretrain.target_bpb"),
-        Metric("iterations", "minimize", when=has_target, needs="pretrain.target_bpb"),
+        Metric("iterations", "minimize", when=may_end_early, needs="pretrain.target_bpb or pretrain.max_seconds"),
         Metric("seconds_to_target", "minimize", when=has_target, needs="pretrain.target_bpb"),
         Metric("epochs"),
         Metric("cropped_tokens", "minimize"),
@@ -169,10 +173,11 @@ def run(ctx: Context) -> None:
     sample(done)  # with the weights that the artifact has
     if done < num_iterations:
         ctx.derived = derived_after(done, num_iterations, ctx.derived)
+    if target is not None or config.max_seconds is not None:
+        ctx.metrics["iterations"] = done
     if target is not None:
         ctx.metrics |= {
             "reached_target": float(ctx.metrics["val_bpb"] <= target),
-            "iterations": done,
             "seconds_to_target": done * derived.batch_tokens / ctx.metrics["tokens_per_second"],
         }
     ctx.metrics |= batches.counts()

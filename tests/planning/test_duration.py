@@ -27,6 +27,14 @@ def test_only_long_trainings_are_estimated_by_the_devices_peak(tmp_path, monkeyp
     assert estimate(tmp_path, "experiment=speedrun_d20").seconds == pytest.approx(D20_FLOPS / 4e11, rel=1e-4)
 
 
+def test_fixed_time_is_the_estimate_unless_the_horizon_ends_sooner(tmp_path):
+    timed = estimate(tmp_path, "experiment=five_minutes_bundled")
+    assert (timed.seconds, timed.artifact) == (300, "pretrain.max_seconds")
+    recipe = ("experiment=speedrun_d20", "machine.training_flops=8e12")
+    assert estimate(tmp_path, *recipe, "pretrain.max_seconds=60").seconds == 60
+    assert estimate(tmp_path, *recipe, "pretrain.max_seconds=1e9").seconds == pytest.approx(D20_FLOPS / 8e12, rel=1e-4)
+
+
 def test_reached_speed_has_priority_over_the_configured_one(tmp_path, monkeypatch):
     """Of the finished pretraining on this kind of device that is nearest in FLOPs per token."""
     recipe = ("experiment=speedrun_d20", "machine.training_flops=8e12")

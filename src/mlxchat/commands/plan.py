@@ -83,7 +83,8 @@ def _remarks(config: Config, plan: list[PlannedStep], store: Store, memory: Mapp
     if reader and need:
         remarks.setdefault(reader, []).append(str(need))
     for step in plan:
-        if step.stage.name == "pretrain" and (seconds := step.config.pretrain.max_seconds) is not None:
+        seconds = step.config.pretrain.max_seconds
+        if step.stage.name == "pretrain" and not step.done and seconds is not None:
             text = f"ends after {format_seconds(seconds)} of training, so the result depends on this machine"
             remarks.setdefault(step.name, []).append(text)
         if unknown := find_unknown(step.externals):
