@@ -17,7 +17,7 @@ from kit.training import make_context
 from mlxchat.config.schema import CoreConfig
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
-from mlxchat.errors import Interrupted
+from mlxchat.errors import DataError, Interrupted
 from mlxchat.evals.core import (
     Question,
     build_question,
@@ -117,6 +117,26 @@ def numpy_verdict(model: GPT, question: Question) -> tuple[bool, list[float]]:
     if question.gold is None:
         return predicted[0] == question.sequences[0][question.starts[0] :], means
     return int(np.argmin(means)) == question.gold, means
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("core.yaml", '{"icl_tasks": [{"label": "a"}]}', "do not describe tasks"),
+        ("core.yaml", "[", "do not describe tasks"),
+        ("eval_meta_data.csv", "Eval Task,Random baseline\nmine,many", "do not describe tasks"),
+        ("core.yaml", None, "no name of a task"),
+        ("eval_data/all/mine.jsonl", "{\n", "not JSON by lines"),
+    ],
+)
+def test_malformed_bundle_is_one_message(tmp_path, name, text, told):
+    folder = write_bundle(tmp_path, {"mine": ("language_modeling", 0, 0, [{"context": "c", "continuation": "k"}])})
+    if text is None:  # a label that would be a path
+        text = (folder / name).read_text().replace('"mine"', '"../../mine"')
+        (folder / "eval_meta_data.csv").write_text("Eval Task,Random baseline\n../../mine,0")
+    (folder / name).write_text(text)
+    with pytest.raises(DataError, match=told):
+        Bundle(folder).examples(Bundle(folder).tasks[0])
 
 
 @pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])

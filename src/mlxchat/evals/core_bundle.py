@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import random
+import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from mlxchat.runner.context import Context
 from mlxchat.store.fingerprint import hash_file
 
 SHUFFLE_SEED = 1337
+_LABEL = re.compile(r"\w[\w.-]*")  # also the name of the task's journal, which must not leave its folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ def open_bundle(ctx: Context, config: CoreConfig) -> Bundle:
 
 
 class Bundle:
-    """The bundle's tasks and their examples. Every method raises DataError if a file is absent."""
+    """The bundle's tasks and their examples. Every method raises DataError if a file is absent or malformed."""
 
     def __init__(self, path: Path) -> None:
         """Open a zip or a folder, with or without a top folder `eval_bundle/`."""
@@ -85,19 +87,27 @@ class Bundle:
     @cached_property
     def tasks(self) -> list[CoreTask]:
         """All tasks, in the bundle's order."""
-        rows = csv.DictReader(io.StringIO(self._read("eval_meta_data.csv")))
-        baselines = {row["Eval Task"]: 0.01 * float(row["Random baseline"]) for row in rows}
-        return [
-            CoreTask(
-                label=str(task["label"]),
-                kind=str(task["icl_task_type"]),
-                data=str(task["dataset_uri"]),
-                num_fewshot=int(task["num_fewshot"][0]),
-                delimiter=str(task.get("continuation_delimiter", " ")),
-                baseline=baselines[task["label"]],
-            )
-            for task in yaml.safe_load(self._read("core.yaml"))["icl_tasks"]
-        ]
+        described, table = self._read("core.yaml"), self._read("eval_meta_data.csv")
+        try:
+            rows = csv.DictReader(io.StringIO(table))
+            baselines = {row["Eval Task"]: 0.01 * float(row["Random baseline"]) for row in rows}
+            tasks = [
+                CoreTask(
+                    label=str(task["label"]),
+                    kind=str(task["icl_task_type"]),
+                    data=str(task["dataset_uri"]),
+                    num_fewshot=int(task["num_fewshot"][0]),
+                    delimiter=str(task.get("continuation_delimiter", " ")),
+                    baseline=baselines[task["label"]],
+                )
+                for task in yaml.safe_load(described)["icl_tasks"]
+            ]
+        except (KeyError, TypeError, ValueError, IndexError, yaml.YAMLError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise DataError(f"{self.path}: core.yaml and eval_meta_data.csv do not describe tasks ({reason})") from None
+        if wrong := [task.label for task in tasks if not _LABEL.fullmatch(task.label)]:
+            raise DataError(f"{self.path}: {wrong[0]!r} is no name of a task")
+        return tasks
 
     def choose(self, labels: list[str] | None) -> list[CoreTask]:
         """Return the tasks with these labels, in the bundle's order; None: all."""
@@ -110,7 +120,10 @@ class Bundle:
     def examples(self, task: CoreTask, max_per_task: int | None = None) -> list[dict[str, Any]]:
         """Return a task's examples in nanochat's order: shuffled with a fixed seed, then the first `max_per_task`."""
         lines = self._read(f"eval_data/{task.data}").split("\n")
-        items: list[dict[str, Any]] = [json.loads(line) for line in lines if line.strip()]
+        try:
+            items: list[dict[str, Any]] = [json.loads(line) for line in lines if line.strip()]
+        except ValueError as error:
+            raise DataError(f"{self.path}: {task.data} is not JSON by lines ({error})") from None
         random.Random(SHUFFLE_SEED).shuffle(items)
         items = items[:max_per_task]
         if len(items) <= task.num_fewshot:
