@@ -84,6 +84,8 @@ def test_all_mistakes_are_reported_at_once(mistakes, refuse):
         (["model=d65"], r'model has no option "d65": d1 … d64'),
         (["~pipeline.midtrian"], r'"pipeline\.midtrian" to remove.* --cfg job -p pipeline'),
         (["pretrain.num_iterations=abc"], r"pretrain\.num_iterations: Value 'abc' .*Integer"),
+        (["seeed=1"], r'there is no "seeed" to set\. Did you mean "seed"\?$'),
+        (["+seeed=1"], r'there is no "seeed" to set\. Did you mean "seed"\?$'),
         (["model=d4,d6"], r"model=d4,d6.*add -m"),
         (["stage=sfft"], r'sfft.*"sft"\?$'),
         (["+pipeline.sft.checkpont=pretrain"], r'checkpont.*"[\w.]*checkpoint"\?$'),

@@ -15,7 +15,7 @@ from mlxchat.composition.problems import find_problems
 from mlxchat.composition.sections import schema_of
 from mlxchat.config.schema import MODELS, Config
 from mlxchat.data.vocabulary import vocab_size_of
-from mlxchat.errors import ConfigError
+from mlxchat.errors import ConfigError, suggest
 from mlxchat.store.fingerprint import flatten
 
 if TYPE_CHECKING:  # Hydra takes longer to import than everything else together, and is often not needed
@@ -173,7 +173,8 @@ def places_of_stages(overrides: list[str], config_dirs: list[str], primary: Path
             text = path.read_text(encoding="utf-8", errors="replace")
             with suppress(yaml.YAMLError):  # Hydra reports it later
                 record = yaml.safe_load(text) if "stages:" in text else None
-                found += record.get("stages") or [] if isinstance(record, dict) else []
+                places = (record.get("stages") if isinstance(record, dict) else None) or []
+                found += [places] if isinstance(places, str) else places
     return list(dict.fromkeys(found))
 
 
@@ -187,7 +188,11 @@ def to_typed(composed: DictConfig) -> Config:
     with open_dict(composed):
         composed.pop("hydra", None)
     plain = cast("dict[str, Any]", OmegaConf.to_container(composed))
-    if removed := [each.name for each in fields(Config) if each.name not in plain]:  # by ~KEY
+    schema: Any = OmegaConf.get_type(composed)
+    known = [each.name for each in fields(schema)]
+    if added := [key for key in plain if key not in known]:  # by +KEY, which Hydra accepts
+        raise ConfigError("\n".join(f'there is no "{key}" to set.{suggest(key, known)}' for key in added))
+    if removed := [key for key in known if key not in plain]:  # by ~KEY
         raise ConfigError(f"{', '.join(removed)} cannot be removed, only changed; '~pipeline.STEP' leaves a step out")
     try:
         config = OmegaConf.to_object(composed)

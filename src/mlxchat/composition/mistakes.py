@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_type_hints
 
 from mlxchat.composition.overrides import Groups, known_keys, no_option
 from mlxchat.config.replaced import find_replacement
@@ -36,7 +37,8 @@ def explain(error: Exception, folders: Sequence[Path], groups: Groups, schema: t
         return where + no_option(option[1], option[2], groups)
     if unknown := _NO_GROUP.search(text):
         section, dot, _ = unknown[1].partition(".")
-        hint = f" mlxchat --cfg job -p {section} shows what is there" if dot else suggest(section, groups)
+        known = [*groups, *get_type_hints(schema)]
+        hint = f" mlxchat --cfg job -p {section} shows what is there" if dot else suggest(section, known)
         return f'{where}there is no "{unknown[1]}" to {"remove" if "delete" in text else "set"}.{hint}'
     if "Sweep parameters" in text or "Ambiguous value" in text:
         return f"{text.splitlines()[0]}: several values need a sweep; add -m"
