@@ -164,13 +164,13 @@ class Rows:
         import numpy as np
 
         self._table = _read_parquet(files, list(columns))
-        self._order = np.random.default_rng(seed).permutation(self._table.num_rows).tolist()
+        self.order = np.random.default_rng(seed).permutation(self._table.num_rows).tolist()
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self.order)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        number = self._order[index]
+        number = self.order[index]
         return {name: self._table.column(name)[number].as_py() for name in self._table.column_names}
 
 
