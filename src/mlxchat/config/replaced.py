@@ -48,7 +48,7 @@ SETTINGS = {
     "pretrain.train_bpb_tokens": "the curve of the training loss",
     "training.norm_warning_factor": "the curve `grad_norm` shows large gradients",
     "training.max_skipped_in_a_row": "20 skipped updates in a row end a training",
-    "rl.entropy_every rl.rollouts_kept": "entropy and rollouts of each validation are recorded",
+    "rl.entropy_every rl.rollouts_kept": "a constant now; entropy is measured every 5 rollouts",
     "sweep.job": "`executor=KIND` submits each step of a sweep",
     "sweep.first_rung sweep.factor": "halving compares after 1, 3, 9, … iterations and continues the best third",
 }
