@@ -76,12 +76,14 @@ def test_each_experiment_is_judged_against_the_best_kept_before(say):
     assert lucky["difference"] is None, "one seed has no scatter"
 
 
-def test_named_runs_alone_are_judged(say):
+def test_named_runs_alone_are_judged(say, toys):
     assert [*verdicts(say("compare", "worse", "--baseline", "base", "--format", "json"))] == ["base", "worse"]
     table = say("compare", "lucky", "worse", "--baseline", "base")
     assert "baseline" in table
     assert "at least 2 each" in table
     assert "no run has recorded one.scor." in say("compare", "--baseline", "base", "--metric", "one.scor", code=2)
+    folder = next(path.name for path in (toys.outputs / "runs").glob("*-base-job1"))
+    assert [*verdicts(say("compare", "--baseline", folder, "--format", "json"))] == [*SCORES]
     assert "--baseline bas: 0 experiments" in say("compare", "--baseline", "bas", code=2)
     assert "needs --baseline" in say("compare", "--format", "tsv", code=2)
 

@@ -44,6 +44,8 @@ class Experiment:
     """One manifest per artifact; empty: its runs have failed."""
     values: Sequence[float]
     """The metric of each."""
+    runs: Sequence[str]
+    """Names of the runs' folders."""
 
     @cached_property
     def mean(self) -> float:
@@ -110,17 +112,20 @@ def find_experiments(store: Store, plans: Iterable[Plan], metric: str) -> list[E
         if made is None:
             events = Records(store.outputs / "runs" / run / "events.jsonl").read()
             if any(event["event"] == "step_failed" for event in events):
-                found.setdefault(f"crash {name}", Experiment(name=name, settings={}, made=[], values=[]))
+                found.setdefault(f"crash {name}", Experiment(name=name, settings={}, made=[], values=[], runs=[run]))
             continue
         known |= {f"{step_name}.{key}" for key in made["metrics"]}
         if number not in made["metrics"]:
             continue
         settings = _settings(store, made)
         group = f"{name} {sorted(settings.items(), key=str)}"
-        before = found.get(group, Experiment(name=name, settings=settings, made=[], values=[]))
+        before = found.get(group, Experiment(name=name, settings=settings, made=[], values=[], runs=[]))
+        values, manifests = [*before.values], [*before.made]
         if made["rid"] not in [each["rid"] for each in before.made]:
-            values = [*before.values, float(made["metrics"][number])]
-            found[group] = Experiment(name=name, settings=settings, made=[*before.made, made], values=values)
+            values.append(float(made["metrics"][number]))
+            manifests.append(made)
+        runs = [*before.runs, run]
+        found[group] = Experiment(name=name, settings=settings, made=manifests, values=values, runs=runs)
     if not any(each.made for each in found.values()):
         raise ConfigError(f"no run has recorded {metric}.{suggest(metric, known)}")
     finished = {each.name for each in found.values() if each.made}
@@ -147,17 +152,18 @@ def judge(experiments: Sequence[Experiment], baseline: str, *, less_is_better: b
 
     Args:
         experiments: in the order of their runs.
-        baseline: name of one of them.
+        baseline: name of one of them, or of a folder of its runs.
         less_is_better: whether small values are good.
 
     Raises:
         ConfigError: no experiment is called so, several are, or it has no result.
     """
-    named = [each for each in experiments if each.name == baseline and each.made]
+    named = [each for each in experiments if baseline in (each.name, *each.runs) and each.made]
     if len(named) != 1:
         told = ", ".join(dict.fromkeys(each.name for each in experiments)) or "none"
         if named:
-            told = "; ".join(_describe_changes(named[0], each) or "the first" for each in named)
+            told = "; ".join(f"{each.runs[0]}: {_describe_changes(named[0], each) or 'the first'}" for each in named)
+            told += "; name one by the folder of a run"
         raise ConfigError(f"--baseline {baseline}: {len(named)} experiments with a result are called so ({told})")
     best = named[0]
     verdicts = [Verdict(experiment=best, status=KEEP)]
