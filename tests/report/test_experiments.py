@@ -84,6 +84,7 @@ def test_named_runs_alone_are_judged(say, toys):
     assert "no run has recorded one.scor." in say("compare", "--baseline", "base", "--metric", "one.scor", code=2)
     folder = next(path.name for path in (toys.outputs / "runs").glob("*-base-job1"))
     assert [*verdicts(say("compare", "--baseline", folder, "--format", "json"))] == [*SCORES]
+    assert 'Did you mean "one.score"?' in say("compare", "--baseline", "base", "--metric", "score", code=2)
     assert "--baseline bas: 0 experiments" in say("compare", "--baseline", "bas", code=2)
     assert "needs --baseline" in say("compare", "--format", "tsv", code=2)
 

@@ -60,13 +60,13 @@ def _judge(options: Namespace) -> list[Verdict]:
     from mlxchat.runner.stage import best_of
     from mlxchat.store.compare import find_runs
 
-    store, step = Store(options.outputs), options.metric.rpartition(".")[0]
+    store = Store(options.outputs)
     plans = find_runs(store, [options.baseline, *options.names] if options.names else [])
     found = find_experiments(store, plans, options.metric)
     stage = next(made["stage"] for each in found for made in each.made)
     better = best_of(stage, options.metric.rpartition(".")[2])
     if better is None:
-        raise ConfigError(f"--metric {options.metric}: stage {stage} does not say which values are better ({step})")
+        raise ConfigError(f"--metric {options.metric}: stage {stage} does not say which values are better")
     return judge(found, options.baseline, less_is_better=better is min)
 
 

@@ -6,7 +6,8 @@ goes on from what was kept (karpathy/autoresearch). The baseline is the first th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
@@ -89,7 +90,7 @@ class Verdict:
         return f"more than {MOST_SEEDS}" if more is None else f"about {more}"
 
 
-def find_experiments(store: Store, plans: Iterable[Plan], metric: str) -> list[Experiment]:
+def find_experiments(store: Store, plans: Sequence[Plan], metric: str) -> list[Experiment]:
     """Return the experiments of runs, in the order of their first runs.
 
     Args:
@@ -102,7 +103,6 @@ def find_experiments(store: Store, plans: Iterable[Plan], metric: str) -> list[E
     """
     step_name, _, number = metric.rpartition(".")
     found: dict[str, Experiment] = {}
-    known: set[str] = set()
     for run, steps in plans:
         step = next((step for step in steps if step["step"] == step_name), None)
         if step is None:
@@ -114,19 +114,21 @@ def find_experiments(store: Store, plans: Iterable[Plan], metric: str) -> list[E
             if any(event["event"] == "step_failed" for event in events):
                 found.setdefault(f"crash {name}", Experiment(name=name, settings={}, made=[], values=[], runs=[run]))
             continue
-        known |= {f"{step_name}.{key}" for key in made["metrics"]}
-        if number not in made["metrics"]:
+        value = made["metrics"].get(number)
+        if not isinstance(value, int | float) or not math.isfinite(value):
             continue
         settings = _settings(store, made)
         group = f"{name} {sorted(settings.items(), key=str)}"
         before = found.get(group, Experiment(name=name, settings=settings, made=[], values=[], runs=[]))
         values, manifests = [*before.values], [*before.made]
         if made["rid"] not in [each["rid"] for each in before.made]:
-            values.append(float(made["metrics"][number]))
+            values.append(float(value))
             manifests.append(made)
         runs = [*before.runs, run]
         found[group] = Experiment(name=name, settings=settings, made=manifests, values=values, runs=runs)
     if not any(each.made for each in found.values()):
+        made_by = ((step["step"], store.made(step["key"], step["rid"])) for _, steps in plans for step in steps)
+        known = {f"{name}.{key}" for name, made in made_by if made is not None for key in made["metrics"]}
         raise ConfigError(f"no run has recorded {metric}.{suggest(metric, known)}")
     finished = {each.name for each in found.values() if each.made}
     return [each for each in found.values() if each.made or each.name not in finished]
