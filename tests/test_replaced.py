@@ -1,4 +1,4 @@
-"""Settings and verbs of 0.2 that are gone: each is told with what replaces it, and CHANGELOG has the same table."""
+"""Settings and verbs that 0.2 had: typing one tells what replaces it, from the table that CHANGELOG has."""
 
 from pathlib import Path
 

@@ -19,7 +19,7 @@ def adapter_sizes(model_sizes: GPTSizes, kind: str = "lora", **more: Any) -> Ada
 
 
 def random_adapters(sizes: AdapterConfig, model_sizes: GPTSizes, *, seed: int = 5) -> dict[str, mx.array]:
-    """Return adapters none of whose numbers is zero; lengths of DoRA are around those that such rows have."""
+    """Return adapters without a zero; DoRA's lengths are near those of their rows."""
     rng = np.random.default_rng(seed)
     return {
         name: mx.array((rng.normal(0, 0.15, shape) if len(shape) > 1 else rng.uniform(1, 3, shape)).astype(np.float32))
