@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kit.commands import clean_environment
-from kit.own_parts import fenced, write_files
+from kit.docs import fenced, write_files
 from mlxchat.commands.arguments import parser_of
 from mlxchat.composition.compose import compose_config, split_options
 from mlxchat.config.verbs import VERBS, split_verb

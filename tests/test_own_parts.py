@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from kit.commands import run_process
-from kit.own_parts import COMMANDS, write_files
+from kit.docs import COMMANDS, write_files
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import TrackerConfig
 from mlxchat.errors import ConfigError, StepFailed

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kit.servers import Handler, Loopback
+from kit.hubs import Handler, Loopback
 from mlxchat.cli import dispatch
 from mlxchat.distill import teacher as client
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError

@@ -1,4 +1,4 @@
-"""A local Hugging Face Hub for downloads, with faults, and for uploads by the official client."""
+"""A server in a thread of this process, and a Hugging Face Hub on it: downloads with faults, uploads by its client."""
 
 import base64
 import fnmatch
@@ -9,13 +9,72 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, NamedTuple, Self
 from urllib.parse import parse_qs, unquote, urlsplit
-
-from kit.servers import Handler, Loopback
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 _BLOCK = 1 << 14
+
+
+class Handler(BaseHTTPRequestHandler):
+    """HTTP/1.1 with JSON and without a log."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def body(self) -> bytes:
+        """Return the body of the request, which may come in chunks."""
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while size := int(self.rfile.readline().strip() or b"0", 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def begin(self, status: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def say(self, value: Any, status: int = 200, **headers: str) -> None:
+        """Answer with JSON, or with bytes as they are."""
+        data = value if isinstance(value, bytes) else json.dumps(value).encode()
+        more = {name.replace("_", "-"): text for name, text in headers.items()}
+        self.begin(status, {"Content-Type": "application/json", "Content-Length": str(len(data)), **more})
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+
+class Loopback(ThreadingHTTPServer):
+    """A server on a free port, started and stopped as a context manager; broken connections print nothing."""
+
+    daemon_threads = True
+
+    def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
+        super().__init__(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, *_: Any) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        self.shutdown()
+        self.server_close()
+        self.thread.join()
 
 
 @dataclass
@@ -27,10 +86,8 @@ class Faults:
     truncate: str = ""
     corrupt: str = ""
     times: int = 1
-    block_seconds: float = 0.0
-    """Pause after each 16 kB of a file."""
-    broken: str = ""
-    """A part of the addresses that are answered with 400."""
+    block_seconds: float = 0.0  # after each 16 kB of a file
+    broken: str = ""  # a part of the addresses that are answered with 400
 
 
 @dataclass
@@ -42,8 +99,7 @@ class Repository:
     lfs: tuple[str, ...] = (".parquet", ".zip", ".safetensors", ".pt", ".pkl")
     kind: str = "dataset"
     private: bool = False
-    commits: list[str] = field(default_factory=list)
-    """The messages of what was pushed."""
+    commits: list[str] = field(default_factory=list)  # messages of what was pushed
 
     def entry(self, path: str) -> dict[str, Any] | None:
         """Return a tree's entry of a file or folder, or None."""
@@ -74,14 +130,11 @@ class LoopbackHub(Loopback):
 
     def __init__(self) -> None:
         super().__init__(_Handler)
-        self.token: str | None = None
-        """What every request must have; None: nothing."""
+        self.token: str | None = None  # which every request must have
         self.repositories: dict[str, Repository] = {}
-        self.files: dict[str, bytes] = {}
-        """Files under /files/."""
+        self.files: dict[str, bytes] = {}  # below /files/
         self.faults = Faults()
-        self.stored: dict[str, bytes] = {}
-        """Large files that were uploaded, by sha256, committed or not."""
+        self.stored: dict[str, bytes] = {}  # large files that were uploaded, by sha256
         self.log: list[Request] = []
         self.bytes_sent = Counter[str]()
         self.lock, self.done = threading.Lock(), Counter[tuple[str, str]]()
@@ -133,10 +186,9 @@ class _Handler(Handler):
             elif parts[0] == "api":
                 self.say_api(parts[1:], body)
             elif parts[-1] == "batch":
-                objects = [
-                    {**each, "actions": {"upload": {"href": f"{hub.url}/put/{each['oid']}"}}}
-                    for each in json.loads(body)["objects"]
-                ]
+                objects = json.loads(body)["objects"]
+                for each in objects:
+                    each["actions"] = {"upload": {"href": f"{hub.url}/put/{each['oid']}"}}
                 self.say({"transfer": "basic", "objects": objects})
             else:
                 self.resolve(parts[1:] if parts[0] == "datasets" else parts)
