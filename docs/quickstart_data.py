@@ -30,9 +30,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mlxchat.tasks.arithmetic import Template, draw_numbers, draw_words, solve
 from mlxchat.tasks.base import LETTERS, held_out
-from mlxchat.tasks.quickstart import FOLDER
+from mlxchat.tasks.quickstart import FOLDER, Template, draw_numbers, draw_words, solve
 from mlxchat.tasks.spelling import count_letters, first_words, is_only_spelled
 
 _INPUTS = Path(__file__).with_suffix("")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from mlxchat.evals.forecast import TASK_METRICS, TEXT_METRICS, has_core, has_corpus, memory
+from mlxchat.planning.forecast import TASK_METRICS, TEXT_METRICS, eval_memory, has_core, has_corpus
 from mlxchat.runner.context import Context
 from mlxchat.runner.stage import Metric, Stage
 
@@ -41,16 +41,13 @@ stage = Stage(
         Metric("untrained_bpb", when=has_corpus, needs="pipeline.STEP.corpus"),
     ],
     uses_gpu=True,
-    memory=memory,
+    memory=eval_memory,
 )
 
 
 def run(ctx: Context) -> None:
-    from mlxchat.engine.generate import Engine
-    from mlxchat.evals.forecast import memory
-    from mlxchat.evals.language_model import LanguageModel
+    from mlxchat.engine.generate import Engine, answer_prompts, continue_prompts
     from mlxchat.evals.measure import measure, measure_own, write_scores
-    from mlxchat.evals.samples import answer_prompts, continue_prompts
     from mlxchat.model.checkpoint import load_for_inference
     from mlxchat.ops.device import prepare_machine
     from mlxchat.planning.memory import forward_tokens
@@ -60,10 +57,9 @@ def run(ctx: Context) -> None:
     dtype = prepare_machine(machine)
     gpt, tokenizer, facts = load_for_inference(ctx.inputs["checkpoint"], dtype)
     chats = facts["format"] == "chat"
-    rows = memory(ctx.config, ctx.stage, gpt.sizes).on(machine).rows(ctx.step)
-    engine = Engine(gpt, tokenizer, max_rows=rows, team=ctx.team)
-    model = LanguageModel(engine, batch_tokens=forward_tokens(machine, gpt.sizes))
-    scores = measure(ctx, model, as_base=not chats, as_chat=chats)
+    rows = eval_memory(ctx.config, ctx.stage, gpt.sizes).on(machine).rows(ctx.step)
+    engine = Engine(gpt, tokenizer, max_rows=rows, batch_tokens=forward_tokens(machine, gpt.sizes), team=ctx.team)
+    scores = measure(ctx, engine, as_base=not chats, as_chat=chats)
     if config.own:
         scores["own"] = measure_own(engine, config.own)
         ctx.metrics |= {f"own_{name}": value for name, value in scores["own"].items()}

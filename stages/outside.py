@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlxchat.evals.forecast import TASK_METRICS, TEXT_METRICS, has_core
+from mlxchat.planning.forecast import TASK_METRICS, TEXT_METRICS, has_core
 from mlxchat.runner.context import Context
 from mlxchat.runner.stage import Metric, Stage
 
@@ -35,7 +35,6 @@ stage = Stage(
 
 def run(ctx: Context) -> None:
     from mlxchat.engine.third_party import ThirdPartyEngine
-    from mlxchat.evals.language_model import LanguageModel
     from mlxchat.evals.measure import measure, write_scores
     from mlxchat.ops.device import prepare_machine
 
@@ -45,6 +44,6 @@ def run(ctx: Context) -> None:
     engine = ThirdPartyEngine.load(Path(config.path))
     engine.context_tokens = config.context_tokens or min(engine.context_tokens, _MOST_CONTEXT_TOKENS)
     chats = engine.tokenizer.has_chat_template if config.chat is None else config.chat
-    scores = measure(ctx, LanguageModel(engine), as_base=True, as_chat=chats)
+    scores = measure(ctx, engine, as_base=True, as_chat=chats)
     about = {"name": config.name, "model_type": engine.model_type, "context_tokens": engine.context_tokens}
     write_scores(ctx, {"checkpoint": config.name, "outside": about, **scores})

@@ -8,10 +8,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from mlxchat.rl.forecast import memory, problems
+from mlxchat.planning.forecast import LOOP_METRICS, rl_memory, rl_problems
 from mlxchat.runner.context import Context
 from mlxchat.runner.stage import CHECKPOINT_FILES, WEIGHTS_OR_ADAPTERS, Metric, Stage
-from mlxchat.training.forecast import LOOP_METRICS
 
 stage = Stage(
     version=4,
@@ -34,8 +33,8 @@ stage = Stage(
     ],
     uses_gpu=True,
     format="chat",
-    memory=memory,
-    problems=problems,
+    memory=rl_memory,
+    problems=rl_problems,
 )
 
 
@@ -47,16 +46,17 @@ def run(ctx: Context) -> None:
     from mlxchat.errors import DataError
     from mlxchat.model.checkpoint import load_checkpoint
     from mlxchat.ops.device import prepare_machine
+    from mlxchat.planning.forecast import describe_pairs
     from mlxchat.planning.horizon import count_later_iterations
     from mlxchat.planning.memory import choose_micro_batch
-    from mlxchat.rl.forecast import describe_pairs
     from mlxchat.rl.pairs import PairBatches, PairRows, sample_pairs, sum_pairs, validate, write_pairs
     from mlxchat.rl.rollouts import PolicyScores
     from mlxchat.tasks import Conversation, Task
     from mlxchat.tasks.jsonl import both_answers
     from mlxchat.training.finetune import make_optimizer, save_trained
-    from mlxchat.training.loop import Observation, fit
-    from mlxchat.training.team_step import make_step
+    from mlxchat.training.loop import fit
+    from mlxchat.training.monitor import Observation
+    from mlxchat.training.step import make_step
 
     config = ctx.config.preference
     dtype = prepare_machine(ctx.config.machine)

@@ -9,10 +9,10 @@ import math
 from contextlib import closing
 from pathlib import Path
 
+from mlxchat.planning.forecast import LOOP_METRICS, memory, problems
 from mlxchat.runner.context import Context
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.stage import CHECKPOINT_FILES, Metric, Stage
-from mlxchat.training.forecast import LOOP_METRICS, memory, problems
 
 
 def estimates_core(step: PlannedStep) -> bool:
@@ -66,22 +66,21 @@ def run(ctx: Context) -> None:
     from mlxchat.data.packing import RowStream, take_validation
     from mlxchat.data.tokenizer import Tokenizer
     from mlxchat.data.tokens import open_documents
-    from mlxchat.engine.generate import Engine
+    from mlxchat.engine.generate import Engine, continue_prompts
     from mlxchat.evals.bpb import text_loss
-    from mlxchat.evals.samples import continue_prompts
     from mlxchat.model.checkpoint import save_checkpoint
     from mlxchat.model.gpt import GPT
-    from mlxchat.model.initial import init_weights
+    from mlxchat.model.parameters import init_weights
     from mlxchat.model.sizes import sizes_of
     from mlxchat.ops.device import prepare_machine
     from mlxchat.optim.optimizer import Optimizer
+    from mlxchat.planning.forecast import memory
     from mlxchat.planning.horizon import derive_hyperparameters, derive_numbers
     from mlxchat.planning.memory import choose_micro_batch
     from mlxchat.training.batches import RowBatches
-    from mlxchat.training.forecast import memory
-    from mlxchat.training.loop import Observation, derived_after, fit
-    from mlxchat.training.observations import observe_core
-    from mlxchat.training.team_step import make_step
+    from mlxchat.training.loop import derived_after, fit
+    from mlxchat.training.monitor import Observation, observe_core
+    from mlxchat.training.step import make_step
 
     config, rates, machine = ctx.config.pretrain, ctx.config.optimizer, ctx.config.machine
     dtype = prepare_machine(machine)

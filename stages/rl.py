@@ -11,10 +11,9 @@ from functools import partial
 from typing import Any
 
 from mlxchat.config.schema import Config
-from mlxchat.rl.forecast import memory, problems
+from mlxchat.planning.forecast import LOOP_METRICS, rl_memory, rl_problems
 from mlxchat.runner.context import Context
 from mlxchat.runner.stage import CHECKPOINT_FILES, WEIGHTS_OR_ADAPTERS, Metric, Stage
-from mlxchat.training.forecast import LOOP_METRICS
 
 
 def numbers_of_samples(config: Config) -> range:
@@ -38,8 +37,8 @@ stage = Stage(
     ],
     uses_gpu=True,
     format="chat",
-    memory=memory,
-    problems=problems,
+    memory=rl_memory,
+    problems=rl_problems,
 )
 
 
@@ -49,13 +48,14 @@ def run(ctx: Context) -> None:
     from mlxchat.model.checkpoint import load_checkpoint
     from mlxchat.model.parameters import trained_parameters
     from mlxchat.ops.device import prepare_machine
+    from mlxchat.planning.forecast import describe_rl
     from mlxchat.planning.horizon import count_later_iterations
     from mlxchat.planning.memory import choose_micro_batch
-    from mlxchat.rl.forecast import describe
     from mlxchat.rl.rollouts import PolicyScores, Rollouts, longest_prompt, pass_at_k, updates_per_rollout
     from mlxchat.training.finetune import make_optimizer, save_trained
-    from mlxchat.training.loop import Observation, fit
-    from mlxchat.training.team_step import make_step
+    from mlxchat.training.loop import fit
+    from mlxchat.training.monitor import Observation
+    from mlxchat.training.step import make_step
 
     config, machine = ctx.config.rl, ctx.config.machine
     dtype = prepare_machine(machine)
@@ -70,7 +70,7 @@ def run(ctx: Context) -> None:
     # A copy of the trained weights. Of adapters it is small: adapters that are not trained yet leave the base as it is.
     reference = trained_parameters(model) if config.kl_coefficient > 0 else None
     row_tokens = longest_prompt(tokenizer, practice, held_out) + config.max_new_tokens
-    micro_batch = choose_micro_batch(ctx, describe(config, ctx.config.optimizer, model.sizes, row_tokens))
+    micro_batch = choose_micro_batch(ctx, describe_rl(config, ctx.config.optimizer, model.sizes, row_tokens))
     ctx.derive(
         {
             "num_iterations": num_iterations,

@@ -40,10 +40,9 @@ stage = Stage(
 
 
 def run(ctx: Context) -> None:
-    from mlxchat.data.bpe import train_on_corpus
+    from mlxchat.data.bpe import compression_rows, print_compression, train_on_corpus
     from mlxchat.data.sources import Corpus
     from mlxchat.data.tokenizer import load_vocabulary
-    from mlxchat.evals.compression import compression_rows, print_compression
 
     config, corpus = ctx.config.tokenizer, ctx.inputs["corpus"]
     if config.source == "train":

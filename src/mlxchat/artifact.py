@@ -76,13 +76,13 @@ class Artifact:
 
     def chat(self, question: str, *, max_new_tokens: int = 256) -> str:
         """Return a chat model's greedy answer."""
-        from mlxchat.evals.samples import answer_prompts
+        from mlxchat.engine.generate import answer_prompts
 
         return answer_prompts(self.engine, [question], max_new_tokens)[0][1]
 
     def generate(self, prompt: str, *, max_new_tokens: int = 64, **sampling: Any) -> str:
         """Return the continuation of a text; `sampling` is that of `Engine.complete` (default: greedy)."""
-        from mlxchat.evals.samples import continue_prompts
+        from mlxchat.engine.generate import continue_prompts
 
         return continue_prompts(self.engine, [prompt], max_new_tokens, **sampling)[0][1]
 

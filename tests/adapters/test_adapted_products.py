@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from mlxchat.config.schema import AdapterConfig
+from mlxchat.model.forward import Dropping, draw_keys, dropped, dropping, fold
 from mlxchat.model.lora import LAYERS, LoRALinear
-from mlxchat.ops.dropout import Dropping, draw_keys, dropped, dropping, fold
 
 IN, OUT, RANK, SCALE, GROUP = 64, 48, 4, 1.7, 32
 Numbers = dict[str, np.ndarray]

@@ -5,8 +5,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxchat.data.conversation import render_conversation, render_for_completion
-from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.tokenizer import Tokenizer, render_conversation, render_for_completion
 
 
 def user(text: str) -> dict[str, Any]:

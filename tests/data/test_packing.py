@@ -13,10 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxchat.data import packing
-from mlxchat.data.conversation import render_conversation
 from mlxchat.data.packing import IGNORED, RowStream, ShuffledConversations, count_rows, take_validation
 from mlxchat.data.sources import Corpus
-from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.tokenizer import Tokenizer, render_conversation
 from mlxchat.data.tokens import Tokens
 
 DOCUMENT_PACKINGS, CONVERSATION_PACKINGS = ("best_fit", "stream"), ("best_fit", "stream", "alone")

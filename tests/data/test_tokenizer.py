@@ -12,8 +12,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from mlxchat.data.conversation import render_conversation, render_for_completion
-from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.tokenizer import Tokenizer, render_conversation, render_for_completion
 
 
 @pytest.fixture(scope="module")

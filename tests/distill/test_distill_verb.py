@@ -18,7 +18,7 @@ from mlxchat.cli import dispatch
 from mlxchat.distill import teacher as client
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError
 from mlxchat.tasks import load_task
-from mlxchat.tasks.answers import answer_text
+from mlxchat.tasks.base import answer_text
 from mlxchat.tasks.jsonl import Jsonl
 
 Ask = Callable[..., int]

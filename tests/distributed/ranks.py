@@ -75,8 +75,7 @@ def _be_a_rank(order: dict[str, Any], result: Path) -> None:
     import mlx.core as mx
 
     from mlxchat.cpu import runtime
-    from mlxchat.distributed.group import Group
-    from mlxchat.distributed.team import Team
+    from mlxchat.distributed.team import Group, Team
 
     assert mlxchat
     mx.set_default_device(mx.cpu)

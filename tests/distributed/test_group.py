@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from distributed import ranks
-from mlxchat.distributed import group as group_module
-from mlxchat.distributed.group import Group
+from mlxchat.distributed import team as team_module
+from mlxchat.distributed.team import Group
 
 NOT_A_NUMBER = [0x80000000, 0x7FC00001, 0xFFC00000, 0x7F800000, 0x00000001]  # bits of −0.0, NaNs, ∞, a denormal
 INTEGERS = [2**53 + 1, -(2**62)]
@@ -29,7 +29,7 @@ def use_group(group: Group) -> dict[str, Any]:
         "d": mx.full((5,), 10.0 * rank),
     }  # fmt: skip
     for size in (1, 64 * 2**20):
-        group_module.BUCKET_BYTES = size
+        team_module.BUCKET_BYTES = size
         found[f"sums {size}"] = {name: np.array(value).tolist() for name, value in group.sum(ours).items()}
     noise = mx.array(np.random.default_rng(rank).normal(size=1001).astype(np.float32))
     found["noise"] = np.array(group.sum({"x": noise})["x"].view(mx.uint32)).tolist()

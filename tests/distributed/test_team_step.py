@@ -20,9 +20,7 @@ from mlxchat.model.parameters import flatten_parameters, set_parameters, trained
 from mlxchat.model.sizes import resolve_targets
 from mlxchat.optim.optimizer import AdamWRule, Optimizer, Rates
 from mlxchat.training.batches import Batch, mean_batch
-from mlxchat.training.step import TrainStep
-from mlxchat.training.teacher import Distillation
-from mlxchat.training.team_step import TeamStep
+from mlxchat.training.step import Distillation, TeamStep, TrainStep
 
 TOKENS, VOCABULARY = 16, 281  # no multiple of any number of ranks
 make_model = partial(models.make_model, vocab_size=VOCABULARY)

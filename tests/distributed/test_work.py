@@ -19,7 +19,6 @@ from mlxchat.distributed.team import Team
 from mlxchat.engine.generate import Engine
 from mlxchat.evals.bpb import mean_loss
 from mlxchat.evals.chat import Answering, evaluate_task
-from mlxchat.evals.language_model import LanguageModel
 from mlxchat.model.gpt import GPT
 from mlxchat.model.parameters import flatten_parameters, set_parameters
 from mlxchat.rl.rollouts import PolicyScores, Rollouts
@@ -94,11 +93,11 @@ def work(team: Team | None, architecture: str, folder: str) -> dict[str, Any]:
     found["losses"] = mean_loss(model, list(zip(ids, targets, strict=True)), micro_tokens=900, team=team)
     scores = PolicyScores(model, micro_tokens=900, dtype=mx.float32, team=team)
     found["scores"] = [part.tolist() for part in scores(ids, targets)]
-    asked = LanguageModel(engine, batch_tokens=300)
+    engine.batch_tokens = 300
     for kind in ("generative", "categorical"):
         ctx = make_context(Path(folder) / f"{architecture}-{team.size if team else 1}-{kind}")
         answering = Answering(batch_rows=3, max_new_tokens=8, seeds=2, temperature=0.8, seed=4)
-        score, _ = evaluate_task(ctx, asked, Questions(10, kind), answering, name=kind, work=ctx.work)
+        score, _ = evaluate_task(ctx, engine, Questions(10, kind), answering, name=kind, work=ctx.work)
         found[kind] = score.to_dict()
     found["rl"] = reinforce(team, model)
     return found

@@ -8,11 +8,10 @@ import pytest
 
 from mlxchat.bench.weights import fill_zero_weights
 from mlxchat.engine.decode import Decoder
-from mlxchat.evals.bpb import text_loss
-from mlxchat.evals.quantised import SAMPLE, measure_quantised
+from mlxchat.evals.bpb import SAMPLE, measure_quantised, text_loss
 from mlxchat.model.gpt import GPT
-from mlxchat.model.initial import init_weights
 from mlxchat.model.lora import packed_copy
+from mlxchat.model.parameters import init_weights
 
 
 @pytest.fixture

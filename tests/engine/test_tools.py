@@ -1,6 +1,6 @@
 """The calculator."""
 
-from mlxchat.engine.tools import calculate
+from mlxchat.engine.generate import calculate
 
 SUMS = {
     " 3 + 4 ": "7", "7-9": "-2", "10/2": "5", "7/2": "3.5", "0.2*50": "10", "-7//2": "-4", "17%5": "2", "3*(4+5)": "27",

@@ -11,16 +11,14 @@ import numpy as np
 import pytest
 
 from kit.training import make_context
-from mlxchat.data.conversation import render_for_completion
-from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.tokenizer import Tokenizer, render_for_completion
 from mlxchat.engine.generate import Completion, Engine
 from mlxchat.errors import Interrupted
 from mlxchat.evals.chat import Answering, evaluate_task, question_text
-from mlxchat.evals.language_model import LanguageModel
 from mlxchat.evals.scores import CHATCORE_SETS, Measure, Score, chatcore, mean_centered_stderr
 from mlxchat.model.gpt import GPT
-from mlxchat.tasks.answers import content_text
-from mlxchat.tasks.benchmarks import GSM8K
+from mlxchat.tasks.base import content_text
+from mlxchat.tasks.downloads import GSM8K
 
 Evaluate = Callable[..., tuple[Score, list[dict[str, Any]]]]
 
@@ -73,8 +71,8 @@ def evaluate(tmp_path: Path) -> Evaluate:
         ctx = make_context(tmp_path, stop_signal=lambda: 15 if stops else None)
         folder = tmp_path / (work or f"{len(list(tmp_path.iterdir()))}")
         answering = Answering(**{"batch_rows": 4, "max_new_tokens": 9} | how)
-        model = LanguageModel(engine, batch_tokens=batch_tokens)
-        return evaluate_task(ctx, model, task, answering, name="toy", work=folder)
+        engine.batch_tokens = batch_tokens
+        return evaluate_task(ctx, engine, task, answering, name="toy", work=folder)
 
     return run
 

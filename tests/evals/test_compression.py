@@ -3,12 +3,11 @@
 import pytest
 import tiktoken
 
-from mlxchat.data.bpe import train_tokenizer
+from mlxchat.data import bpe
+from mlxchat.data.bpe import compression_rows, train_tokenizer
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.vocabulary import SPLIT_PATTERN, Vocabulary
 from mlxchat.errors import DataError
-from mlxchat.evals import compression
-from mlxchat.evals.compression import compression_rows
 
 SPLITS = {"train": ["one cat", "two cats\n"], "validation": ["naïve 你好"]}
 
@@ -23,7 +22,7 @@ def rival(monkeypatch: pytest.MonkeyPatch) -> Tokenizer:
             raise DataError("not installed")
         return Vocabulary(made.ranks, SPLIT_PATTERN)
 
-    monkeypatch.setattr(compression, "read_vocabulary", read)
+    monkeypatch.setattr(bpe, "read_vocabulary", read)
     return made
 
 

@@ -19,6 +19,8 @@ from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
 from mlxchat.errors import DataError, Interrupted
 from mlxchat.evals.core import (
+    Bundle,
+    CoreTask,
     Question,
     build_question,
     draw_shots,
@@ -26,8 +28,6 @@ from mlxchat.evals.core import (
     render_prompts,
     tokenize_prompts,
 )
-from mlxchat.evals.core_bundle import Bundle, CoreTask
-from mlxchat.evals.language_model import LanguageModel
 from mlxchat.model.gpt import GPT
 
 KINDS = {
@@ -56,12 +56,12 @@ def evaluate(model: GPT, tokenizer: Tokenizer, bundle: Path, tmp_path: Path) -> 
         batch_tokens: int = 1500, path: Path = bundle, is_ours: bool = True, work: str = "work", stop_after: int = 999,
         max_per_task: int | None = None, model: GPT = model, **core: Any,
     ) -> Result:  # fmt: skip
-        asked = LanguageModel(Engine(model, tokenizer), batch_tokens=batch_tokens)
-        asked.is_ours = is_ours
+        engine = Engine(model, tokenizer, batch_tokens=batch_tokens)
+        engine.is_ours = is_ours
         left = iter([None] * stop_after)
         ctx = make_context(tmp_path, stop_signal=lambda: next(left, 15))
         config = CoreConfig(bundle=str(path), **core)
-        return evaluate_core(ctx, asked, config, max_per_task=max_per_task, work=tmp_path / work)
+        return evaluate_core(ctx, engine, config, max_per_task=max_per_task, work=tmp_path / work)
 
     return run
 
@@ -101,7 +101,7 @@ def test_stopped_evaluation_resumes_with_equal_results(evaluate, monkeypatch, ba
         evaluate(batch_tokens=300, stop_after=batches, max_per_task=10)
     whole = evaluate(batch_tokens=300, max_per_task=10, work="other")
     assert evaluate(batch_tokens=300, max_per_task=10) == whole
-    monkeypatch.setattr(LanguageModel, "score", None)
+    monkeypatch.setattr(Engine, "score", None)
     assert evaluate(batch_tokens=300, max_per_task=10) == whole
 
 

@@ -11,9 +11,9 @@ from kit.numpy_gpt import numpy_logits
 from mlxchat.model.gpt import GPT
 from mlxchat.model.scoring import ScoredRow, continuation, row_of, score_rows
 from mlxchat.ops import device
-from mlxchat.ops.loss import Kind
+from mlxchat.ops.loss import ScoreKind
 
-KINDS: tuple[Kind, ...] = ("losses", "entropies", "logits", "likeliest")
+KINDS: tuple[ScoreKind, ...] = ("losses", "entropies", "logits", "likeliest")
 OTHERS = {
     "gpt2": {"n_ctx": 64, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64, "layer_norm_epsilon": 1e-5,
              "vocab_size": 80},

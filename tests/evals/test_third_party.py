@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("mlx_lm", reason="outside models need mlx-lm")
 
+
 from kit.text import core_items, write_bundle
 from kit.training import make_context
 from mlxchat.config.schema import CoreConfig
@@ -18,7 +19,6 @@ from mlxchat.engine.third_party import ThirdPartyEngine
 from mlxchat.errors import DataError
 from mlxchat.evals.bpb import text_loss
 from mlxchat.evals.core import evaluate_core
-from mlxchat.evals.language_model import LanguageModel
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT
 
@@ -45,15 +45,16 @@ def test_mlx_lm_has_our_results_on_core_letters_and_text(engine, model, tokenize
 
     def evaluate(engine: Any, work: str) -> dict[str, Any]:
         config = CoreConfig(bundle=str(tmp_path / "bundle"), long_prompts="cut")
-        asked, place = LanguageModel(engine, batch_tokens=400), tmp_path / work
-        return evaluate_core(make_context(place), asked, config, max_per_task=None, work=place / "core")[0]
+        place = tmp_path / work
+        return evaluate_core(make_context(place), engine, config, max_per_task=None, work=place / "core")[0]
 
-    own = Engine(model, tokenizer)
+    own = Engine(model, tokenizer, batch_tokens=400)
+    engine.batch_tokens = 400
     assert evaluate(engine, "theirs") == evaluate(own, "ours")
     ids = np.array(tokenizer.encode("the cat sat on the mat and the dog " * 20)[:121], np.int32)
     texts = [(ids[start : start + 30], ids[start + 1 : start + 31]) for start in range(0, 90, 30)]
     prompts = [engine.render([{"role": "user", "content": f"the cat {number}"}]) for number in range(3)]
-    letters = [LanguageModel(each, batch_tokens=400).letter_logits(prompts, ["AB"] * 3) for each in (engine, own)]
+    letters = [each.letter_logits(prompts, ["AB"] * 3) for each in (engine, own)]
     np.testing.assert_allclose(letters[0], letters[1], atol=TOLERANCE)
     theirs = text_loss(engine.model, texts, engine.tokenizer.token_bytes, micro_tokens=64)
     ours = text_loss(model, texts, tokenizer.token_bytes, micro_tokens=64)

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from interop.twins import Tensor, encoding_of, write_torch, write_zip
-from mlxchat.data.pickled import read_pickle
 from mlxchat.data.tokenizer import load_vocabulary
+from mlxchat.data.vocabulary import read_pickle
 from mlxchat.errors import DataError
 from mlxchat.interop.importing import import_model
 from mlxchat.interop.names import sizes_from_nanochat

@@ -14,7 +14,7 @@ import yaml
 
 from kit.artifacts import make_model, make_tokenizer, publish, some_ids
 from kit.commands import Command
-from mlxchat.data.conversation import render_conversation, render_for_completion
+from mlxchat.data.tokenizer import render_conversation, render_for_completion
 from mlxchat.interop import exporting
 from mlxchat.model import gpt
 from mlxchat.model.checkpoint import computes_as_published, load_checkpoint, save_checkpoint

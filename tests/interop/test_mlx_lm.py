@@ -13,7 +13,7 @@ import pytest
 
 from kit.artifacts import make_tokenizer
 from kit.models import make_model
-from mlxchat.data.conversation import render_for_completion
+from mlxchat.data.tokenizer import render_for_completion
 from mlxchat.engine.generate import Engine
 from mlxchat.model.checkpoint import MODEL_FILE, save_checkpoint
 from mlxchat.model.gpt import GPT

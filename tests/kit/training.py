@@ -20,8 +20,9 @@ from mlxchat.optim.optimizer import Optimizer, Rates
 from mlxchat.rl.rollouts import Group, Rollout
 from mlxchat.runner.context import Context
 from mlxchat.training.batches import Batch, mean_batch
-from mlxchat.training.loop import Observation, fit
-from mlxchat.training.team_step import make_step
+from mlxchat.training.loop import fit
+from mlxchat.training.monitor import Observation
+from mlxchat.training.step import make_step
 
 
 def optimizer_config(option: str = "muon_oct2025", **changes: Any) -> OptimizerConfig:

@@ -44,7 +44,7 @@ import pathlib, sys, mlxchat
 from kit.models import make_model
 from mlxchat.data.bpe import train_tokenizer
 from mlxchat.model.checkpoint import save_checkpoint
-from mlxchat.model.initial import init_weights
+from mlxchat.model.parameters import init_weights
 tokenizer, model = train_tokenizer(["the cat sat on the mat " * 5], 270), make_model(vocab_size=270)
 init_weights(model, seed=3)
 save_checkpoint(pathlib.Path(sys.argv[1]), model, tokenizer, {"stage": "sft", "format": "chat"})

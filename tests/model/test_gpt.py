@@ -16,11 +16,10 @@ from kit import models
 from kit.numpy_gpt import numpy_logits, weights_of
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError
-from mlxchat.model import initial
+from mlxchat.model import parameters
 from mlxchat.model.checkpoint import computes_as_published
 from mlxchat.model.gpt import GPT
-from mlxchat.model.initial import init_weights
-from mlxchat.model.parameters import cast_parameters, computing_in, flatten_parameters, set_parameters
+from mlxchat.model.parameters import cast_parameters, computing_in, flatten_parameters, init_weights, set_parameters
 from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
 from mlxchat.ops import loss as cross_entropy
 from mlxchat.ops.loss import cross_entropy_sum
@@ -163,12 +162,12 @@ def test_draws_depend_on_the_seed_and_the_name_alone(fresh):
 
 
 def test_unknown_and_uncounted_parameters_are_named(fresh, monkeypatch):
-    wider, known = GPT(fresh.sizes), initial.initial_value
+    wider, known = GPT(fresh.sizes), parameters.initial_value
     wider.transformer["h"][0].norm = nn.RMSNorm(128)
     with pytest.raises(ConfigError, match=r'norm.weight \(128,\) has no initial value.*case \[\*_, "norm"\]'):
         init_weights(wider, seed=1)
     monkeypatch.setattr(
-        initial, "initial_value", lambda name, *more: mx.ones(128) if "norm" in name else known(name, *more)
+        parameters, "initial_value", lambda name, *more: mx.ones(128) if "norm" in name else known(name, *more)
     )
     with pytest.raises(ConfigError, match=r"parameters, but count_parameters \(mlxchat/model/sizes.py\) counts"):
         init_weights(wider, seed=1)

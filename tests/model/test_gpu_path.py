@@ -18,10 +18,10 @@ from kit.models import make_model
 from mlxchat.config.schema import AdapterConfig
 from mlxchat.engine.decode import Decoder, Reading
 from mlxchat.engine.sample import Sampler, Sampling, score_tokens
+from mlxchat.model.forward import recomputed
 from mlxchat.model.gpt import GPT
 from mlxchat.model.lora import attach_adapters, packed_copy
 from mlxchat.model.parameters import cast_parameters, flatten_parameters, set_parameters, trained_parameters
-from mlxchat.model.recompute import recomputed
 from mlxchat.model.sizes import resolve_targets
 from mlxchat.ops.loss import cross_entropy_sum, token_scores
 

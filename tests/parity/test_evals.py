@@ -11,13 +11,13 @@ from mlxchat.data.packing import Row
 from mlxchat.engine.generate import Engine
 from mlxchat.evals.bpb import text_loss
 from mlxchat.evals.core import (
+    Bundle,
+    CoreTask,
     answer_examples,
     draw_shots,
     render_prompts,
     tokenize_prompts,
 )
-from mlxchat.evals.core_bundle import Bundle, CoreTask
-from mlxchat.evals.language_model import LanguageModel
 from parity.values import VARIANTS, Values, assert_same, assert_within, distance, of_files
 
 LOSS = 1e-5
@@ -28,9 +28,9 @@ each_losses = of_files("bpb_*.json")
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
-def language_model(values: Values, variant: str) -> LanguageModel:
-    """Return a model that scores in several batches for each task."""
-    return LanguageModel(Engine(values.core_model(variant), values.tokenizer), batch_tokens=3000)
+def engine_of(values: Values, variant: str) -> Engine:
+    """Return an engine that scores in several batches for each task."""
+    return Engine(values.core_model(variant), values.tokenizer, batch_tokens=3000)
 
 
 def task_of(kind: str, delimiter: str, shots: int = 0, label: str = "") -> CoreTask:
@@ -75,7 +75,7 @@ def test_prompts_tokens_and_draws_of_core(values):
 @each_variant
 def test_answers_of_core(values, variant):
     """Verdicts, losses of options, predicted tokens and accuracies."""
-    model, same, losses, accuracies = language_model(values, variant), [], {}, {}
+    model, same, losses, accuracies = engine_of(values, variant), [], {}, {}
     for entry in values.json["tasks"]:
         task = task_of_entry(entry)
         records = {record["index"]: record for batch in answer_examples(model, task, entry["data"]) for record in batch}

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from mlxchat.data.conversation import render_conversation
 from mlxchat.data.packing import IGNORED, RowStream, ShuffledConversations
+from mlxchat.data.tokenizer import render_conversation
 from mlxchat.data.tokens import Tokens
 from parity.values import of_files
 

@@ -12,10 +12,8 @@ import pytest
 
 from mlxchat.data.mixture import shuffled_places
 from mlxchat.tasks import Task, load_task, task_class
-from mlxchat.tasks.answers import is_right_by_nanochat, nanochat_number
-from mlxchat.tasks.base import render_mc
-from mlxchat.tasks.benchmarks import extract_imports, extract_program
-from mlxchat.tasks.downloads import Rows
+from mlxchat.tasks.base import is_right_by_nanochat, nanochat_number, render_mc
+from mlxchat.tasks.downloads import Rows, extract_imports, extract_program
 from mlxchat.tasks.jsonl import read_conversations
 from parity.values import assert_same, of_files
 

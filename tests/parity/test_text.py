@@ -5,7 +5,7 @@ import base64
 import pytest
 
 from mlxchat.data.bpe import train_tokenizer
-from mlxchat.data.conversation import render_conversation, render_for_completion
+from mlxchat.data.tokenizer import render_conversation, render_for_completion
 from mlxchat.data.vocabulary import SPLIT_PATTERN
 from mlxchat.errors import DataError
 from parity.values import assert_same, of_files

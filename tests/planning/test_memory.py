@@ -13,7 +13,7 @@ from kit.models import composed
 from mlxchat.cpu import runtime
 from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import GPT
-from mlxchat.model.initial import init_weights
+from mlxchat.model.parameters import init_weights
 from mlxchat.model.sizes import GPTSizes, count_parameters, resolve_adapter, sizes_of
 from mlxchat.optim.optimizer import Optimizer, rates_at
 from mlxchat.planning.memory import Device, Training, check_memory

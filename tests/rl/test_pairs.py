@@ -11,7 +11,7 @@ import pytest
 from kit.models import composed, make_model, make_tokenizer
 from kit.training import make_context, make_optimizer
 from mlxchat.config.schema import PreferenceConfig
-from mlxchat.data.conversation import parse_answer, render_conversation
+from mlxchat.data.tokenizer import parse_answer, render_conversation
 from mlxchat.data.tokens import Tokens
 from mlxchat.engine.generate import Completion, Engine
 from mlxchat.errors import Interrupted
@@ -20,8 +20,7 @@ from mlxchat.model.parameters import flatten_parameters, set_parameters
 from mlxchat.rl.loss import Floats, pair_loss
 from mlxchat.rl.pairs import PairBatches, PairRows, sample_pairs, sum_pairs, validate
 from mlxchat.rl.rollouts import PolicyScores
-from mlxchat.tasks.answers import Conversation
-from mlxchat.tasks.base import Task, dialogue
+from mlxchat.tasks.base import Conversation, Task, dialogue
 from mlxchat.tasks.jsonl import both_answers
 from mlxchat.training.step import TrainStep
 

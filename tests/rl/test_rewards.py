@@ -8,7 +8,7 @@ import pytest
 
 from mlxchat.config.schema import RewardConfig
 from mlxchat.errors import StepFailed
-from mlxchat.rl.rewards import Reward
+from mlxchat.rl.rollouts import Reward
 
 RIGHT = {"messages": [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]}
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from kit.serving import BASE, CHAT
-from mlxchat.data.conversation import render_for_completion
+from mlxchat.data.tokenizer import render_for_completion
 from mlxchat.engine.generate import Engine
 from mlxchat.serve.models import Models
 from mlxchat.store.store import Store

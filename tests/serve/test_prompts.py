@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from mlxchat.data.conversation import render_for_completion
-from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.tokenizer import Tokenizer, render_for_completion
 from mlxchat.serve.models import Model
 from mlxchat.serve.requests import Message, chat_prompt
 from mlxchat.serve.security import Fault

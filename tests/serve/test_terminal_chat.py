@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from kit.serving import BASE, CHAT
-from mlxchat.data.conversation import render_for_completion
-from mlxchat.engine.generate import Engine
+from mlxchat.data.tokenizer import render_for_completion
+from mlxchat.engine.generate import Engine, continue_prompts
 from mlxchat.errors import ConfigError
-from mlxchat.evals.samples import continue_prompts
 from mlxchat.terminal.chat import Chat
 
 

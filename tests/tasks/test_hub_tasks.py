@@ -8,9 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlxchat.tasks import Task, load_task
-from mlxchat.tasks.answers import calculator_parts, final_number, is_right_by_nanochat
-from mlxchat.tasks.benchmarks import assemble_program
-from mlxchat.tasks.downloads import Rows
+from mlxchat.tasks.base import calculator_parts, final_number, is_right_by_nanochat
+from mlxchat.tasks.downloads import Rows, assemble_program
 
 
 def text(part: str) -> dict[str, str]:

@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 
-from mlxchat.data.conversation import render_conversation
+from mlxchat.data.tokenizer import render_conversation
 from mlxchat.tasks import load_task
-from mlxchat.tasks.answers import answer_text, calculator_parts, content_text, number_and_form
-from mlxchat.tasks.arithmetic import Arithmetic
-from mlxchat.tasks.base import dialogue, held_out
+from mlxchat.tasks.base import answer_text, calculator_parts, content_text, dialogue, held_out, number_and_form
+from mlxchat.tasks.quickstart import Arithmetic
 from mlxchat.tasks.spelling import first_words
 
 

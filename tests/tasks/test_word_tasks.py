@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxchat.engine.tools import calculate
+from mlxchat.engine.generate import calculate
 from mlxchat.tasks import load_task
 
 WORDS = ["strawberry", "mississippi", "banana", "onomatopoeia", "queue", "rhythm", "zebra"]

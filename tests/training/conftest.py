@@ -10,7 +10,6 @@ import pytest
 from kit import training
 from kit.training import Trained
 from mlxchat.cpu import lanes as cpu_lanes
-from mlxchat.cpu import step as cpu_step
 
 
 @pytest.fixture
@@ -32,7 +31,6 @@ def set_lanes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         lanes = cpu_lanes.Lanes()
         missing = max(0, count - len(lanes))
         lanes.streams = [*lanes.streams[:count], *(mx.new_stream(mx.cpu) for _ in range(missing))]
-        for module in (cpu_lanes, cpu_step):
-            monkeypatch.setattr(module, "Lanes", lambda: lanes)
+        monkeypatch.setattr(cpu_lanes, "Lanes", lambda: lanes)
 
     return choose

@@ -8,9 +8,9 @@ import pytest
 
 from kit.models import make_model
 from kit.training import make_optimizer, make_rows
+from mlxchat.model import forward
+from mlxchat.model.forward import Dropping, draw_keys, dropped, dropping
 from mlxchat.model.gpt import GPT
-from mlxchat.ops import dropout as dropout_module
-from mlxchat.ops.dropout import Dropping, draw_keys, dropped, dropping
 from mlxchat.training.batches import Batch, mean_batch
 from mlxchat.training.step import TrainStep
 
@@ -67,10 +67,10 @@ def test_dropout_acts_on_the_embedding_and_each_attention_and_mlp(architecture, 
     """Other keys at any of these places give other states."""
     model = make_model(architecture, num_layers=3, scale=1.0)
     ids = mx.array(np.random.default_rng(0).integers(0, 40, (2, 16)))
-    keys, fold = mx.array(draw_keys(0, 0, rows=2)), dropout_module.fold
+    keys, fold = mx.array(draw_keys(0, 0, rows=2)), forward.fold
 
     def hidden(changed: int | None = None) -> np.ndarray:
-        monkeypatch.setattr(dropout_module, "fold", lambda keys, place: fold(keys, place + 1000 * (place == changed)))
+        monkeypatch.setattr(forward, "fold", lambda keys, place: fold(keys, place + 1000 * (place == changed)))
         with dropping(Dropping(0.3, keys)):
             return np.asarray(model.hidden(ids))
 

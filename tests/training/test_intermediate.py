@@ -14,7 +14,8 @@ from mlxchat.errors import Interrupted
 from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
 from mlxchat.model.gpt import GPT
 from mlxchat.runner.context import Context
-from mlxchat.training.loop import Observation, derived_after
+from mlxchat.training.loop import derived_after
+from mlxchat.training.monitor import Observation
 
 # val_bpb after each iteration. Every second one is compared with the target.
 NUMBERS = [9.0, 5.0, 7.0, 3.0, 1.0, 3.0, 4.0, 6.0, 5.0, 8.0]

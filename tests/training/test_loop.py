@@ -13,8 +13,7 @@ from kit import training
 from kit.models import computing_on_cpu
 from kit.training import NumberedBatches, Trained, make_context, schedule
 from mlxchat.errors import Interrupted, StepFailed
-from mlxchat.training.loop import Observation
-from mlxchat.training.monitor import Monitor
+from mlxchat.training.monitor import Monitor, Observation
 from mlxchat.training.state import Checkpointer
 
 OPTIONS: dict[str, Any] = {"rates": schedule(warmup_frac=0.2, warmdown_frac=0.5), "dropout": 0.2}

@@ -13,8 +13,7 @@ from mlxchat.config.schema import CoreConfig, PretrainConfig, TaskItem
 from mlxchat.errors import Interrupted
 from mlxchat.model.gpt import GPT
 from mlxchat.runner.context import Context
-from mlxchat.training.loop import Observation
-from mlxchat.training.observations import observe_core, observe_suite
+from mlxchat.training.monitor import Observation, observe_core, observe_suite
 
 SUITE = {"letters": TaskItem(task="kinds_mc", split="test", stop=8), "sums": TaskItem(task="arithmetic", size=3)}
 
@@ -57,7 +56,7 @@ def test_core_estimates_change_no_byte_and_continue_after_a_stop(train, plain, p
 
 
 def test_suite_changes_no_byte(train, plain, tokenizer, monkeypatch):
-    monkeypatch.setattr("mlxchat.training.observations.SUITE_ANSWER_TOKENS", 4)
+    monkeypatch.setattr("mlxchat.training.monitor.SUITE_ANSWER_TOKENS", 4)
     sft = replace(composed().sft, suite=SUITE, suite_every=2)
     done = train("with", 4, observations=lambda ctx, model: observe_suite(ctx, sft, model, tokenizer))
     assert done.bits == plain.bits

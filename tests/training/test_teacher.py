@@ -22,8 +22,8 @@ from mlxchat.planning.memory import check_memory
 from mlxchat.runner.plan import make_plan
 from mlxchat.store.store import Store
 from mlxchat.training.batches import mean_batch
-from mlxchat.training.step import TrainStep
-from mlxchat.training.teacher import Distillation, load_teacher
+from mlxchat.training.finetune import load_teacher
+from mlxchat.training.step import Distillation, TrainStep
 
 RATES = Rates(1.0, 0.0, 0.9)
 TEACHER = TeacherConfig(path=None, artifact=None, weight=0.5, temperature=1.0)

@@ -20,9 +20,8 @@ from mlxchat.engine.decode import Decoder
 from mlxchat.errors import ConfigError
 from mlxchat.model.checkpoint import load_for_inference
 from mlxchat.model.gpt import GPT
-from mlxchat.model.initial import init_weights
 from mlxchat.model.lora import packed_copy
-from mlxchat.model.parameters import cast_parameters, flatten_parameters, set_parameters
+from mlxchat.model.parameters import cast_parameters, flatten_parameters, init_weights, set_parameters
 from mlxchat.model.sizes import GPTSizes, count_parameters, sizes_of
 from mlxchat.ops.device import describe_device, prepare_machine
 from mlxchat.planning.duration import peak_flops

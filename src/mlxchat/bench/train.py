@@ -20,9 +20,8 @@ from mlxchat.data.packing import Row
 from mlxchat.errors import ConfigError
 from mlxchat.evals.bpb import mean_loss
 from mlxchat.model.gpt import GPT
-from mlxchat.model.initial import init_weights
 from mlxchat.model.lora import attach_adapters
-from mlxchat.model.parameters import trained_parameters
+from mlxchat.model.parameters import init_weights, trained_parameters
 from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, resolve_adapter, sizes_of
 from mlxchat.ops.device import describe_device, prepare_machine
 from mlxchat.optim.optimizer import Optimizer, adapter_rule, rates_at

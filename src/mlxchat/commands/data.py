@@ -181,7 +181,7 @@ def _find_tokenizer(store: Store, config: Config, named: str | None) -> tuple[To
 
 def _table_of(mixture: Mixture, tokenizer: Tokenizer) -> Table:
     """Return the number and lengths of each task's conversations; means of a sample are marked with ~."""
-    from mlxchat.data.conversation import render_conversation
+    from mlxchat.data.tokenizer import render_conversation
 
     total, tasks, counts = 0.0, mixture.tasks(), mixture.counts()
     rows = []
@@ -203,7 +203,7 @@ def _table_of(mixture: Mixture, tokenizer: Tokenizer) -> Table:
 
 def _print_conversation(mixture: Mixture, index: int, tokenizer: Tokenizer) -> None:
     """Print a conversation with its special tokens; marks enclose trained tokens."""
-    from mlxchat.data.conversation import render_conversation
+    from mlxchat.data.tokenizer import render_conversation
 
     ids, mask = render_conversation(tokenizer, mixture[index], max_tokens=None)
     print(visible(f"── {index} · {mixture.name(index)} · {len(ids):,} tokens, {sum(mask):,} trained"))

@@ -12,7 +12,7 @@ import numpy as np
 
 from mlxchat.composition.compose import compose_config
 from mlxchat.model.gpt import GPT
-from mlxchat.model.initial import init_weights
+from mlxchat.model.parameters import init_weights
 from mlxchat.model.sizes import sizes_of
 from mlxchat.ops.device import backend, prepare_machine
 from mlxchat.optim.optimizer import Optimizer, Rates

@@ -338,7 +338,7 @@ class PreferenceConfig(FinetuneConfig):
 class CoreConfig:
     """CORE, the metric of base models."""
 
-    bundle: str = setting(MISSING, pin=Found("mlxchat.evals.core_bundle:contents_of"), identity=False)
+    bundle: str = setting(MISSING, pin=Found("mlxchat.planning.inputs:contents_of_bundle"), identity=False)
     """URL or file of nanochat's eval_bundle.zip. The key holds its sha256."""
     sha256: str | None = setting(None, "Expected sha256 of the bundle; null: any.", identity=False)
     max_per_task: int | None = setting(None, "Examples per task; null: all. Only all give the metric.", at_least=1)

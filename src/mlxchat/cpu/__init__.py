@@ -1,8 +1,7 @@
 """Optimisations of MLX for Linux CPUs; Macs and NVIDIA GPUs do not use them.
 
 - `runtime`: OpenBLAS, malloc settings and compiler flags, applied before MLX's first import;
-- `lanes`: a stream for each core;
-- `step`: the training step on lanes;
+- `lanes`: a stream for each core, and the training step on them;
 - `kernels`: operations in few passes over memory, with memory-saving gradients;
 - `thin.cpp`: matrix products of few rows, for decoding, on all cores.
 
@@ -42,9 +41,9 @@ REPLACED: dict[str, dict[str, str]] = {
         **_same_names("lanes", "muon_update", "normuon_update"),
     },
     "mlxchat.training.step": {
-        "TrainStep.__call__": "step.apply_batch",
-        "Backward.sum_gradients": "step.sum_gradients",
-        "Backward.add_micro_batch": "step.add_micro_batch",
+        "TrainStep.__call__": "lanes.apply_batch",
+        "Backward.sum_gradients": "lanes.sum_gradients",
+        "Backward.add_micro_batch": "lanes.add_micro_batch",
     },
 }
 """Module → its functions → their versions for CPUs. The original is `__wrapped__` of its replacement."""

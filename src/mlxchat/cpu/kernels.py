@@ -22,7 +22,7 @@ from mlxchat.model import gpt, lora
 from mlxchat.model.gpt import RMS_NORM_EPSILON, Mask
 from mlxchat.model.lora import FrozenLinear
 from mlxchat.ops.device import differentiable
-from mlxchat.ops.loss import SOFT_CAP, Found, Kind, split_positions, with_gradients
+from mlxchat.ops.loss import SOFT_CAP, Found, ScoreKind, split_positions, with_gradients
 from mlxchat.ops.machine import CPU_LEAST_LOGITS_ROWS as _LEAST_ROWS
 from mlxchat.ops.machine import CPU_LOGITS as _CHUNK_FLOATS
 from mlxchat.optim import muon
@@ -453,14 +453,14 @@ def capped_logits(x: mx.array, weight: mx.array) -> mx.array:
     return SOFT_CAP * tanh_of_head(x, weight)
 
 
-def token_scores(x: mx.array, weight: mx.array, targets: mx.array, kinds: Sequence[Kind]) -> list[mx.array]:
+def token_scores(x: mx.array, weight: mx.array, targets: mx.array, kinds: Sequence[ScoreKind]) -> list[mx.array]:
     chunks: list[list[mx.array]] = []
     for rows in split_positions(x[None], chunk_rows(len(weight))):
         tanh, target = tanh_of_head(x[rows], weight), mx.maximum(targets[rows], 0)
         logits = SOFT_CAP * mx.take_along_axis(tanh, target[:, None], axis=-1)[:, 0]
         exponentials = exp_of_capped(tanh)
         sums = sum_rows(exponentials)
-        found: dict[Kind, mx.array] = {
+        found: dict[ScoreKind, mx.array] = {
             "losses": mx.log(sums) - logits,
             "entropies": mx.log(sums) - SOFT_CAP * sum_rows(exponentials * tanh) / sums,
             "logits": logits,

@@ -23,14 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from mlxchat.data.conversation import render_conversation
 from mlxchat.data.sources import Check, Corpus, Shard
-from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.tokenizer import Tokenizer, render_conversation
 from mlxchat.errors import DataError
 from mlxchat.ops.machine import available_cores
 from mlxchat.runner.context import Context
 from mlxchat.store.fingerprint import canonical_json
-from mlxchat.tasks.answers import Conversation
+from mlxchat.tasks.base import Conversation
 
 FORMAT = 2
 """Part of the keys of token files, which else depend on texts and tokenizer only: raise it when rendering changes."""

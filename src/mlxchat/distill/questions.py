@@ -13,7 +13,7 @@ from typing import Any
 from mlxchat.config.schema import TaskItem
 from mlxchat.errors import DataError, visible
 from mlxchat.tasks import load_item
-from mlxchat.tasks.answers import Conversation, answer_text, is_answer
+from mlxchat.tasks.base import Conversation, answer_text, is_answer
 from mlxchat.tasks.jsonl import parse_conversation, read_conversations
 
 # Control characters except tab and newline, and lone surrogates.

@@ -55,8 +55,7 @@ def join_ranks() -> int | None:
     """
     import mlx.core as mx
 
-    from mlxchat.distributed.group import Group
-    from mlxchat.distributed.team import Team
+    from mlxchat.distributed.team import Group, Team
 
     global _team
     backend = next(backend for name, backend in _BACKENDS.items() if name in os.environ)

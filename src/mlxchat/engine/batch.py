@@ -11,18 +11,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import mlx.core as mx
 import numpy as np
 
 from mlxchat.engine.decode import Decoder, Past, tokens_of
 from mlxchat.engine.sample import Constraint, Sampler, Sampling, Scores, adjusted, make_draws, score_tokens
-from mlxchat.engine.tools import Kind
 from mlxchat.ops.machine import BATCH_ROWS, DECODED_ROWS, KEPT_TOKENS, PREFILL_TOKENS
 
 if TYPE_CHECKING:
     from mlxchat.engine.generate import ShownText
+
+Kind = Literal["text", "python", "python_output"]
+"""What a part of an answer's text belongs to."""
 
 # Looking up shorter prefixes costs more than reading them.
 _LEAST_KEPT_TOKENS = 16

@@ -1,12 +1,15 @@
 """Completes batches of prompts, and runs requests as text: tool calls, stop strings, streamed text.
 
-A row ends with <|assistant_end|> or <|bos|>. When the model closes a call with <|python_end|>, the tool's output is
-forced into the row; forced tokens have mask 0 and are never trained on. The loop is in `batch.py`.
+A row ends with <|assistant_end|> or <|bos|>. When the model closes a call with <|python_end|>, the calculator's output
+is forced into the row; forced tokens have mask 0 and are never trained on. The loop is in `batch.py`.
 """
 
 from __future__ import annotations
 
+import ast
 import codecs
+import operator
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -17,19 +20,20 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from mlxchat.data.conversation import render_for_completion
-from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.tokenizer import Tokenizer, render_for_completion
+from mlxchat.data.vocabulary import SPECIAL_TOKENS
 from mlxchat.distributed.team import Team, name_of
-from mlxchat.engine.batch import Event, Generator, Request, Row
+from mlxchat.engine.batch import Event, Generator, Kind, Request, Row
 from mlxchat.engine.decode import Decoder
 from mlxchat.engine.sample import Sampling
-from mlxchat.engine.tools import CALL_TOKENS, KINDS, Kind, calculate
-from mlxchat.errors import ConfigError
+from mlxchat.errors import ConfigError, DataError
+from mlxchat.model.checkpoint import model_on, sync_model
 from mlxchat.model.gpt import GPT
 from mlxchat.model.lora import packed_copy
 from mlxchat.model.parameters import computing_in
-from mlxchat.model.replicas import model_on, sync_model
-from mlxchat.ops.machine import DECODED_ROWS
+from mlxchat.model.scoring import Floats, ScoredRow, score_rows
+from mlxchat.ops.loss import ScoreKind
+from mlxchat.ops.machine import DECODED_ROWS, SCORED_TOKENS
 
 if TYPE_CHECKING:
     from mlxchat.engine.third_party import AnyTokenizer, ThirdPartyGenerator
@@ -50,24 +54,26 @@ class Completion:
 
 
 class Engine:
-    """A model with its tokenizer: answers and continues text."""
+    """A model with its tokenizer: answers, continues and scores text."""
+
+    is_ours = True
 
     def __init__(
         self, model: GPT, tokenizer: Tokenizer, *, bits: int | None = None, dtype: mx.Dtype | None = None,
-        max_rows: int = DECODED_ROWS, team: Team | None = None,
+        max_rows: int = DECODED_ROWS, batch_tokens: int = SCORED_TOKENS, team: Team | None = None,
     ) -> None:  # fmt: skip
         """Create an engine of one of our models, whose weights may change between calls.
 
         `bits` (8 or 4) quantises the weights (`packed_copy`), for prompts, too; `dtype` is that of computations, None:
-        of the model's parameters; `max_rows` are decoded at a time, without effect on answers. A team's ranks share
-        `complete`, which rank 0 calls; schedulers always run in this process.
+        of the model's parameters; `max_rows` are decoded and `batch_tokens` scored at a time. A team's ranks share
+        `complete` and `score`, which rank 0 calls; schedulers always run in this process.
         """
         self.model: Any = model
         self.context_tokens = model.sizes.context_tokens
         """Maximum length of an input: that of the model's training rows."""
         self.tokenizer: Any = tokenizer
         self.team = team if team is not None and team.size > 1 else None
-        self.bits, self.dtype, self.max_rows = bits, dtype, max_rows
+        self.bits, self.dtype, self.max_rows, self.batch_tokens = bits, dtype, max_rows, batch_tokens
         self.decoder: Callable[[GPT], Decoder] = Decoder
 
     def render(self, messages: Sequence[dict[str, Any]]) -> list[int]:
@@ -114,6 +120,21 @@ class Engine:
         given = {"engine": settings, "requests": [asdict(each) for each in requests]}
         found: list[Completion] = self.team.call(_complete, given)
         return found
+
+    def score(self, rows: Sequence[ScoredRow], kinds: Sequence[ScoreKind] = ("losses",)) -> list[Floats]:
+        """Return the scores (K, n) of each row; see `score_rows`."""
+        return score_rows(self.model, rows, kinds, batch_tokens=self.batch_tokens, dtype=self.dtype, team=self.team)
+
+    def letter_logits(self, prompts: Sequence[list[int]], letters: Sequence[Sequence[str]]) -> list[list[float]]:
+        """Return the logits of each prompt's letters as its next token; raises DataError if letters share a token."""
+        rows = []
+        for prompt, offered in zip(prompts, letters, strict=True):
+            tokens = [self.tokenizer.encode(letter) for letter in offered]
+            targets = np.array([each[-1] for each in tokens], np.int32)  # SentencePiece may add a token for the space
+            if (self.is_ours and any(len(each) != 1 for each in tokens)) or len({*targets.tolist()}) < len(targets):
+                raise DataError(f"the letters {list(offered)} must be different single tokens of this tokenizer")
+            rows.append(ScoredRow(np.array(prompt, np.int32), np.full(len(targets), len(prompt) - 1), targets))
+        return [values[0].tolist() for values in self.score(rows, ("logits",))]
 
     def _complete_here(self, requests: Sequence[Request]) -> list[Completion]:
         """Return the completions of requests in this process."""
@@ -270,3 +291,76 @@ def _overlap(text: str, stop: str) -> int:
     """Return the length of the longest end of the text that is an incomplete beginning of the stop string."""
     most = min(len(text), len(stop) - 1)
     return next((size for size in range(most, 0, -1) if text.endswith(stop[:size])), 0)
+
+
+CALL_TOKENS = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
+KINDS: tuple[Kind, ...] = ("python", "text", "python_output", "text")
+"""What follows each of CALL_TOKENS."""
+_MOST_CHARS = 200
+_LARGEST = 1e15
+
+_OPERATORS: dict[type[ast.AST], Callable[..., float]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.UAdd: operator.pos, ast.USub: operator.neg,
+}  # fmt: skip
+
+
+def calculate(expression: str) -> str | None:
+    """Return the result of an expression as text; None: not an expression of the calculator.
+
+    Not supported: names, calls other than str.count, powers, more than 200 characters, numbers beyond 1e15.
+    """
+    expression = expression.strip()
+    if not expression or len(expression) > _MOST_CHARS:
+        return None
+    if "'" not in expression and '"' not in expression:
+        expression = expression.replace(",", "")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about syntax such as 1or 2
+            value = _evaluate(ast.parse(expression, mode="eval").body)
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
+        return None
+    value = round(value, 10)  # 1.1*3-0.3 is 3, not 3.0000000000000004
+    return str(int(value) if value == int(value) else value)
+
+
+def _evaluate(node: ast.expr) -> float:
+    value: float
+    match node:
+        case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
+            value = number
+        case ast.UnaryOp(op=operation, operand=operand) if type(operation) in _OPERATORS:
+            value = _OPERATORS[type(operation)](_evaluate(operand))
+        case ast.BinOp(left=left, op=operation, right=right) if type(operation) in _OPERATORS:
+            value = _OPERATORS[type(operation)](_evaluate(left), _evaluate(right))
+        case ast.Call(ast.Attribute(ast.Constant(str(text)), "count"), [ast.Constant(str(part))], []):
+            value = text.count(part)
+        case _:
+            raise ValueError("no arithmetic")
+    if not abs(value) <= _LARGEST:
+        raise ValueError("beyond the calculator's range")
+    return value
+
+
+def continue_prompts(engine: Engine, prompts: list[str], max_new_tokens: int, **how: Any) -> list[tuple[str, str]]:
+    """Return each prompt with the model's continuation; sampling parameters are those of `Engine.complete`."""
+    ids = [[engine.tokenizer.bos, *engine.tokenizer.encode(prompt)] for prompt in prompts]
+    completions = engine.complete(ids, max_new_tokens=max_new_tokens, **how)
+    return list(zip(prompts, [readable(engine.tokenizer.decode(each.ids)) for each in completions], strict=True))
+
+
+def answer_prompts(engine: Engine, prompts: list[str], max_new_tokens: int) -> list[tuple[str, str]]:
+    """Return each prompt with the model's greedy answer as an assistant."""
+    ids = [engine.render([{"role": "user", "content": prompt}]) for prompt in prompts]
+    completions = engine.complete(ids, max_new_tokens=max_new_tokens)
+    return list(zip(prompts, [readable(engine.tokenizer.decode(each.ids)) for each in completions], strict=True))
+
+
+def readable(text: str) -> str:
+    """Return generated text with calculator calls as <<call=result>> and without special tokens."""
+    for token, shown in (("<|python_start|>", "<<"), ("<|python_end|><|output_start|>", "="), ("<|output_end|>", ">>")):
+        text = text.replace(token, shown)
+    for token in SPECIAL_TOKENS:
+        text = text.replace(token, "")
+    return text

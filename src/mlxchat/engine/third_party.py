@@ -23,12 +23,12 @@ from mlxchat.engine.batch import Event, Request, Row
 from mlxchat.engine.generate import Engine, Scheduler
 from mlxchat.engine.sample import Sampler, make_draws, most_likely, score_tokens
 from mlxchat.errors import ConfigError, DataError
-from mlxchat.ops.machine import DECODED_ROWS, KEPT_TOKENS, PREFILL_TOKENS
-from mlxchat.tasks.answers import content_text
-from mlxchat.tasks.base import find_fault
+from mlxchat.ops.machine import DECODED_ROWS, KEPT_TOKENS, PREFILL_TOKENS, SCORED_TOKENS
+from mlxchat.tasks.base import content_text, find_fault
 
 MOST_CONTEXT_TOKENS = 8192
 """Limit for third-party models, since a row's memory grows with its length."""
+_MOST_LOGITS = 1 << 27  # of a forward pass that scores; logits are computed for every position
 # Tokens after which mlx-lm would end a row; the scheduler removes it before.
 _UNLIMITED = 1 << 30
 
@@ -36,11 +36,14 @@ _UNLIMITED = 1 << 30
 class ThirdPartyEngine(Engine):
     """An engine of any architecture that mlx-lm can batch, in one process."""
 
+    is_ours = False
+
     def __init__(self, model: Any, tokenizer: ThirdPartyTokenizer, model_type: str, context_tokens: int) -> None:
         """`model` is mlx-lm's, `context_tokens` the maximum input length."""
         # Not `Engine.__init__`, which reads the sizes of our models.
         self.model, self.tokenizer = model, tokenizer
         self.dtype, self.team = None, None
+        self.batch_tokens = min(SCORED_TOKENS, _MOST_LOGITS // tokenizer.vocab_size)
         self.model_type, self.context_tokens = model_type, context_tokens
 
     def render(self, messages: Sequence[dict[str, Any]]) -> list[int]:

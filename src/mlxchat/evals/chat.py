@@ -18,13 +18,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlxchat.engine.generate import Engine
 from mlxchat.evals.examples import Example, answer_all
-from mlxchat.evals.language_model import LanguageModel
 from mlxchat.evals.scores import Score
 from mlxchat.runner.context import Context
 from mlxchat.runner.progress import Progress
-from mlxchat.tasks.answers import content_text
-from mlxchat.tasks.base import Task
+from mlxchat.tasks.base import Task, content_text
 
 _Answer = tuple[str, int, dict[str, Any]]
 """Text, tokens and details."""
@@ -43,11 +42,11 @@ class Answering:
 
 
 def evaluate_task(
-    ctx: Context, model: LanguageModel, task: Task, answering: Answering, *, name: str, work: Path,
+    ctx: Context, engine: Engine, task: Task, answering: Answering, *, name: str, work: Path,
     progress: Callable[[int, str], Progress] | None = None,
 ) -> tuple[Score, list[Example]]:  # fmt: skip
     """Return the score and the records of all answers; `work` keeps the journals, `progress` is as in `answer_all`."""
-    asked = _Asked(model, task, answering)
+    asked = _Asked(engine, task, answering)
     samples = answering.seeds if task.kind == "generative" else 1
     about = {"questions": len(task), "kind": task.kind, **asdict(answering), "batch_rows": None, "seeds": None}
     passes: list[list[Example]] = []
@@ -65,10 +64,10 @@ def evaluate_task(
 class _Asked:
     """A task's questions as prompts, in batches that do not depend on earlier answers."""
 
-    def __init__(self, model: LanguageModel, task: Task, answering: Answering) -> None:
-        self.model, self.task, self.answering = model, task, answering
-        most = model.context_tokens
-        rendered = [model.engine.render(task[index]["messages"][:-1]) for index in range(len(task))]
+    def __init__(self, engine: Engine, task: Task, answering: Answering) -> None:
+        self.engine, self.task, self.answering = engine, task, answering
+        most = engine.context_tokens
+        rendered = [engine.render(task[index]["messages"][:-1]) for index in range(len(task))]
         # Long prompts keep their end, which has the question.
         self.prompts = [ids if len(ids) <= most else [ids[0], *ids[1 - most :]] for ids in rendered]
         self.cropped = [len(ids) > most for ids in rendered]
@@ -95,16 +94,16 @@ class _Asked:
     def _batches(self) -> list[list[int]]:
         """Return the questions' indices in batches of similar length, to save padding."""
         order = sorted(range(len(self.prompts)), key=lambda index: len(self.prompts[index]))
-        team = self.model.engine.team
+        team = self.engine.team
         rows = self.answering.batch_rows * (1 if team is None else team.size)
         if self.task.kind == "categorical":
-            rows = max(1, self.model.batch_tokens // max(map(len, self.prompts), default=1))
+            rows = max(1, self.engine.batch_tokens // max(map(len, self.prompts), default=1))
         return [order[start : start + rows] for start in range(0, len(order), rows)]
 
     def _letters(self, batch: list[int], talks: list[dict[str, Any]]) -> list[_Answer]:
         """Return the letter with the highest logit after each question."""
         prompts, letters = [self.prompts[index] for index in batch], [talk["letters"] for talk in talks]
-        logits = self.model.letter_logits(prompts, letters)
+        logits = self.engine.letter_logits(prompts, letters)
         return [
             (offered[int(np.argmax(row))], len(prompt), {"logits": dict(zip(offered, row, strict=True))})
             for prompt, offered, row in zip(prompts, letters, logits, strict=True)
@@ -113,14 +112,14 @@ class _Asked:
     def _texts(self, batch: list[int], sample: int) -> list[_Answer]:
         """Return the generated answer to each question."""
         how = self.answering
-        completions = self.model.engine.complete(
+        completions = self.engine.complete(
             [self.prompts[index] for index in batch],
             max_new_tokens=how.max_new_tokens,
             temperature=how.temperature,
             top_k=how.top_k,
             seed=[_seed_of(how.seed, index, sample) for index in batch],
         )
-        return [(each.text(self.model.tokenizer), len(each.ids), {"finished": each.finished}) for each in completions]
+        return [(each.text(self.engine.tokenizer), len(each.ids), {"finished": each.finished}) for each in completions]
 
 
 def question_text(conversation: dict[str, Any]) -> str:

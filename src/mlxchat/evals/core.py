@@ -1,4 +1,4 @@
-"""CORE: the mean centred accuracy of a base model on 22 tasks (DCLM's metric).
+"""CORE: the mean centred accuracy of a base model on 22 tasks (DCLM's metric), and its data, nanochat's eval bundle.
 
 Counterpart of nanochat/core_eval.py, with its prompts, draws, spans and verdicts. Examples are batched by length.
 Results are journaled per batch, so a killed evaluation resumes. The same way of choosing an option measures multiple
@@ -7,29 +7,37 @@ choice for models that cannot chat. A sequence begins with <|bos|>. Position p i
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import io
+import json
 import random
+import re
+import zipfile
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from mlxchat.config.schema import CoreConfig
 from mlxchat.data.mixture import open_item
 from mlxchat.engine.batch import common_prefix
+from mlxchat.engine.generate import Engine
 from mlxchat.engine.third_party import AnyTokenizer
-from mlxchat.errors import ConfigError
-from mlxchat.evals.core_bundle import CoreTask, open_bundle
+from mlxchat.errors import ConfigError, DataError, suggest
 from mlxchat.evals.examples import Example, answer_all
-from mlxchat.evals.language_model import LanguageModel
 from mlxchat.evals.scores import Score, mean_centered, mean_centered_stderr
+from mlxchat.hub import client
 from mlxchat.model.scoring import Floats, ScoredRow, continuation
 from mlxchat.ops.device import round_tokens
-from mlxchat.ops.loss import Kind
+from mlxchat.ops.loss import ScoreKind
 from mlxchat.runner.context import Context
 from mlxchat.runner.progress import Progress
+from mlxchat.store.fingerprint import hash_file
 from mlxchat.tasks.base import Task
 
 # Examples tokenized at a time, which bounds memory.
@@ -37,8 +45,117 @@ _WINDOW_EXAMPLES = 512
 FEWSHOT_SEED = 1234
 
 
+SHUFFLE_SEED = 1337
+_LABEL = re.compile(r"\w[\w.-]*")  # also the name of the task's journal, which must not leave its folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoreTask:
+    """One of CORE's tasks."""
+
+    label: str
+    kind: str  # multiple_choice, schema or language_modeling
+    data: str  # path of its .jsonl below eval_data/
+    num_fewshot: int
+    delimiter: str  # between a question and its continuation
+    baseline: float  # accuracy of guessing, 0 … 1
+
+    def options(self, item: dict[str, Any]) -> list[str]:
+        """Return the options of an example; language modelling has none."""
+        found: list[str] = item.get("choices" if self.kind == "multiple_choice" else "context_options", [])
+        return found
+
+
+def open_bundle(ctx: Context, config: CoreConfig) -> Bundle:
+    """Return CORE's bundle; fetch it if it has a URL, and record that once in ctx.externals."""
+    if "://" not in config.bundle:
+        return Bundle(Path(config.bundle))
+    path = client.fetch_url(config.bundle, sha256=config.sha256)
+    source = {"name": "eval_bundle", **client.record(path)}
+    ctx.externals += [source] if source not in ctx.externals else []
+    return Bundle(path)
+
+
+class Bundle:
+    """The bundle's tasks and their examples. Every method raises DataError if a file is absent or malformed."""
+
+    def __init__(self, path: Path) -> None:
+        """Open a zip or a folder, with or without a top folder `eval_bundle/`."""
+        self.path = path
+        try:
+            top = path if path.is_dir() else zipfile.Path(path)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise DataError(f"{path}: not a zip or folder ({error}); expected nanochat's eval bundle") from None
+        self._root = top / "eval_bundle" if (top / "eval_bundle" / "core.yaml").is_file() else top
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the zip; of a folder, of the names and contents of the files that CORE reads."""
+        if self.path.is_file():
+            return hash_file(self.path)
+        digest = hashlib.sha256()
+        for name in ["core.yaml", "eval_meta_data.csv", *sorted(f"eval_data/{task.data}" for task in self.tasks)]:
+            digest.update(f"{name}\0{hashlib.sha256(self._read(name).encode()).hexdigest()}\n".encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def tasks(self) -> list[CoreTask]:
+        """All tasks, in the bundle's order."""
+        described, table = self._read("core.yaml"), self._read("eval_meta_data.csv")
+        try:
+            rows = csv.DictReader(io.StringIO(table))
+            baselines = {row["Eval Task"]: 0.01 * float(row["Random baseline"]) for row in rows}
+            tasks = [
+                CoreTask(
+                    label=str(task["label"]),
+                    kind=str(task["icl_task_type"]),
+                    data=str(task["dataset_uri"]),
+                    num_fewshot=int(task["num_fewshot"][0]),
+                    delimiter=str(task.get("continuation_delimiter", " ")),
+                    baseline=baselines[task["label"]],
+                )
+                for task in yaml.safe_load(described)["icl_tasks"]
+            ]
+        except (KeyError, TypeError, ValueError, IndexError, yaml.YAMLError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise DataError(f"{self.path}: core.yaml and eval_meta_data.csv do not describe tasks ({reason})") from None
+        if wrong := [task.label for task in tasks if not _LABEL.fullmatch(task.label)]:
+            raise DataError(f"{self.path}: {wrong[0]!r} is no name of a task")
+        return tasks
+
+    def choose(self, labels: list[str] | None) -> list[CoreTask]:
+        """Return the tasks with these labels, in the bundle's order; None: all."""
+        known = [task.label for task in self.tasks]
+        for label in labels or ():
+            if label not in known:
+                raise DataError(f"{self.path}: has no task {label!r}.{suggest(label, known)} Tasks: {', '.join(known)}")
+        return [task for task in self.tasks if labels is None or task.label in labels]
+
+    def examples(self, task: CoreTask, max_per_task: int | None = None) -> list[dict[str, Any]]:
+        """Return a task's examples in nanochat's order: shuffled with a fixed seed, then the first `max_per_task`."""
+        lines = self._read(f"eval_data/{task.data}").split("\n")
+        try:
+            items: list[dict[str, Any]] = [json.loads(line) for line in lines if line.strip()]
+        except ValueError as error:
+            raise DataError(f"{self.path}: {task.data} is not JSON by lines ({error})") from None
+        random.Random(SHUFFLE_SEED).shuffle(items)
+        items = items[:max_per_task]
+        if len(items) <= task.num_fewshot:
+            raise DataError(
+                f"{self.path}: {task.label} shows {task.num_fewshot} other examples before each one and has "
+                f"{len(items)} in all; use at least {task.num_fewshot + 1} per task"
+            )
+        return items
+
+    def _read(self, name: str) -> str:
+        try:
+            return (self._root / name).read_bytes().decode()
+        except (OSError, KeyError, UnicodeDecodeError, zipfile.BadZipFile) as error:
+            raise DataError(f"{self.path}: cannot read {name} of the eval bundle ({error})") from None
+
+
 def evaluate_core(
-    ctx: Context, model: LanguageModel, config: CoreConfig, *, max_per_task: int | None, work: Path,
+    ctx: Context, engine: Engine, config: CoreConfig, *, max_per_task: int | None, work: Path,
     progress: Callable[[int, str], Progress] | None = None,
 ) -> tuple[dict[str, Any], list[Example]]:  # fmt: skip
     """Return a base model's results on CORE as data of scores.json, and its examples with their tasks.
@@ -48,9 +165,9 @@ def evaluate_core(
     Shots are drawn from the `max_per_task` examples of a task. `work` is the folder of the journals, kept between
     attempts; `progress` as in `answer_all`.
     """
-    bundle, most = open_bundle(ctx, config), model.context_tokens
+    bundle, most = open_bundle(ctx, config), engine.context_tokens
     chosen = bundle.choose(config.tasks)
-    limit = most if config.long_prompts == "cut" or not model.is_ours else None
+    limit = most if config.long_prompts == "cut" or not engine.is_ours else None
     about = {
         "max_per_task": max_per_task, "bundle_sha256": bundle.sha256,
         "long_prompts": "extend" if limit is None else "cut", "context_tokens": most,
@@ -60,7 +177,7 @@ def evaluate_core(
     for number, task in enumerate(chosen, 1):
         items, path = bundle.examples(task, max_per_task), work / f"{task.label}.jsonl"
         unit = f"examples of {task.label}, CORE's task {number} of {len(chosen)}"
-        score, records = _score(ctx, model, task, items, path, about, unit, limit, progress)
+        score, records = _score(ctx, engine, task, items, path, about, unit, limit, progress)
         examples += [{"task": f"core/{task.label}", **record} for record in records]
         scores[task.label] = score
         tasks[task.label] = {
@@ -71,19 +188,19 @@ def evaluate_core(
     return {"core": mean_centered(whole), "stderr": mean_centered_stderr(whole), **about, "tasks": tasks}, examples
 
 
-def measure_core(ctx: Context, model: LanguageModel, examples: list[Example]) -> dict[str, Any] | None:
+def measure_core(ctx: Context, engine: Engine, examples: list[Example]) -> dict[str, Any] | None:
     """Return a model's results on CORE's tasks as data of scores.json, and add examples; None: eval.core is null."""
     config = ctx.config.eval.core
     if config is None:
         return None
-    result, answered = evaluate_core(ctx, model, config, max_per_task=config.max_per_task, work=ctx.work / "core")
+    result, answered = evaluate_core(ctx, engine, config, max_per_task=config.max_per_task, work=ctx.work / "core")
     examples += answered
     if result["core"] is not None:
         ctx.metrics["core"] = result["core"]
     return result
 
 
-def measure_plain_choice(ctx: Context, model: LanguageModel, examples: list[Example]) -> dict[str, Any]:
+def measure_plain_choice(ctx: Context, engine: Engine, examples: list[Example]) -> dict[str, Any]:
     """Return a model's scores on `eval.base_tasks` by name as data of scores.json; accuracies become metrics.
 
     The prompt is that of ARC in CORE without shots: "Question: …", and on the next line "Answer: " and the option.
@@ -91,14 +208,14 @@ def measure_plain_choice(ctx: Context, model: LanguageModel, examples: list[Exam
     """
     tasks = {name: open_item(ctx, item) for name, item in sorted(ctx.config.eval.base_tasks.items())}
     asked = {name: _questions(name, task) for name, task in tasks.items()}
-    limit, scores = None if model.is_ours else model.context_tokens, {}
+    limit, scores = None if engine.is_ours else engine.context_tokens, {}
     for name, items in asked.items():
         task = CoreTask(
             label=name, kind="multiple_choice", data="", num_fewshot=0, delimiter="\nAnswer: ",
             baseline=tasks[name].chance,
         )  # fmt: skip
         path, about = ctx.work / "plain" / f"{name}.jsonl", {"questions": len(items)}
-        score, records = _score(ctx, model, task, items, path, about, f"questions of {name}", limit)
+        score, records = _score(ctx, engine, task, items, path, about, f"questions of {name}", limit)
         examples += [{"task": name, **record} for record in records]
         scores[name], ctx.metrics[name] = score.to_dict(), score.accuracy
     return scores
@@ -118,18 +235,18 @@ def _questions(name: str, task: Task) -> list[dict[str, Any]]:
 
 
 def _score(
-    ctx: Context, model: LanguageModel, task: CoreTask, items: list[dict[str, Any]], path: Path, about: dict[str, Any],
+    ctx: Context, engine: Engine, task: CoreTask, items: list[dict[str, Any]], path: Path, about: dict[str, Any],
     unit: str, limit: int | None, progress: Callable[[int, str], Progress] | None = None,
 ) -> tuple[Score, list[Example]]:  # fmt: skip
     """Return a model's score on a task, and the records of all examples; see `answer_all` and `answer_examples`."""
-    answer = partial(answer_examples, model, task, items, limit=limit)
+    answer = partial(answer_examples, engine, task, items, limit=limit)
     records = answer_all(ctx, path, about, len(items), unit, answer, progress)
     cropped = sum(record["details"]["cropped"] for record in records)
     return Score.of_examples([records], kind=task.kind, chance=task.baseline, cropped=cropped), records
 
 
 def answer_examples(
-    model: LanguageModel, task: CoreTask, items: list[dict[str, Any]], known: Container[int] = (), *,
+    engine: Engine, task: CoreTask, items: list[dict[str, Any]], known: Container[int] = (), *,
     limit: int | None = None,
 ) -> Iterator[list[Example]]:  # fmt: skip
     """Yield the results of a task's examples per batch; completely known batches are skipped.
@@ -137,17 +254,17 @@ def answer_examples(
     Batches do not depend on `known`, so resuming gives identical results. `limit`: longest prompt in tokens,
     others are cut; None: no limit.
     """
-    kind: Kind = "likeliest" if task.kind == "language_modeling" else "losses"
+    kind: ScoreKind = "likeliest" if task.kind == "language_modeling" else "losses"
     for start in range(0, len(items), _WINDOW_EXAMPLES):
         window = range(start, min(start + _WINDOW_EXAMPLES, len(items)))
         if all(index in known for index in window):
             continue
-        questions = [build_question(task, items, index, model.tokenizer, limit) for index in window]
-        for batch in _batches(questions, model.batch_tokens):
+        questions = [build_question(task, items, index, engine.tokenizer, limit) for index in window]
+        for batch in _batches(questions, engine.batch_tokens):
             if any(question.index not in known for question in batch):
-                found = iter(model.score([row for question in batch for row in question.rows()], (kind,)))
+                found = iter(engine.score([row for question in batch for row in question.rows()], (kind,)))
                 yield [
-                    _judge(task, items, question, [next(found)[0] for _ in question.sequences], model)
+                    _judge(task, items, question, [next(found)[0] for _ in question.sequences], engine)
                     for question in batch
                 ]
 
@@ -166,7 +283,7 @@ def _batches(questions: list[Question], batch_tokens: int) -> Iterator[list[Ques
 
 
 def _judge(
-    task: CoreTask, items: list[dict[str, Any]], question: Question, found: list[Floats], model: LanguageModel
+    task: CoreTask, items: list[dict[str, Any]], question: Question, found: list[Floats], engine: Engine
 ) -> Example:
     """Return an example's record with its verdict; `found`: predicted ids or losses of each sequence."""
     item = items[question.index]
@@ -176,7 +293,7 @@ def _judge(
     if question.gold is None:
         predicted, expected = found[0].astype(int).tolist(), question.sequences[0][question.starts[0] :]
         prompt, wanted = render_prompts(task, item, [])[0], str(item["continuation"])
-        output, verdict = model.tokenizer.decode(predicted), bool(expected) and predicted == expected
+        output, verdict = engine.tokenizer.decode(predicted), bool(expected) and predicted == expected
     else:
         # None where no token of an option is scored.
         details["losses"] = [float(np.mean(each, dtype=np.float64)) if len(each) else None for each in found]

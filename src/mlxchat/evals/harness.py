@@ -20,12 +20,11 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from mlxchat.data.conversation import render_for_completion
+from mlxchat.data.tokenizer import render_for_completion
 from mlxchat.engine.batch import Request
 from mlxchat.engine.generate import Engine
 from mlxchat.engine.sample import Sampling
 from mlxchat.errors import MlxchatError
-from mlxchat.evals.language_model import LanguageModel
 from mlxchat.model.checkpoint import load_for_inference
 from mlxchat.model.scoring import continuation
 from mlxchat.store.naming import find
@@ -50,7 +49,7 @@ class HarnessModel(TemplateLM):
         super().__init__()
         folder = Path(path) if Path(path).is_dir() else find(Store(Path(outputs)), path).place
         model, self._own_tokenizer, _ = load_for_inference(folder)
-        self._model = LanguageModel(Engine(model, self._own_tokenizer), batch_tokens=int(batch_tokens))
+        self._engine = Engine(model, self._own_tokenizer, batch_tokens=int(batch_tokens))
         self._max_gen_toks, self._name = int(max_gen_toks), folder.name
 
     @property
@@ -83,22 +82,22 @@ class HarnessModel(TemplateLM):
         totals = []
         for request in tqdm(requests, disable=disable_tqdm):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
-            windows = get_rolling_token_windows(ids, self.eot_token_id, self._model.context_tokens, context_len=1)
+            windows = get_rolling_token_windows(ids, self.eot_token_id, self._engine.context_tokens, context_len=1)
             scored = [(("", ""), *make_disjoint_window(window)) for window in windows]
             totals.append(sum(value for value, _ in self._loglikelihood_tokens(scored, disable_tqdm=True)))
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return the answers, decoded in batches; greedy unless the task sets `do_sample`."""
-        scheduler = self._model.engine.scheduler()
+        scheduler = self._engine.scheduler()
         answers: dict[int, str] = {}
         for request in requests:
             context, given = request.args
             settings = normalize_gen_kwargs(given, default_max_gen_toks=self._max_gen_toks)
-            most = max(1, min(settings["max_gen_toks"], self._model.context_tokens - 1))
+            most = max(1, min(settings["max_gen_toks"], self._engine.context_tokens - 1))
             how = {name: settings[name] for name in ("top_k", "top_p", "seed") if name in settings}
             sampling = Sampling(temperature=settings["temperature"] if settings["do_sample"] else 0.0, **how)
-            prompt = self.tok_encode(context)[-(self._model.context_tokens - most) :]
+            prompt = self.tok_encode(context)[-(self._engine.context_tokens - most) :]
             until = tuple(settings["until"])
             id_ = scheduler.submit(
                 Request(prompt=prompt, max_new_tokens=most, sampling=sampling, stop=until, tools=False, reuse=True)
@@ -120,7 +119,7 @@ class HarnessModel(TemplateLM):
             for start in range(0, len(requests), _WINDOW_REQUESTS):
                 window = requests[start : start + _WINDOW_REQUESTS]
                 rows = [continuation([*context, *text], len(context)) for _, context, text in window]
-                scores = self._model.score(rows, ("losses", "likeliest"))
+                scores = self._engine.score(rows, ("losses", "likeliest"))
                 for row, (losses, likeliest) in zip(rows, scores, strict=True):
                     found.append((-float(losses.sum(dtype="float64")), bool((likeliest == row.targets).all())))
                 bar.update(len(rows))

@@ -18,27 +18,26 @@ from mlxchat.evals.bpb import measure_text, ngram_bits_per_byte, text_loss, text
 from mlxchat.evals.chat import Answering, evaluate_task
 from mlxchat.evals.core import measure_core, measure_plain_choice
 from mlxchat.evals.examples import EXAMPLES_FILE, write_examples
-from mlxchat.evals.language_model import LanguageModel
 from mlxchat.evals.scores import Score, chatcore, mean_centered
 from mlxchat.runner.context import Context
 
 
-def measure(ctx: Context, model: LanguageModel, *, as_base: bool, as_chat: bool) -> dict[str, Any]:
+def measure(ctx: Context, engine: Engine, *, as_base: bool, as_chat: bool) -> dict[str, Any]:
     """Return what `eval` and `suite` demand of a model as data of scores.json, write its examples, record metrics.
 
     `as_base` measures CORE and multiple choice as plain text, `as_chat` the suite; `corpus` is an optional input.
     """
     examples: list[dict[str, Any]] = []
     scores: dict[str, Any] = {
-        "bpb": _measure_corpus(ctx, model) if "corpus" in ctx.inputs else None,
-        "core": measure_core(ctx, model, examples) if as_base else None,
-        **_measure_suite(ctx, model, examples, as_chat=as_chat),
+        "bpb": _measure_corpus(ctx, engine) if "corpus" in ctx.inputs else None,
+        "core": measure_core(ctx, engine, examples) if as_base else None,
+        **_measure_suite(ctx, engine, examples, as_chat=as_chat),
         "pass_at_k": None,
     }
     if as_base and ctx.config.eval.base_tasks:
-        scores["tasks"] |= measure_plain_choice(ctx, model, examples)
+        scores["tasks"] |= measure_plain_choice(ctx, engine, examples)
     if ctx.config.eval.text is not None:
-        scores["text"] = measure_text(ctx, model)
+        scores["text"] = measure_text(ctx, engine)
     write_examples(ctx.out / EXAMPLES_FILE, examples)
     return scores
 
@@ -59,42 +58,40 @@ def measure_own(engine: Engine, functions: Mapping[str, str]) -> dict[str, float
     return found
 
 
-def _measure_corpus(ctx: Context, model: LanguageModel) -> dict[str, float]:
+def _measure_corpus(ctx: Context, engine: Engine) -> dict[str, float]:
     """Return how well the validation text, in rows of the model's own tokens, is predicted, also by baselines."""
-    documents = open_documents(ctx, "validation", model.tokenizer, once=True)
+    documents = open_documents(ctx, "validation", engine.tokenizer, once=True)
     rows = take_validation(
-        RowStream("best_fit", documents, row_tokens=model.context_tokens, buffer_size=1000),
-        row_tokens=model.context_tokens,
+        RowStream("best_fit", documents, row_tokens=engine.context_tokens, buffer_size=1000),
+        row_tokens=engine.context_tokens,
         tokens=ctx.config.eval.bpb_tokens, setting="eval.bpb_tokens",
     )  # fmt: skip
     loss = text_loss(
-        model.engine.model, rows, model.tokenizer.token_bytes, micro_tokens=model.batch_tokens, team=model.engine.team
+        engine.model, rows, engine.tokenizer.token_bytes, micro_tokens=engine.batch_tokens, team=engine.team
     )
     found = {"val": loss.bits_per_byte, "perplexity": loss.perplexity, "tokens": loss.num_tokens}
     ctx.metrics |= {"val_bpb": loss.bits_per_byte, "perplexity": loss.perplexity}
-    if model.is_ours:  # others have other rows, so other baselines
+    if engine.is_ours:  # others have other rows, so other baselines
         training = Corpus.open(ctx.inputs["corpus"]).documents("train")
-        found["ngram_order2"] = ngram_bits_per_byte(training, texts_of_rows(rows, model.tokenizer))
-        found["untrained"] = uniform_bits_per_byte(rows, model.tokenizer.token_bytes)
+        found["ngram_order2"] = ngram_bits_per_byte(training, texts_of_rows(rows, engine.tokenizer))
+        found["untrained"] = uniform_bits_per_byte(rows, engine.tokenizer.token_bytes)
         ctx.metrics |= {"ngram_bpb": found["ngram_order2"], "untrained_bpb": found["untrained"]}
     return found
 
 
-def _measure_suite(
-    ctx: Context, model: LanguageModel, examples: list[dict[str, Any]], *, as_chat: bool
-) -> dict[str, Any]:
+def _measure_suite(ctx: Context, engine: Engine, examples: list[dict[str, Any]], *, as_chat: bool) -> dict[str, Any]:
     """Return the scores of the suite and their means, also as metrics; third-party models answer greedily, once."""
     config, results, suite = ctx.config.eval, dict[str, Score](), sorted(ctx.config.suite.items())
-    seeds = config.seeds if model.is_ours else 1
-    temperature = float(seeds > 1) if config.temperature is None or not model.is_ours else config.temperature
+    seeds = config.seeds if engine.is_ours else 1
+    temperature = float(seeds > 1) if config.temperature is None or not engine.is_ours else config.temperature
     # All at first, so that a task that cannot be judged on this machine ends the step before any answer.
     tasks = {name: open_item(ctx, item) for name, item in suite} if as_chat else {}
     for name, task in tasks.items():
         answering = Answering(
             batch_rows=config.batch_rows, max_new_tokens=config.max_new_tokens, seeds=seeds, temperature=temperature,
-            top_k=config.top_k if model.is_ours else None, seed=ctx.seed(f"answers/{name}"),
+            top_k=config.top_k if engine.is_ours else None, seed=ctx.seed(f"answers/{name}"),
         )  # fmt: skip
-        results[name], rows = evaluate_task(ctx, model, task, answering, name=name, work=ctx.work / "tasks" / name)
+        results[name], rows = evaluate_task(ctx, engine, task, answering, name=name, work=ctx.work / "tasks" / name)
         examples += [{"task": name, **row} for row in rows]
         ctx.metrics[name] = results[name].accuracy
     mean = mean_centered(list(results.values()))

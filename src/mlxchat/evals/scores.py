@@ -10,18 +10,13 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Container, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean, pvariance, stdev
 from typing import Any
 
-from mlxchat.tasks.answers import number_and_form
-
-CHATCORE_SETS: dict[str, tuple[str, ...]] = {
-    "oct2025": ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling_bee"),
-    "jul2026": ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval"),
-}
-"""Tasks of ChatCORE in nanochat's snapshots; the two are not comparable."""
+from mlxchat.tasks import CHATCORE_SETS, chatcore_set
+from mlxchat.tasks.base import number_and_form
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +127,6 @@ def chatcore(scores: Mapping[str, Score], tasks: Mapping[str, str]) -> dict[str,
         "nanochat_value": mean_centered(theirs), "nanochat_stderr": mean_centered_stderr(theirs), "tasks": names,
         "set": which,
     }  # fmt: skip
-
-
-def chatcore_set(tasks: Container[str]) -> str | None:
-    """Return the first set whose tasks are all among these."""
-    return next((which for which, members in CHATCORE_SETS.items() if all(task in tasks for task in members)), None)
 
 
 @dataclass(frozen=True, kw_only=True)

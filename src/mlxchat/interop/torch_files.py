@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxchat.data.pickled import Made, read_pickle
+from mlxchat.data.vocabulary import Made, read_pickle
 from mlxchat.errors import DataError
 from mlxchat.interop.tensors import DTYPES, Array, Tensor, bytes_of, check_pointer
 

@@ -1,4 +1,4 @@
-"""Saves and loads model folders, which mlx-lm can open; only safe formats.
+"""Models as folders, which mlx-lm can open, in safe formats only; and as copies on every rank of a team.
 
 Files: model.safetensors with nanochat's parameter names, config.json with `model_type: nanochat` (as in mlx-lm), the
 tokenizer's files, and checkpoint.json with facts of the training. mlx-lm supports the architecture of October 2025;
@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, asdict, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -22,9 +22,10 @@ from safetensors.numpy import load_file, save_file
 
 from mlxchat.config.schema import AdapterConfig
 from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.distributed.team import Team
 from mlxchat.errors import DataError
 from mlxchat.model.gpt import GPT, RMS_NORM_EPSILON
-from mlxchat.model.lora import merge_adapters, read_adapters, write_adapters
+from mlxchat.model.lora import adapters_of, attach_adapters, merge_adapters, read_adapters, write_adapters
 from mlxchat.model.parameters import cast_parameters, flatten_parameters, set_parameters
 from mlxchat.model.sizes import GPTSizes
 from mlxchat.ops.device import default_dtype
@@ -180,3 +181,39 @@ def _features(sizes: GPTSizes) -> dict[str, Any]:
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+# Ranks. Rank 0 calls `sync_model` before each call that needs the model. It sends everything the first time, later only
+# parameters that are other arrays than last time, such as those that a training has updated.
+
+
+def sync_model(team: Team | None, model: GPT, role: str = "model") -> None:
+    """Send the current weights of a model from rank 0 to all, if there are several; a step's roles: model, teacher."""
+    if team is None or team.size == 1:
+        return
+    parameters, adapters = flatten_parameters(model), adapters_of(model)
+    shape = {"sizes": asdict(model.sizes), "names": list(parameters), "adapters": adapters and asdict(adapters)}
+    known, equal = team.kept.get(f"{role} on all", (None, {}))
+    changed = {name: value for name, value in parameters.items() if known != shape or equal.get(name) is not value}
+    team.kept[f"{role} here"] = model
+    if changed:
+        team.call(_take, {"role": role, "shape": None if known == shape else shape}, changed)
+    team.kept[f"{role} on all"] = (shape, parameters)
+
+
+def model_on(team: Team, role: str = "model") -> GPT:
+    """Return this rank's model; on rank 0 the last argument of `sync_model`."""
+    return cast(GPT, team.kept[f"{role} here"])
+
+
+def _take(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> None:
+    """Set this rank's weights to those of rank 0."""
+    if team.group.leads:
+        return
+    place, shape = f"{request['role']} here", request["shape"]
+    if shape is not None:
+        team.kept.pop(place, None)
+        model = team.kept[place] = GPT(GPTSizes(**shape["sizes"]))
+        if shape["adapters"]:
+            attach_adapters(model, AdapterConfig(**shape["adapters"]))
+    set_parameters(team.kept[place], arrays)

@@ -25,11 +25,10 @@ from safetensors.numpy import load_file, save_file
 
 from mlxchat.config.schema import AdapterConfig
 from mlxchat.errors import DataError
+from mlxchat.model.forward import dropped, fold, present_dropping
 from mlxchat.model.gpt import GPT
-from mlxchat.model.initial import key_of
-from mlxchat.model.parameters import flatten_parameters, module_at, set_parameters
+from mlxchat.model.parameters import flatten_parameters, key_of, module_at, set_parameters
 from mlxchat.model.sizes import PARAMETERS, GPTSizes, matrices_of, shapes_of
-from mlxchat.ops.dropout import dropped, fold, present_dropping
 from mlxchat.store.bases import ADAPTER_KEY
 
 ADAPTERS_FILE, ADAPTER_CONFIG_FILE = "adapters.safetensors", "adapter_config.json"

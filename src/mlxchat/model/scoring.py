@@ -18,11 +18,11 @@ import numpy as np
 
 from mlxchat.data.packing import Ints
 from mlxchat.distributed.team import Team, name_of
+from mlxchat.model.checkpoint import model_on, sync_model
 from mlxchat.model.gpt import GPT
 from mlxchat.model.parameters import computing_in, flatten_parameters, set_parameters
-from mlxchat.model.replicas import model_on, sync_model
 from mlxchat.ops.device import round_tokens
-from mlxchat.ops.loss import Kind, scores_of_logits, token_scores
+from mlxchat.ops.loss import ScoreKind, scores_of_logits, token_scores
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -48,7 +48,7 @@ def continuation(tokens: Sequence[int], start: int) -> ScoredRow:
 
 
 def score_rows(
-    model: Any, rows: Sequence[ScoredRow], kinds: Sequence[Kind] = ("losses",), *, batch_tokens: int,
+    model: Any, rows: Sequence[ScoredRow], kinds: Sequence[ScoreKind] = ("losses",), *, batch_tokens: int,
     dtype: mx.Dtype | None = None, team: Team | None = None, role: str = "model",
 ) -> list[Floats]:  # fmt: skip
     """Return the scores (K, n) of each row; losses and entropies are in nats.
@@ -86,7 +86,7 @@ def _score_on_ranks(team: Team, request: dict[str, Any], arrays: dict[str, mx.ar
 
 
 def _score(
-    model: Any, rows: list[ScoredRow], kinds: tuple[Kind, ...], batch_tokens: int, dtype: mx.Dtype | None
+    model: Any, rows: list[ScoredRow], kinds: tuple[ScoreKind, ...], batch_tokens: int, dtype: mx.Dtype | None
 ) -> list[Floats]:
     """Return the scores of rows, the longest of which comes first, in this process."""
     found: list[Floats] = []
@@ -125,7 +125,7 @@ def arrays_of(rows: list[ScoredRow], shape: tuple[int, int], *, padded: bool = T
     return [mx.array(ids), mx.array(np.pad(places, padding)), mx.array(np.pad(targets, padding))]
 
 
-def _forward(model: Any, kinds: tuple[Kind, ...]) -> Callable[..., list[mx.array]]:
+def _forward(model: Any, kinds: tuple[ScoreKind, ...]) -> Callable[..., list[mx.array]]:
     """Return ids (B, W), places (N,), targets (N,) → scores (N,), compiled once; it reads the current weights."""
 
     def of_mlx_lm(ids: mx.array, places: mx.array, targets: mx.array) -> list[mx.array]:
@@ -143,5 +143,5 @@ def _forward(model: Any, kinds: tuple[Kind, ...]) -> Callable[..., list[mx.array
     if not isinstance(model, GPT):
         return of_mlx_lm
     # Kept on the model so that both have the same lifetime; plain attributes are not parameters.
-    kept: dict[tuple[Kind, ...], Callable[..., list[mx.array]]] = vars(model).setdefault("_compiled_scores", {})
+    kept: dict[tuple[ScoreKind, ...], Callable[..., list[mx.array]]] = vars(model).setdefault("_compiled_scores", {})
     return partial(kept.setdefault(kinds, mx.compile(of_ours)), flatten_parameters(model))

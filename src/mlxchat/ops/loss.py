@@ -20,7 +20,7 @@ from mlxchat.ops.machine import LOGITS
 
 SOFT_CAP = 15.0
 
-Kind = Literal["losses", "entropies", "logits", "likeliest"]
+ScoreKind = Literal["losses", "entropies", "logits", "likeliest"]
 """Scores of a token: cross-entropy and the prediction's entropy in nats, its soft-capped logit, the likeliest id."""
 Logits = Callable[[slice, list[mx.array]], mx.array]
 """(positions, from left to right, arrays to depend on) → the teacher's logits (N, V), float32."""
@@ -42,7 +42,7 @@ def split_positions(x: mx.array, rows: int) -> list[slice]:
     return [slice(start, min(start + size, x.shape[1])) for start in range(0, x.shape[1], size)]
 
 
-def token_scores(x: mx.array, weight: mx.array, targets: mx.array, kinds: Sequence[Kind]) -> list[mx.array]:
+def token_scores(x: mx.array, weight: mx.array, targets: mx.array, kinds: Sequence[ScoreKind]) -> list[mx.array]:
     """Return an array (N,) for each kind of score, 0 where the target is negative. Not meant for gradients.
 
     Shapes: final hidden states x (N, C), output head `weight` (V, C), targets (N,).
@@ -54,11 +54,11 @@ def token_scores(x: mx.array, weight: mx.array, targets: mx.array, kinds: Sequen
     return [mx.concatenate(list(parts)) for parts in zip(*chunks, strict=True)]
 
 
-def scores_of_logits(logits: mx.array, targets: mx.array, kinds: Sequence[Kind]) -> list[mx.array]:
+def scores_of_logits(logits: mx.array, targets: mx.array, kinds: Sequence[ScoreKind]) -> list[mx.array]:
     """Return an array (N,) for each kind of score of float32 logits (N, V) and targets (N,)."""
     log_sums, chosen = mx.logsumexp(logits, axis=-1), mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     # Only what is returned is computed.
-    found: dict[Kind, mx.array] = {
+    found: dict[ScoreKind, mx.array] = {
         "losses": log_sums - chosen,
         "entropies": log_sums - (mx.exp(logits - log_sums[:, None]) * logits).sum(-1),
         "logits": chosen,

@@ -14,6 +14,7 @@ CPU_MOST_LANES = 16  # with more lanes each would have too few rows
 # Rows of a KV cache: one of these, or a multiple of the last, so that few shapes are compiled.
 BATCH_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 DECODED_ROWS = 64  # answers that are decoded together, at most
+SCORED_TOKENS = 4096  # of a forward pass that scores, where nothing else is known
 KEPT_TOKENS = 8192  # of earlier prompts, whose keys and values are kept for prefix reuse
 KV_TOKENS = 256  # by which KV caches grow
 PREFILL_TOKENS = 512  # per chunk of prefill

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mlxchat.config.pins import UNKNOWN
 from mlxchat.config.schema import Config, CoreConfig, ImportConfig, TaskItem
 from mlxchat.config.wording import format_bytes, format_count
 from mlxchat.data.sources import ESTIMATED_CHARS_PER_BYTE, Corpus
 from mlxchat.errors import ConfigError, DataError, MlxchatError
+from mlxchat.hub import client
 from mlxchat.hub.cache import HubFile, missing_bytes
-from mlxchat.hub.client import url_place
 from mlxchat.hub.listings import recorded_files
 from mlxchat.model.sizes import GPTSizes, sizes_of
 from mlxchat.planning.horizon import derive_hyperparameters
@@ -199,7 +200,7 @@ def find_downloads(config: Config, plan: Iterable[PlannedStep], store: Store) ->
     found: dict[str, int | None] = {}
     for name, files in groups.items():
         found[name] = None if files is None else missing_bytes(files)
-    found |= {url.rpartition("/")[2]: None for url in urls if not url_place(url).exists()}
+    found |= {url.rpartition("/")[2]: None for url in urls if not client.url_place(url).exists()}
     return {name: size for name, size in found.items() if size != 0}
 
 
@@ -208,3 +209,10 @@ def describe_downloads(downloads: Mapping[str, int | None]) -> str:
     names = [f"{name} ({'size unknown' if size is None else format_bytes(size)})" for name, size in downloads.items()]
     total = sum(size or 0 for size in downloads.values())
     return f"{f'about {format_bytes(total)}: ' if total else ''}{', '.join(names)}" or "nothing"
+
+
+def contents_of_bundle(config: CoreConfig, hash_of: Callable[[Path], str]) -> list[str]:
+    """Return the sha256 of CORE's bundle, for a key: a file and a URL with equal contents give equal keys."""
+    if "://" not in config.bundle:
+        return [hash_of(Path(config.bundle))]
+    return [client.find_content(config.bundle, config.sha256) or f"{UNKNOWN}{config.bundle}"]

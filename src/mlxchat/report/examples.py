@@ -12,7 +12,7 @@ from typing import Any
 from mlxchat.config.wording import plural
 from mlxchat.errors import DataError
 from mlxchat.report.collect import RunReport, Sample, StepReport, checkpoint_name, text
-from mlxchat.tasks.answers import number_and_form
+from mlxchat.tasks.base import number_and_form
 
 SAMPLES_SHOWN = 8
 _EXAMPLE_CHARACTERS = 700

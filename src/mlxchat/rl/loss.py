@@ -15,7 +15,7 @@ import numpy as np
 
 from mlxchat.config.schema import PreferenceConfig, RLConfig
 from mlxchat.errors import StepFailed
-from mlxchat.evals.quantised import MOST_CHANGE
+from mlxchat.evals.bpb import MOST_CHANGE
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from mlxchat.config.schema import PreferenceConfig
-from mlxchat.data.conversation import Content, parse_answer
 from mlxchat.data.packing import IGNORED, Ints
+from mlxchat.data.tokenizer import Content, parse_answer
 from mlxchat.data.tokens import Tokens
 from mlxchat.engine.generate import Completion, Engine
 from mlxchat.errors import DataError
@@ -24,8 +24,7 @@ from mlxchat.ops.device import round_tokens
 from mlxchat.rl.loss import Floats, PairLoss, pair_loss
 from mlxchat.rl.rollouts import Log, PolicyScores, draw_seed, sample
 from mlxchat.runner.context import Context
-from mlxchat.tasks.answers import Conversation
-from mlxchat.tasks.base import Task
+from mlxchat.tasks.base import Conversation, Task
 from mlxchat.training.batches import Batch, BatchSource
 
 # Pairs that are scored, and answers that are sampled, between two checks for a signal.

@@ -1,7 +1,7 @@
 """RL from the task's questions to a weighted batch, and pass@k on held-out questions.
 
 Counterpart of nanochat's chat_rl.py: on-policy REINFORCE with the group's mean reward as baseline.
-`Rollouts.next_batch` follows an iteration: sample a group of completions per question, reward each (rewards.py),
+`Rollouts.next_batch` follows an iteration: sample a group of completions per question, reward each (`Reward`),
 compare the rewards within a group (advantages, loss.py), compute log-probabilities where the loss needs them
 (`PolicyScores`), derive one weight per sampled token from the loss (loss.py). `TrainStep` then minimises
 Σ weight × cross-entropy.
@@ -9,6 +9,8 @@ compare the rewards within a group (advantages, loss.py), compute log-probabilit
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,12 +18,13 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlxchat.config.schema import PreferenceConfig, RLConfig
-from mlxchat.data.conversation import render_for_completion
+from mlxchat.config.parts import load_part
+from mlxchat.config.schema import PreferenceConfig, RewardConfig, RLConfig
 from mlxchat.data.packing import IGNORED, Ints
-from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.tokenizer import Tokenizer, render_for_completion
 from mlxchat.distributed.team import Team
 from mlxchat.engine.generate import Completion, Engine
+from mlxchat.errors import StepFailed
 from mlxchat.model.gpt import GPT
 from mlxchat.model.parameters import flatten_parameters, set_parameters
 from mlxchat.model.scoring import row_of, score_rows
@@ -29,9 +32,7 @@ from mlxchat.ops.device import round_tokens
 from mlxchat.ops.machine import round_up
 from mlxchat.optim.optimizer import Flat
 from mlxchat.rl.loss import Floats, advantages_of, check_rollout_drift, importance_weights, policy_loss
-from mlxchat.rl.rewards import Reward
-from mlxchat.tasks.answers import answer_text
-from mlxchat.tasks.base import Task
+from mlxchat.tasks.base import Conversation, Task, answer_text
 from mlxchat.training.batches import Batch, BatchSource
 
 Log = Callable[[dict[str, Any]], None]
@@ -41,6 +42,59 @@ _ENTROPY_EVERY = 5  # rollouts between measurements of the entropy, one forward 
 _QUESTIONS_KEPT = 4  # of each rollout in rollouts.jsonl
 # Heights of batches are multiples of it, so that few shapes are compiled.
 _ROWS_STEP = 16
+
+
+Part = Callable[[Conversation, str, int], float]
+
+
+class Reward:
+    """Σ weight × value over the parts; without parts, the task's reward."""
+
+    def __init__(self, task: Task, parts: dict[str, RewardConfig]) -> None:
+        """Import the users' functions among the parts."""
+        self._task = task
+        parts = dict(sorted(parts.items()))  # the order of the configuration must not change a sum's last bits
+        self._weights = {name: part.weight for name, part in parts.items()}
+        self._parts = {name: _make_part(name, part, task) for name, part in parts.items()}
+
+    def __call__(self, conversation: Conversation, text: str, num_tokens: int) -> tuple[float, dict[str, float]]:
+        """Return the reward of a completion and the unweighted value of each part; StepFailed if a function failed.
+
+        `num_tokens` are the sampled tokens, without forced ones; `text` lacks the token that ended it.
+        """
+        if not self._parts:
+            return self._task.reward(conversation, text), {}
+        values = {name: part(conversation, text, num_tokens) for name, part in self._parts.items()}
+        return sum(self._weights[name] * value for name, value in values.items()), values
+
+
+def _make_part(name: str, part: RewardConfig, task: Task) -> Part:
+    """Return a part as a function; which fields its kind needs is checked with the configuration."""
+    if part.kind == "format":
+        pattern = re.compile(part.pattern or "", re.DOTALL)
+        return lambda conversation, text, num_tokens: float(pattern.search(text) is not None)
+    if part.kind == "length":
+        free, most = part.free_tokens or 0, part.most_tokens or 0
+        return lambda conversation, text, num_tokens: overlong_penalty(num_tokens, free_tokens=free, most_tokens=most)
+    if part.kind == "exact":
+        return lambda conversation, text, num_tokens: task.reward(conversation, text)
+    title, function = f"rl.rewards.{name}: {part.function}", load_part(part.function or "")
+
+    def call(conversation: Conversation, text: str, num_tokens: int) -> float:
+        try:
+            value = float(function(conversation, text))
+        except (Exception, SystemExit) as error:  # a user's code may raise anything
+            raise StepFailed(f"{title} raised {type(error).__name__}: {error}. The answer was {text!r}") from error
+        if not math.isfinite(value):
+            raise StepFailed(f"{title} returned {value}, expected a finite number. The answer was {text!r}")
+        return value
+
+    return call
+
+
+def overlong_penalty(num_tokens: int, *, free_tokens: int, most_tokens: int) -> float:
+    """Return 0 up to `free_tokens`, −1 from `most_tokens` on, linear in between (DAPO, arXiv 2503.14476, eq. 13)."""
+    return -min(1.0, max(0, num_tokens - free_tokens) / (most_tokens - free_tokens))
 
 
 class Group(NamedTuple):

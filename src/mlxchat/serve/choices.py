@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from mlxchat.engine.batch import Event
+from mlxchat.engine.batch import Event, Kind
 from mlxchat.engine.generate import content_of
 from mlxchat.engine.third_party import AnyTokenizer
-from mlxchat.engine.tools import Kind
 from mlxchat.serve.answers import (
     AnswerMessage,
     ChatChoice,

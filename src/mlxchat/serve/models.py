@@ -18,13 +18,12 @@ from typing import Any
 import mlx.core as mx
 
 from mlxchat.config.wording import first_of
-from mlxchat.data.conversation import render_for_completion
-from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.tokenizer import Tokenizer, render_for_completion
 from mlxchat.engine.generate import Engine, Scheduler
 from mlxchat.engine.sample import JsonGrammars
 from mlxchat.engine.third_party import ThirdPartyEngine, ThirdPartyTokenizer, load_tokenizer
 from mlxchat.errors import ConfigError, DataError, StoreError, suggest
-from mlxchat.evals.quantised import measure_quantised
+from mlxchat.evals.bpb import measure_quantised
 from mlxchat.interop.source import PREFIX
 from mlxchat.model.checkpoint import load_for_inference
 from mlxchat.planning.inputs import sizes_of_folder

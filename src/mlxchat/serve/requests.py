@@ -9,13 +9,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from mlxchat.data.conversation import fit_turns
+from mlxchat.data.tokenizer import fit_turns
 from mlxchat.engine.batch import Request
 from mlxchat.engine.sample import Constraint, Sampling
 from mlxchat.errors import ConfigError, DataError, suggest
 from mlxchat.serve.models import Model
 from mlxchat.serve.security import Fault
-from mlxchat.tasks.answers import Conversation
+from mlxchat.tasks.base import Conversation
 
 _SEEDS = 2**63
 _MOST_CHOICES = 16

@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from mlxchat.config.parts import is_own, load_part
 from mlxchat.config.schema import TaskItem
 from mlxchat.errors import ConfigError, MlxchatError, suggest
-from mlxchat.tasks.answers import Conversation
-from mlxchat.tasks.base import Task
+from mlxchat.tasks.base import Conversation, Task
 
 _TASKS = {
     "kinds_mc": ("quickstart", "KindsMC"),
     "everyday": ("quickstart", "Everyday"),
-    "arithmetic": ("arithmetic", "Arithmetic"),
+    "arithmetic": ("quickstart", "Arithmetic"),
     "first_questions": ("quickstart", "FirstQuestions"),
     "practice": ("quickstart", "Practice"),
     "first_letter_count": ("spelling", "FirstLetterCount"),
@@ -32,17 +31,25 @@ _TASKS = {
     "jsonl": ("jsonl", "Jsonl"),
     "pairs": ("jsonl", "Pairs"),
     "identity_conversations": ("jsonl", "IdentityConversations"),
-    "smoltalk": ("benchmarks", "SmolTalk"),
-    "mmlu": ("benchmarks", "MMLU"),
-    "gsm8k": ("benchmarks", "GSM8K"),
-    "arc_easy": ("benchmarks", "ArcEasy"),
-    "arc_challenge": ("benchmarks", "ArcChallenge"),
-    "humaneval": ("benchmarks", "HumanEval"),
+    "smoltalk": ("downloads", "SmolTalk"),
+    "mmlu": ("downloads", "MMLU"),
+    "gsm8k": ("downloads", "GSM8K"),
+    "arc_easy": ("downloads", "ArcEasy"),
+    "arc_challenge": ("downloads", "ArcChallenge"),
+    "humaneval": ("downloads", "HumanEval"),
     "spelling_bee": ("spelling", "SpellingBee"),
     "simple_spelling": ("spelling", "SimpleSpelling"),
 }
+CHATCORE_SETS: dict[str, tuple[str, ...]] = {
+    "oct2025": ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling_bee"),
+    "jul2026": ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval"),
+}
+"""Tasks of ChatCORE in nanochat's snapshots; the two are not comparable."""
 
-__all__ = ["Conversation", "Task", "find_item_problems", "load_item", "load_task", "task_class", "task_names"]
+__all__ = [
+    "CHATCORE_SETS", "Conversation", "Task", "chatcore_set", "find_item_problems", "load_item", "load_task",
+    "task_class", "task_names",
+]  # fmt: skip
 
 
 def task_names() -> list[str]:
@@ -127,3 +134,8 @@ def _item_problems(item: TaskItem, *, training: bool) -> Iterator[str]:
         yield f".weight is {item.weight}, expected at least 0"
     if item.path is not None and not Path(item.path).is_file():
         yield f".path: no file {item.path}"
+
+
+def chatcore_set(tasks: Container[str]) -> str | None:
+    """Return the first set whose tasks are all among these."""
+    return next((which for which, members in CHATCORE_SETS.items() if all(task in tasks for task in members)), None)

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from mlxchat.errors import ConfigError, DataError
-from mlxchat.tasks.answers import Conversation, is_answer
-from mlxchat.tasks.base import Task, answered, find_fault, held_out
+from mlxchat.tasks.base import Conversation, Task, answered, find_fault, held_out, is_answer
 from mlxchat.tasks.downloads import UrlTask
 
 NANOCHAT_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl"

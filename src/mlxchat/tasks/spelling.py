@@ -16,8 +16,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import ClassVar
 
-from mlxchat.tasks.answers import Conversation, calculator_parts
-from mlxchat.tasks.base import Task, dialogue, held_out
+from mlxchat.tasks.base import Conversation, Task, calculator_parts, dialogue, held_out
 from mlxchat.tasks.downloads import UrlTask
 
 WORDS_URL = "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt"

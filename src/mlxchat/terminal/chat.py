@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mlxchat.data.conversation import fit_turns
-from mlxchat.engine.batch import Request
+from mlxchat.data.tokenizer import fit_turns
+from mlxchat.engine.batch import Kind, Request
 from mlxchat.engine.generate import Engine, Scheduler, content_of
 from mlxchat.engine.sample import Sampling
 from mlxchat.engine.third_party import ThirdPartyEngine
-from mlxchat.engine.tools import Kind
 from mlxchat.errors import ConfigError, DataError, StoreError, suggest, visible
 from mlxchat.model.checkpoint import load_for_inference
 from mlxchat.ops.machine import KEPT_TOKENS
@@ -83,7 +82,7 @@ class Chat:
         decoding.rows(folder.name, most=1)
         model, tokenizer, facts = load_for_inference(folder)
         if bits is not None:
-            from mlxchat.evals.quantised import measure_quantised
+            from mlxchat.evals.bpb import measure_quantised
 
             model, cost = measure_quantised(model, tokenizer, bits)
             print(cost, file=sys.stderr)

@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
-from mlxchat.config.schema import ConversationConfig, FinetuneConfig
+from mlxchat.config.schema import ConversationConfig, FinetuneConfig, TeacherConfig
 from mlxchat.data.mixture import Mixture, open_item
 from mlxchat.data.packing import RowStream, ShuffledConversations, count_rows, take_validation
 from mlxchat.data.tokenizer import Tokenizer
@@ -24,16 +25,15 @@ from mlxchat.model.parameters import trained_parameters
 from mlxchat.model.sizes import resolve_adapter
 from mlxchat.ops.device import prepare_machine
 from mlxchat.optim.optimizer import Optimizer, adapter_rule
+from mlxchat.planning.forecast import describe
 from mlxchat.planning.horizon import count_later_iterations, whole_rows
 from mlxchat.planning.memory import choose_micro_batch
 from mlxchat.runner.context import Context
 from mlxchat.training.batches import RowBatches
-from mlxchat.training.forecast import describe
-from mlxchat.training.loop import Observation, fit
-from mlxchat.training.observations import observe_suite
+from mlxchat.training.loop import fit
+from mlxchat.training.monitor import Observation, observe_suite
 from mlxchat.training.state import load_moments
-from mlxchat.training.teacher import load_teacher
-from mlxchat.training.team_step import make_step
+from mlxchat.training.step import Distillation, make_step
 
 
 def finetune(ctx: Context, config: ConversationConfig) -> None:
@@ -116,6 +116,25 @@ def finetune(ctx: Context, config: ConversationConfig) -> None:
         )
     ctx.metrics |= batches.counts()
     save(ctx.out)
+
+
+def load_teacher(
+    config: TeacherConfig, folder: Path, tokenizer: Tokenizer, *, row_tokens: int, dtype: mx.Dtype
+) -> Distillation:
+    """Return the teacher in a folder; DataError if its vocabulary is not the student's or its context is too short."""
+    teacher, its_tokenizer, _ = load_checkpoint(folder)
+    ours, theirs = (each.special_ids | dict(each.ranks) for each in (tokenizer, its_tokenizer))
+    if ours != theirs:
+        raise DataError(
+            f"the teacher {folder} has another vocabulary: {len(theirs):,} tokens there, {len(ours):,} here, of which "
+            f"{len(ours.items() & theirs.items()):,} are the same. Its distributions are over other tokens. Train on "
+            "its answers instead: mlxchat distill"
+        )
+    if (context := teacher.sizes.context_tokens) < row_tokens:
+        raise DataError(
+            f"the teacher {folder} takes {context:,} tokens at a time, rows have {row_tokens:,}: lower batch.row_tokens"
+        )
+    return Distillation(teacher, config, dtype)
 
 
 def make_optimizer(

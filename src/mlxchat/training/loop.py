@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +14,12 @@ from mlxchat.optim.optimizer import rates_at
 from mlxchat.runner.context import Context
 from mlxchat.store.crash import crash_point
 from mlxchat.training.batches import BatchSource
-from mlxchat.training.monitor import Monitor
+from mlxchat.training.monitor import Monitor, Observation
 from mlxchat.training.state import Checkpointer
 from mlxchat.training.step import TrainStep
 
 # Derived numbers that are proportional to the iterations.
 _COUNTED = ("num_iterations", "num_updates", "total_tokens", "total_flops")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Observation:
-    """A measurement between iterations, such as validation. It changes neither weights nor random numbers."""
-
-    run: Callable[[int], dict[str, float]]  # takes the number of iterations done; returns numbers to log
-    every: tuple[int | None, ...] = ()  # iterations between calls; due where any of these divides the number done
-    at_start: bool = False
-    at_end: bool = True
-    title: str = ""  # its name on the progress line while it runs; empty: the line stays
-
-    def is_due(self, done: int, *, ends: bool) -> bool:
-        """Return whether to call it after `done` iterations, with which the training perhaps ends."""
-        if done == 0:
-            return self.at_start
-        if ends:
-            return self.at_end
-        return any(every and done % every == 0 for every in self.every)
 
 
 def fit(

@@ -1,24 +1,40 @@
-"""Measurements of a training for logs and display: loss, speed, memory."""
+"""What is measured of a training: loss, speed and memory of each iteration, and evaluations between iterations.
+
+The latter are CORE in pretraining (as in nanochat's base_train) and tasks afterwards (as in chat_sft). They do not
+affect weights or random numbers; after an interruption only unanswered questions are evaluated.
+"""
 
 from __future__ import annotations
 
 import math
 import os
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from mlxchat.config.schema import ConversationConfig, PretrainConfig
 from mlxchat.config.wording import first_of, format_bytes, format_count
+from mlxchat.data.mixture import open_item
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.engine.generate import Engine
 from mlxchat.errors import StepFailed
+from mlxchat.evals.chat import Answering, evaluate_task
+from mlxchat.evals.core import evaluate_core
+from mlxchat.evals.scores import mean_centered
+from mlxchat.model.gpt import GPT
 from mlxchat.model.lora import adapters_of
 from mlxchat.model.sizes import flops_per_token
 from mlxchat.ops.device import backend
+from mlxchat.ops.machine import DECODED_ROWS, SCORED_TOKENS
 from mlxchat.optim.optimizer import Rates
 from mlxchat.planning.duration import peak_flops
+from mlxchat.planning.forecast import SUITE_ANSWER_TOKENS
 from mlxchat.runner.context import Context
 from mlxchat.runner.progress import Progress
 from mlxchat.training.batches import Batch, BatchSource
@@ -171,3 +187,101 @@ class Monitor:
                 "With training.on_nan=skip such updates are skipped and the training continues."
             )
         return f"{warning}; the update was skipped"
+
+
+_CORE_EXAMPLES = 500  # of each task of CORE, as in nanochat
+_ANSWERS = 32  # of the suite that are generated at a time
+
+
+# Evaluations between iterations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """A measurement between iterations, such as validation. It changes neither weights nor random numbers."""
+
+    run: Callable[[int], dict[str, float]]  # takes the number of iterations done; returns numbers to log
+    every: tuple[int | None, ...] = ()  # iterations between calls; due where any of these divides the number done
+    at_start: bool = False
+    at_end: bool = True
+    title: str = ""  # its name on the progress line while it runs; empty: the line stays
+
+    def is_due(self, done: int, *, ends: bool) -> bool:
+        """Return whether to call it after `done` iterations, with which the training perhaps ends."""
+        if done == 0:
+            return self.at_start
+        if ends:
+            return self.at_end
+        return any(every and done % every == 0 for every in self.every)
+
+
+def observe_core(ctx: Context, config: PretrainConfig, model: GPT, tokenizer: Tokenizer) -> list[Observation]:
+    """Return the estimate of CORE by the first examples of each task; nothing if pretrain.core is null.
+
+    It logs core_estimate and its standard error, or for selected tasks core_tasks_estimate.
+    """
+    core = config.core
+    if core is None:
+        return []
+    most = min(_CORE_EXAMPLES, core.max_per_task or _CORE_EXAMPLES)
+    engine = _engine(ctx, model, tokenizer)
+
+    def estimate(work: Path) -> dict[str, float]:
+        result, _ = evaluate_core(ctx, engine, core, max_per_task=most, work=work, progress=_hidden)
+        if result["core"] is None:
+            centered = [task["centered"] for task in result["tasks"].values()]
+            return {"core_tasks_estimate": sum(centered) / len(centered)}
+        return {"core_estimate": result["core"], "core_estimate_stderr": result["stderr"]}
+
+    return [Observation(run=_resumable(ctx.work / "core", estimate), every=(config.core_every,), title="CORE")]
+
+
+def observe_suite(ctx: Context, config: ConversationConfig, model: GPT, tokenizer: Tokenizer) -> list[Observation]:
+    """Return the measurement of accuracies on `suite`; nothing if it is empty.
+
+    It logs accuracy_<entry>, mean_centered over all entries and, where only some are multiple choice,
+    mean_centered_choice over these. Generated answers are greedy.
+    """
+    if not config.suite:
+        return []
+    engine = _engine(ctx, model, tokenizer)
+    answering = Answering(batch_rows=_ANSWERS, max_new_tokens=SUITE_ANSWER_TOKENS)
+    tasks = {name: open_item(ctx, item) for name, item in config.suite.items()}
+
+    def measure(work: Path) -> dict[str, float]:
+        scores = {
+            name: evaluate_task(ctx, engine, task, answering, name=name, work=work / name, progress=_hidden)[0]
+            for name, task in tasks.items()
+        }
+        choice = [score for score in scores.values() if score.kind == "categorical"]
+        means = {"mean_centered": mean_centered(list(scores.values()))}
+        if len(choice) < len(scores):
+            means["mean_centered_choice"] = mean_centered(choice)
+        accuracies = {f"accuracy_{name}": score.accuracy for name, score in scores.items()}
+        return accuracies | {name: mean for name, mean in means.items() if mean is not None}
+
+    return [Observation(run=_resumable(ctx.work / "suite", measure), every=(config.suite_every,), title="the suite")]
+
+
+def _engine(ctx: Context, model: GPT, tokenizer: Tokenizer) -> Engine:
+    """Return an engine with as many tokens at a time as the training, whose peak memory is then not exceeded."""
+    rows = ctx.derived.get("sampled_rows", DECODED_ROWS)
+    tokens = ctx.derived.get("micro_batch_tokens", SCORED_TOKENS)
+    return Engine(model, tokenizer, max_rows=rows, batch_tokens=tokens, team=ctx.team)
+
+
+def _resumable(folder: Path, evaluate: Callable[[Path], dict[str, float]]) -> Callable[[int], dict[str, float]]:
+    """Return a function that evaluates in a subfolder for recorded answers, which it removes if there is no error."""
+
+    def run(iteration: int) -> dict[str, float]:
+        found = evaluate(folder / str(iteration))
+        shutil.rmtree(folder / str(iteration), ignore_errors=True)
+        mx.clear_cache()  # of memory for the shapes of the evaluation
+        return found
+
+    return run
+
+
+def _hidden(total: int, unit: str) -> Progress:
+    """Return a progress display without output: the terminal shows the training's."""
+    return Progress("", total, unit, stream=StringIO())

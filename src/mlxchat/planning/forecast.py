@@ -1,11 +1,11 @@
-"""What is known before a training runs: its memory, and why it cannot run, extend another or learn from a teacher."""
+"""What is known of a stage before it runs: its metrics, its memory, and why it cannot run or extend a training."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from mlxchat.config.schema import Config, ConversationConfig, OptimizerConfig, TeacherConfig
+from mlxchat.config.schema import Config, ConversationConfig, OptimizerConfig, PreferenceConfig, RLConfig, TeacherConfig
 from mlxchat.model.sizes import GPTSizes, adapter_remedies, resolve_adapter, sizes_of
 from mlxchat.ops.machine import DECODED_ROWS
 from mlxchat.planning.horizon import derive_hyperparameters
@@ -18,7 +18,7 @@ from mlxchat.store.fingerprint import changes, flatten
 from mlxchat.store.manifest import CONTINUATION
 from mlxchat.store.naming import resolve
 from mlxchat.store.store import SAVED, Store
-from mlxchat.tasks import task_class
+from mlxchat.tasks import chatcore_set, task_class
 
 SUITE_ANSWER_TOKENS = 512  # of the suite during training, at most
 # What weights, moments and the position in the data depend on.
@@ -178,3 +178,127 @@ def find_extension_problems(step: PlannedStep, plan: list[PlannedStep], same: tu
 def teacher_folder(teacher: TeacherConfig, outputs: Path) -> Path:
     """Return the folder of a teacher; a StoreError: no artifact, or several, have its name."""
     return Path(teacher.path or "") if teacher.artifact is None else resolve(Store(outputs), teacher.artifact)
+
+
+# What weights, moments or the position in the data depend on; where the model answers questions, its answers too.
+_ROLLOUT = ("questions_per_iteration", "minibatches_per_rollout", "passes_per_rollout", "resample_rounds")
+_SAME_RL = ("task", "adapter", *_ROLLOUT)
+_SAME_PAIRS = ("data", "adapter", "pairs_per_iteration", "row_tokens")
+_SAME_SAMPLES = ("samples_per_question", "pairs_per_question", "max_new_tokens", "temperature", "top_k")
+
+
+def rl_memory(config: Config, stage: str, sizes: GPTSizes) -> Training:
+    """Return what the memory of a stage depends on; RL measures its longest prompt, of which tasks may have a bound."""
+    if stage == "preference":
+        return describe_pairs(config.preference, config.optimizer, sizes)
+    row_tokens = sizes.context_tokens
+    limits = [task_class(item.task).prompt_tokens for item in (config.rl.task, config.rl.evaluation)]
+    known = [limit for limit in limits if limit is not None]
+    if len(known) == len(limits):  # a token is a byte or more
+        row_tokens = max(known) + config.rl.max_new_tokens
+    return describe_rl(config.rl, config.optimizer, sizes, row_tokens)
+
+
+def rl_problems(config: Config, step: PlannedStep, plan: list[PlannedStep], sizes: GPTSizes | None) -> Iterator[str]:
+    """Yield why a step cannot train on rows of this length, or extend the finished training that it names."""
+    same: tuple[str, ...] = _SAME_RL
+    if step.stage.name != "rl":
+        is_sampled = not task_class(config.preference.data.task).is_paired
+        same = _SAME_PAIRS + (_SAME_SAMPLES if is_sampled else ())
+        rows = config.preference.row_tokens
+        if sizes is not None and rows > sizes.context_tokens:
+            yield (
+                f"preference.row_tokens={rows} is longer than the context of the model that {step.name} starts from: "
+                f"{sizes.context_tokens}. Give preference.row_tokens={sizes.context_tokens}"
+            )
+    settings = (f"{step.stage.name}.{name}" for name in same)
+    yield from find_extension_problems(step, plan, ("seed", "optimizer.kind", "optimizer.variant", *settings))
+
+
+def describe_rl(config: RLConfig, optimizer: OptimizerConfig, sizes: GPTSizes, row_tokens: int) -> Training:
+    """Return what the memory of RL depends on, with rows of at most `row_tokens` tokens."""
+    adapters = resolve_adapter("rl.adapter", config.adapter, sizes)
+    rows = config.questions_per_iteration * config.samples_per_question
+    return Training(
+        sizes=sizes,
+        optimizer=optimizer,
+        rows=rows,
+        row_tokens=row_tokens,
+        adapters=adapters,
+        further_weights=int(config.kl_coefficient > 0),
+        sampling=Decoding(sizes=sizes, row_tokens=row_tokens, bits=config.rollout_bits),
+        sampled_rows=min(rows, DECODED_ROWS),
+        remedies=(*adapter_remedies("rl", adapters), "a smaller rl.max_new_tokens"),
+    )
+
+
+def describe_pairs(config: PreferenceConfig, optimizer: OptimizerConfig, sizes: GPTSizes) -> Training:
+    """Return what the memory of preference training depends on, whatever pairs are found."""
+    adapters = resolve_adapter("preference.adapter", config.adapter, sizes)
+    sampled_tokens = sizes.context_tokens + config.max_new_tokens
+    is_sampled = not all(task_class(item.task).is_paired for item in (config.data, config.validation))
+    return Training(
+        sizes=sizes,
+        optimizer=optimizer,
+        rows=2 * config.pairs_per_iteration,
+        row_tokens=config.row_tokens,
+        adapters=adapters,
+        sampling=Decoding(sizes=sizes, row_tokens=sampled_tokens) if is_sampled else None,
+        remedies=(*adapter_remedies("preference", adapters), "a smaller preference.row_tokens"),
+    )
+
+
+def eval_memory(config: Config, stage: str, sizes: GPTSizes) -> Decoding:
+    """Return the decoding whose memory to predict; prompts are cropped to the context."""
+    return Decoding(
+        sizes=sizes,
+        row_tokens=sizes.context_tokens + config.eval.max_new_tokens,
+        remedies=("a smaller eval.max_new_tokens",),
+    )
+
+
+def has_corpus(step: PlannedStep) -> bool:
+    """Return True if the step evaluates held-out text of a corpus."""
+    return "corpus" in step.inputs
+
+
+def has_text(step: PlannedStep) -> bool:
+    """Return True if the step evaluates a text of the user's."""
+    return step.config.eval.text is not None
+
+
+def has_core(step: PlannedStep) -> bool:
+    """Return True if the step measures the whole of CORE."""
+    core = step.config.eval.core
+    return step.format != "chat" and core is not None and not core.tasks
+
+
+def has_suite(step: PlannedStep) -> bool:
+    """Return True if the step measures tasks of the suite."""
+    return step.format != "base" and bool(step.config.suite)
+
+
+def has_chatcore(step: PlannedStep) -> bool:
+    """Return True if the suite has all tasks of ChatCORE."""
+    tasks = {item.task for item in step.config.suite.values() if item.split == "test"}
+    return has_suite(step) and chatcore_set(tasks) is not None
+
+
+TEXT_METRICS = (
+    Metric("val_bpb", "minimize", when=has_corpus, needs="pipeline.STEP.corpus"),
+    Metric("perplexity", "minimize", when=has_corpus, needs="pipeline.STEP.corpus"),
+    Metric("text_bpb", "minimize", when=has_text, needs="eval.text"),
+    Metric("text_perplexity", "minimize", when=has_text, needs="eval.text"),
+)
+TASK_METRICS = (
+    Metric("*", "maximize", names=lambda config: config.suite, when=has_suite, needs="a chat model and the suite"),
+    Metric(
+        "*",
+        "maximize",
+        names=lambda config: config.eval.base_tasks,
+        when=lambda step: step.format != "chat",
+        needs="a base model and eval.base_tasks",
+    ),
+    Metric("mean_centered", "maximize", when=has_suite, needs="a chat model and a suite"),
+    Metric("chatcore", "maximize", when=has_chatcore, needs="a chat model and suite=chatcore"),
+)
