@@ -48,7 +48,8 @@ TRAININGS = (
 """Those of chapters 3 to 10, 2 and 12. The reward is in chapter 9."""
 WIDE = 648.0
 """Width of a picture without axes, in pixels."""
-BLUE, ORANGE, GREEN, PINK, BROWN, VIOLET, GREY = COLOURS
+BLUE, ORANGE, GREEN, PINK, BROWN, VIOLET = COLOURS
+GREY = SOFT
 
 
 def main() -> None:
@@ -450,10 +451,10 @@ def mixture(course: Course) -> Picture:
                 width = 130 * shares[name][part] / max(max(share) for share in shares.values())
                 box(axes, 90, top, width, 6, colour, strength)
             label(axes, 94 + width, y + 9, f"{100 * shares[name][1]:.0f}%", fontsize=9)
-        label(axes, 90, 38 + 20 * len(order) + 8, "pale: of conversations, full: of tokens", fontsize=9.5)
+        label(axes, 14, 38 + 20 * len(order) + 8, "pale: of conversations, full: of tokens", fontsize=9.5)
         for place, row in enumerate(rows):
             _draw_row(axes, 280, 36 + 22 * place, row, lambda task, _: (palette.get(task, GREY), 0.8))
-        label(axes, 280, 38 + 20 * len(order) + 8, "empty: padding, no loss", fontsize=9.5)
+        label(axes, 280, 36 + 22 * len(rows) + 10, "empty: padding, no loss", fontsize=9.5)
         return figure
 
     told = ", ".join(f"{name} {100 * shares[name][1]:.0f}%" for name in order)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kit.commands import clean_environment
-from kit.docs import fenced, write_files
+from kit.docs import DOCS, docs_module, fenced, write_files
 from mlxchat.commands.arguments import parser_of
 from mlxchat.composition.compose import compose_config, split_options
 from mlxchat.config.verbs import VERBS, split_verb
@@ -102,6 +102,11 @@ def test_commands_name_existing_verbs_and_options(page):
                 if not (deep or name in OWN or name in ("NAME", "…") or (CONF / group / f"{name}.yaml").is_file()):
                     unknown.append(f"{group}={name}")
     assert unknown == []
+
+
+@pytest.mark.parametrize("script", [path.stem for path in DOCS.glob("*.py") if path.stem != "hooks"])
+def test_scripts_of_the_docs_import_what_exists(script):
+    docs_module(script)
 
 
 COMMANDED = [page for page in PAGES if lines(page)]
