@@ -4,8 +4,6 @@ Counterpart of nanochat's dataset.py. Text comes from mlxchat itself, from local
 the Hugging Face Hub, which is pinned and listed, not copied. Options: conf/corpus/.
 """
 
-from __future__ import annotations
-
 import json
 
 from mlxchat.runner.context import Context

@@ -5,8 +5,6 @@ conf/core/, conf/suite/.
 Every finished batch of questions is kept under ctx.work, so that a killed evaluation continues from there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator
 
 from mlxchat.planning.forecast import TASK_METRICS, TEXT_METRICS, eval_memory, has_core, has_corpus

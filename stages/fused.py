@@ -3,8 +3,6 @@
 With QLoRA, the rounded numbers of the base go in, in float32, since the adapters were trained on these.
 """
 
-from __future__ import annotations
-
 from mlxchat.runner.context import Context
 from mlxchat.runner.stage import CHECKPOINT_FILES, Metric, Stage
 

@@ -5,8 +5,6 @@ without running anything of them, and the artifact is named by their contents: t
 Adapters that mlx-lm trained on one of our models become adapters of ours; that model is their input.
 """
 
-from __future__ import annotations
-
 from mlxchat.runner.context import Context
 from mlxchat.runner.stage import CHECKPOINT_FILES, WEIGHTS_OR_ADAPTERS, Metric, Stage
 

@@ -4,8 +4,6 @@ Counterpart of nanochat's scripts/mid_train.py (with its schedule the right way 
 Settings: `ConversationConfig` of config/schema.py.
 """
 
-from __future__ import annotations
-
 from mlxchat.planning.forecast import conversation_metrics, memory, problems
 from mlxchat.runner.context import Context
 from mlxchat.runner.stage import CHECKPOINT_FILES, WEIGHTS_OR_ADAPTERS, Stage

@@ -4,8 +4,6 @@ Any folder that mlx-lm opens. Settings: `OutsideConfig` and
 `EvalConfig` of config/schema.py, conf/core/, conf/suite/.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from mlxchat.planning.forecast import TASK_METRICS, TEXT_METRICS, has_core

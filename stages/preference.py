@@ -3,8 +3,6 @@
 nanochat has no counterpart. Losses: conf/preference/. Settings: `PreferenceConfig` of config/schema.py.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

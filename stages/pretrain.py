@@ -3,8 +3,6 @@
 Counterpart of nanochat's scripts/base_train.py. Settings: `PretrainConfig` of config/schema.py.
 """
 
-from __future__ import annotations
-
 import math
 from contextlib import closing
 from pathlib import Path

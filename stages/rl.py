@@ -5,8 +5,6 @@ token-level normalisation; no KL penalty, ratio or clipping. Other losses: conf/
 Settings: `RLConfig` of config/schema.py.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

@@ -3,8 +3,6 @@
 Counterpart of nanochat's tok_train.py and tok_eval.py. Settings: `TokenizerConfig` of config/schema.py.
 """
 
-from __future__ import annotations
-
 import json
 
 from mlxchat.runner.context import Context

@@ -10,8 +10,6 @@ version for CPUs when its module is imported. Without this folder everything wor
 code for GPUs on a CPU.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable

@@ -7,8 +7,6 @@ polynomials use Estrin's scheme (pairs, then pairs of pairs), whose chains are s
 float64.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, wraps
 from typing import Any, cast

@@ -5,8 +5,6 @@ others spin. So rows and matrices are distributed to one stream per core, each s
 of gradients are exchanged: in a training step each lane computes gradients of some rows, then sums of some gradients.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager

@@ -15,8 +15,6 @@ Products of few rows: OpenBLAS first copies both operands of a product, which ta
 is compiled into the same folder and provides a `cblas_sgemm` in front of OpenBLAS's.
 """
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import importlib.metadata

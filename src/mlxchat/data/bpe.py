@@ -4,8 +4,6 @@ rustbpe's merging holds the interpreter's lock for minutes. In a process of its 
 its memory is freed at its end. Counterpart of nanochat's tok_train.py and tok_eval.py, with other texts.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import queue

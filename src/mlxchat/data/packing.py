@@ -11,8 +11,6 @@ sequences, so a resumed training gets the same rows. The buffer holds addresses 
 their file when a row is built.
 """
 
-from __future__ import annotations
-
 import bisect
 import random
 from collections.abc import Callable, Iterator

@@ -5,8 +5,6 @@ nanochat's tokenizer.pkl, or a tokenizer's folder. Planning imports this module,
 library. Its last part reads foreign pickles as plain data.
 """
 
-from __future__ import annotations
-
 import base64
 import importlib.metadata
 import importlib.util

@@ -1,7 +1,5 @@
 """One run of `mlxchat distill`: collect the missing answers, choose, write the file and its provenance."""
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Reads questions for a teacher from a file or a task; reference answers are removed."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Sequence

@@ -3,8 +3,6 @@
 `openai.AsyncOpenAI` does the HTTP and retries transient failures, waiting as long as Retry-After says.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import asdict, dataclass

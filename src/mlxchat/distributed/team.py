@@ -6,8 +6,6 @@ collectives, and rank 0 can stop, save or fail between two calls like a single p
 immediately, so that all ranks run them in the same order.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -4,8 +4,6 @@ Also the perplexity per token, which is comparable only between models with the 
 weights, and a byte-level n-gram model as a baseline.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass

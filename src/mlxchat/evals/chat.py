@@ -4,8 +4,6 @@ Counterpart of nanochat's chat_eval. Answers are greedy, or sampled with several
 journaled per batch, so a killed evaluation resumes. Scores: `scores.py`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Callable, Iterator

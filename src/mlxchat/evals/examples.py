@@ -3,8 +3,6 @@
 A journal holds them while it runs, examples.parquet afterwards.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path

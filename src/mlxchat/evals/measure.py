@@ -1,7 +1,5 @@
 """What the stages eval and outside measure of a model, whoever trained it."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping

@@ -6,8 +6,6 @@ folders of other models carry gpt.py, which mlx-lm uses with --trust-remote-code
 adapters.safetensors and adapter_config.json instead of the weights, which are its base's.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping

@@ -5,8 +5,6 @@ key of `mx.random` (`draw_keys`), which a training step sets around its forward 
 has a number, its place, which changes the key.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar

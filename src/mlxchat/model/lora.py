@@ -9,8 +9,6 @@ mlx-lm's; checkpoint.json describes the quantisation of the base, for which mlx-
 Shapes: x (…, in), W (out, in), A (in, R), B (R, out).
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping

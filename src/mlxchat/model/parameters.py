@@ -1,7 +1,5 @@
 """Parameters of a model by dotted name, such as transformer.h.0.attn.c_q.weight, and nanochat's initial values."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

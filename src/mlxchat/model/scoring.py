@@ -6,8 +6,6 @@ through our models' head, a chunk of logits at a time; their scores are all that
 Shapes: B rows, W padded length, N scored tokens of a pass, n of a row, K kinds of scores.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial

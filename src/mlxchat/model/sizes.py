@@ -4,8 +4,6 @@ The depth determines width, heads, parameters and FLOPs, as in nanochat's script
 `GPT.estimate_flops`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace

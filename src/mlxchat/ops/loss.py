@@ -7,8 +7,6 @@ exist, so the logits of all positions are never in memory.
 Shapes: B rows, T positions, N tokens (of a chunk, or of all rows), C width, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """This machine's cores and device, and chunk sizes that bound memory. Imports no MLX, because plans use it."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import sys

@@ -6,8 +6,6 @@ Jordan's Muon, https://kellerjordan.github.io/posts/muon/).
 Shapes: S matrices of one shape, R rows, C columns.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import mlx.core as mx

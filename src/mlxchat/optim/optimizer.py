@@ -8,8 +8,6 @@ Muon's matrices of one shape are updated as one stack (S, R, C), whose name is R
 update, and their momenta are stored as a stack.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import NamedTuple

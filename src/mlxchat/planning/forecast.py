@@ -1,7 +1,5 @@
 """What is known of a stage before it runs: its metrics, its memory, and why it cannot run or extend a training."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

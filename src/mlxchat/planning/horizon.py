@@ -6,8 +6,6 @@ unit is a training of the reference model: with ratio = D / D_ref, tokens of thi
     batch B = 2^round(log2(B_ref × ratio^0.383)), rates × sqrt(B / B_ref), weight decay × sqrt(B / B_ref) / ratio.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 

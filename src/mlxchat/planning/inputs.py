@@ -1,7 +1,5 @@
 """What pending steps read that the plan does not make: models, local files, a corpus's text, downloads."""
 
-from __future__ import annotations
-
 import fnmatch
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping

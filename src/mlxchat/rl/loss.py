@@ -5,8 +5,6 @@ Each loss here depends on the model only through the log-probabilities of the an
 fine-tuning and every loss here therefore share one compiled step. Arrays are (B, T): rows by targets.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@
 log-probabilities (scores.py), derive one weight per answer from the loss (loss.py).
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path

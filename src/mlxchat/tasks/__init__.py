@@ -7,8 +7,6 @@ conversations from a file.
 An item of a mixture or suite (`TaskItem`) names a task and its options; `find_item_problems` checks it without data.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 from collections.abc import Callable, Container, Iterator, Mapping

@@ -5,8 +5,6 @@ split. Conversations are dictionaries as `render_conversation` expects them. Ref
 calls, and the number after ####.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 import re

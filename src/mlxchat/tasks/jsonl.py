@@ -3,8 +3,6 @@
 Counterpart of nanochat's tasks/customjson.py.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable, Sequence

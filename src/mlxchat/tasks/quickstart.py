@@ -5,8 +5,6 @@ only in the test splits. Word problems are drawn: names, things and templates ar
 a problem's template and numbers, without its names and things, decides its split.
 """
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import json

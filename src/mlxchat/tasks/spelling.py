@@ -6,8 +6,6 @@ counterparts of nanochat's tasks/spellingbee.py, with the same random draws of w
 one, since Random(-n) equals Random(n); ours have separate seeds.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import string

@@ -1,7 +1,5 @@
 """Batches of rows and their sources."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future

@@ -1,7 +1,5 @@
 """Training that continues from a checkpoint: its optimizer for all stages, conversations for midtrain and sft."""
 
-from __future__ import annotations
-
 from contextlib import closing
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """The training loop: iterations with observations, intermediate models, saves and signals between them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any

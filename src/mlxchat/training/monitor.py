@@ -4,8 +4,6 @@ The latter are CORE in pretraining (as in nanochat's base_train) and tasks after
 affect weights or random numbers; after an interruption only unanswered questions are evaluated.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import shutil

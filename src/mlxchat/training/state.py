@@ -5,8 +5,6 @@ it is on disk; only then are older saves removed. state.json has its own digest 
 was cut or altered is never used.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import time

@@ -4,8 +4,6 @@ With several ranks, rank 0 sends its weights and every rank's rows; only the sum
 optimizer, its state and the decision to skip an update are those of one process.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, NamedTuple, cast
