@@ -73,15 +73,12 @@ def train_on_corpus(ctx: Context, corpus: Path, config: TokenizerConfig) -> Toke
 def _tokenizer_of(ranks: dict[bytes, int], vocab_size: int, pattern: str) -> Tokenizer:
     found = len(ranks) + len(SPECIAL_TOKENS)
     if found < vocab_size:
-        raise DataError(
-            f"tokenizer.vocab_size is {vocab_size}, but the corpus yields only {found} tokens. Lower it, or give more "
-            "text."
-        )
+        advice = "Lower it, or give more text."
+        raise DataError(f"tokenizer.vocab_size is {vocab_size}, but the corpus yields only {found} tokens. {advice}")
     return Tokenizer(ranks, pattern)
 
 
 def _learn(texts: Iterable[str], num_tokens: int, pattern: str) -> dict[bytes, int]:
-    """Return token → id of at most `num_tokens` tokens, the 256 bytes included."""
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(iter(texts), num_tokens, pattern=pattern)
     return {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
@@ -91,10 +88,9 @@ def _train(corpus: Path, config: TokenizerConfig, ahead_chars: float | None, cha
     """Send token → id, or the error: the work of the separate process. `chars` counts what was read so far."""
     for number in SIGNALS:  # Ctrl-C reaches all processes of a terminal; the parent kills this one
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=[multiprocessing.parent_process()], daemon=True).start()
 
     def texts() -> Iterator[str]:
-        """Yield the beginnings of documents until they have more than `max_chars` characters together."""
         for document in Corpus.open(corpus).documents("train", ahead_chars):
             text = document[: config.document_chars]
             chars.value += len(text)
@@ -108,9 +104,7 @@ def _train(corpus: Path, config: TokenizerConfig, ahead_chars: float | None, cha
         results.put(error)
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "this is a child process"
+def _end_with_parent(parent: Any) -> None:
     parent.join()
     os._exit(1)
 
@@ -163,7 +157,6 @@ def print_compression(rows: list[dict[str, Any]]) -> None:
 
 
 def _first(documents: Iterable[str]) -> Iterator[str]:
-    """Yield documents up to _SPLIT_CHARS characters."""
     chars = 0
     for text in documents:
         yield text

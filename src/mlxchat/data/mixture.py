@@ -46,10 +46,7 @@ class Mixture:
         order: Sequence[str] | None = None,
         load: Callable[[TaskItem], Task] = load_item,
     ) -> None:
-        """Load the tasks of items (name → item) by `load`; stages use `open_item`.
-
-        `order` has all names, for conversations task by task; None: all are shuffled together.
-        """
+        """Load the tasks of items by name; `order` has all names, for conversations task by task (None: shuffled)."""
         # By name, since the order of tasks in a file is not part of the key.
         ordered = {name: items[name] for name in (sorted(items) if order is None else order)}
         self._tasks = [load(item) for item in ordered.values()]
@@ -60,7 +57,7 @@ class Mixture:
         self._counts = _count(list(ordered.values()), self._sizes)
         self._ends = list(accumulate(self._counts))
         count = self._ends[-1]
-        self._order = array("Q", range(count)) if order is not None else shuffled_places(count, seed)
+        self._order = shuffled_places(count, seed) if order is None else array("Q", range(count))
 
     def __len__(self) -> int:
         return len(self._order)
@@ -90,7 +87,6 @@ class Mixture:
         return dict(zip(self._names, self._tasks, strict=True))
 
     def _find(self, index: int) -> tuple[int, int]:
-        """Return the index of a conversation's task, and its index in the task."""
         place = self._order[index]
         task = bisect_right(self._ends, place)
         return task, (place - self._ends[task] + self._counts[task]) % self._sizes[task]

@@ -39,14 +39,9 @@ class ShuffledConversations:
     """Conversations in an order that depends on seed and epoch only (seed None: unshuffled); endless unless `once`."""
 
     def __init__(
-        self,
-        conversations: Tokens,
-        seed: int | None,
-        name_of: Callable[[int], str] = "conversation {}".format,
-        *,
-        once: bool = False,
+        self, conversations: Tokens, seed: int | None, name: Callable[[int], str] = str, *, once: bool = False
     ) -> None:
-        self.name = name_of
+        self.name = name
         self.ids = conversations.ids
         self.trained = conversations.trained
         self._lengths = conversations.lengths(0, len(conversations))
@@ -124,7 +119,6 @@ class RowStream:
         self._forget()
 
     def _forget(self) -> None:
-        """Empty the buffer."""
         # Length, arrival and address, sorted, so that a length is found in logarithmic time.
         self._buffer: list[tuple[int, int, Any]] = []
         self._arrivals = 0
@@ -160,7 +154,6 @@ class RowStream:
         return row[:-1], targets
 
     def _trained(self, address: Any, start: int, stop: int) -> Array | bool:
-        """Return which ids of a piece are targets."""
         if self._train_on == "assistant":
             mask: Array = self._source.trained(address)[start:stop]
             return mask
@@ -169,7 +162,7 @@ class RowStream:
         return True
 
     def _best_fitting(self, space: int) -> Iterator[tuple[Any, int, int]]:
-        """Yield the pieces of the next row: address, start and stop in its ids; at most `space` ids together."""
+        """Yield the pieces of the next row: address, start and stop in its ids."""
         row_is_begun = False
         while space:
             self._fill(row_is_begun=row_is_begun)

@@ -98,7 +98,6 @@ class Shard:
             raise DataError(f"{self.name}: cannot be read ({error})") from None
 
     def _open(self, check: Check) -> Any:
-        """Return the parquet file; raises DataError if it cannot be read, or lacks the column."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -223,7 +222,6 @@ def contents_of(hub: HubConfig, hash_of: Callable[[Path], str]) -> list[str]:
 
 
 def _choose(hub: HubConfig, files: Sequence[HubFile]) -> tuple[list[HubFile], list[HubFile]]:
-    """Return the files for training and those for validation."""
     held_out = [file for file in files if fnmatch.fnmatchcase(file.path, hub.validation_files or "")]
     train = [file for file in files if fnmatch.fnmatchcase(file.path, hub.train_files) and file not in held_out]
     return train, held_out
@@ -338,12 +336,11 @@ def write_shards(
     shard_documents: int,
     row_group_documents: int = 256,
 ) -> None:
-    """Write documents as shards; the first `validation_documents` are held out."""
+    """Write documents as shards in nanochat's format; the first `validation_documents` are held out."""
     if len(documents) <= validation_documents:
         raise DataError(
-            f"the corpus has {len(documents)} documents, of which corpus.validation_documents={validation_documents} "
-            "are held out: nothing is left to train on. Lower it, give more text, or split long .txt files: "
-            "corpus.document_chars=800"
+            f"all {len(documents)} documents of the corpus are held out by corpus.validation_documents="
+            f"{validation_documents}. Lower it, give more text, or split long .txt files: corpus.document_chars=800"
         )
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -351,11 +348,9 @@ def write_shards(
     parts = {VALIDATION: documents[:validation_documents]}
     for index, start in enumerate(range(validation_documents, len(documents), shard_documents)):
         parts[f"shard_{index:05d}.parquet"] = documents[start : start + shard_documents]
-    for name, part in parts.items():  # in nanochat's format
-        pq.write_table(
-            pa.table({COLUMN: part}), folder / name, row_group_size=row_group_documents, compression="zstd",
-            compression_level=3, use_dictionary=False, write_statistics=False,
-        )  # fmt: skip
+    how: dict[str, Any] = {"row_group_size": row_group_documents, "compression": "zstd", "compression_level": 3}
+    for name, part in parts.items():
+        pq.write_table(pa.table({COLUMN: part}), folder / name, **how, use_dictionary=False, write_statistics=False)
 
 
 def pin_corpus(
@@ -363,8 +358,7 @@ def pin_corpus(
 ) -> tuple[dict[str, int], list[dict[str, Any]]]:
     """Write the artifact of a corpus on the Hub; return its numbers, and records of the pinned files.
 
-    Downloads and checks the validation files and the first training file; others that the run will read
-    (`train_chars`) follow in the background.
+    The validation files and the first training file are checked; others up to `train_chars` follow in the background.
     """
     corpus = Corpus.listed(hub, validation_documents)
     files = corpus.files()

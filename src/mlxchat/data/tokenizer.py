@@ -22,25 +22,12 @@ import numpy as np
 import tiktoken
 from safetensors.numpy import save_file
 
-from mlxchat.data.vocabulary import (
-    CONFIG_FILE,
-    HF_FILE,
-    PATTERN_KEY,
-    RANKS_FILE,
-    SPECIAL_TOKENS,
-    SPLIT_PATTERN,
-    byte_letters,
-    hf_pattern_of,
-    read_pattern,
-    read_ranks,
-    read_vocabulary,
-    spell_ranks,
-    split_token,
-)
+from mlxchat.data import vocabulary as vocab
+from mlxchat.data.vocabulary import SPECIAL_TOKENS, SPLIT_PATTERN
 from mlxchat.errors import DataError
 from mlxchat.tasks.base import Conversation, find_fault
 
-FILES = (RANKS_FILE, HF_FILE, CONFIG_FILE, "token_bytes.safetensors")
+FILES = (vocab.RANKS_FILE, vocab.HF_FILE, vocab.CONFIG_FILE, "token_bytes.safetensors")
 _PART_CHARS = 50_000
 Ids = np.ndarray[Any, np.dtype[np.uint32]]
 
@@ -65,6 +52,7 @@ class Tokenizer:
         self.ranks = ranks
         self.pattern = pattern
         self.special_ids = {name: len(ranks) + index for index, name in enumerate(SPECIAL_TOKENS)}
+        self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
         try:
             self.encoding = tiktoken.Encoding(
                 name="mlxchat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special_ids
@@ -75,11 +63,6 @@ class Tokenizer:
         self.assistant_end = self.special_ids["<|assistant_end|>"]
         self.ends = (self.assistant_end, self.bos)
         """Tokens that end an answer."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens, including special ones."""
-        return len(self.ranks) + len(SPECIAL_TOKENS)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text. Names of special tokens in it are ordinary text."""
@@ -124,8 +107,8 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """Write FILES."""
-        (folder / RANKS_FILE).write_text(spell_ranks(self.ranks), encoding="ascii")
-        (folder / HF_FILE).write_text(json.dumps(self._to_hf(), ensure_ascii=False), encoding="utf-8")
+        (folder / vocab.RANKS_FILE).write_text(vocab.spell_ranks(self.ranks), encoding="ascii")
+        (folder / vocab.HF_FILE).write_text(json.dumps(self._to_hf(), ensure_ascii=False), encoding="utf-8")
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": "<|bos|>",
@@ -136,32 +119,31 @@ class Tokenizer:
             "chat_template": CHAT_TEMPLATE,
         }
         if self.pattern != SPLIT_PATTERN:
-            config[PATTERN_KEY] = self.pattern
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1), encoding="utf-8")
+            config[vocab.PATTERN_KEY] = self.pattern
+        (folder / vocab.CONFIG_FILE).write_text(json.dumps(config, indent=1), encoding="utf-8")
         save_file({"token_bytes": self.token_bytes}, folder / "token_bytes.safetensors")
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
         """Read a tokenizer from a tokenizer or checkpoint artifact; raises DataError if it is damaged."""
-        return cls(read_ranks(folder / RANKS_FILE), read_pattern(folder))
+        return cls(vocab.read_ranks(folder / vocab.RANKS_FILE), vocab.read_pattern(folder))
 
     def spelled(self) -> tuple[dict[str, int], list[list[str]]]:
         """Return token → id and the merges, in letters for bytes as GPT-2's files have them."""
-        letters = byte_letters()
+        letters = vocab.byte_letters()
 
         def spell(token: bytes) -> str:
             return "".join(letters[byte] for byte in token)
 
         tokens = self._ordered()
-        merges = [split_token(token, self.ranks) for token in tokens if len(token) > 1]
+        merges = [vocab.split_token(token, self.ranks) for token in tokens if len(token) > 1]
         vocabulary = {spell(token): self.ranks[token] for token in tokens}
         return vocabulary, [[spell(left), spell(right)] for left, right in merges]
 
     def _to_hf(self) -> dict[str, Any]:
-        """Return the same tokenizer as a Hugging Face tokenizer.json: byte-level BPE with merges."""
         vocabulary, merges = self.spelled()
         special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        split = {"type": "Split", "pattern": {"Regex": hf_pattern_of(self.pattern)}}
+        split = {"type": "Split", "pattern": {"Regex": vocab.hf_pattern_of(self.pattern)}}
         return {
             "version": "1.0",
             "truncation": None,
@@ -192,7 +174,7 @@ class Tokenizer:
 
 def load_vocabulary(source: str) -> tuple[Tokenizer, bool]:
     """Return a tokenizer with an existing vocabulary and our special tokens, and whether it keeps the source's ids."""
-    vocabulary = read_vocabulary(source)
+    vocabulary = vocab.read_vocabulary(source)
     return Tokenizer(vocabulary.ranks, vocabulary.pattern), vocabulary.keeps_ids
 
 

@@ -167,7 +167,6 @@ class Documents:
         self._is_empty = False
 
     def _open(self, index: int) -> Tokens:
-        """Return a shard's tokens, after encoding it if necessary."""
         if self._prepared == index:
             self._worker.join()  # checks for stops, too
         return Tokens.open(self._obtain(self._shards[index], True, lambda: None))
@@ -200,9 +199,8 @@ class Documents:
 def open_documents(ctx: Context, split: str, tokenizer: Any, *, once: bool = False) -> Documents:
     """Return the documents of a split ('train' or 'validation') of the step's corpus, endless or `once`.
 
-    The tokenizer is ours or a third-party model's.
-    Shards are encoded on demand with all cores, and the next one in the background with a quarter of them. The files
-    that the run will need are downloaded ahead.
+    The tokenizer is ours or a third-party model's. Shards are encoded on demand with all cores, the next one in the
+    background with a quarter of them. The files that the run will need are downloaded ahead.
     """
     corpus = Corpus.open(ctx.inputs["corpus"])
     if split == "train":
@@ -262,7 +260,6 @@ def open_mixture(ctx: Context, name: str, mixture: Iterable[Conversation], token
 
 
 def _save(sequences: Iterable[tuple[Any, Any]], folder: Path, kind: str, vocab_size: int) -> dict[str, float]:
-    """Write sequences to a folder; return the numbers for the manifest."""
     began = time.monotonic()
     tokens = Tokens.of(sequences, vocab_size)
     tokens.save(folder)

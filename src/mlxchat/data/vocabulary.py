@@ -233,7 +233,6 @@ def _read_hf(source: str, file: Path) -> Vocabulary:
 
 
 def _hf_problems(record: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what tiktoken does not do."""
     if model.get("type", "BPE") != "BPE" or "merges" not in model:
         yield f"its model is {model.get('type')}, expected BPE"
     if record.get("normalizer"):
@@ -247,7 +246,6 @@ def _hf_problems(record: Mapping[str, Any], model: Mapping[str, Any]) -> Iterato
 
 
 def _hf_pattern(source: str, record: Mapping[str, Any]) -> str:
-    """Return the split pattern of a tokenizer.json in tiktoken's syntax."""
     outer = record.get("pre_tokenizer") or {}
     steps = outer.get("pretokenizers", [outer])
     first, last = steps[0], steps[-1]
@@ -338,12 +336,9 @@ class Made:
 
 
 class _Reader(pickle.Unpickler):
-    """Python's unpickler, which gets every name from `find_class`."""
-
     def __init__(self, data: bytes, calls: Collection[str], types: Collection[str]) -> None:
         super().__init__(io.BytesIO(data))
-        self._calls = calls
-        self._types = types
+        self._calls, self._types = calls, types
 
     def find_class(self, module: str, name: str) -> Any:
         """Return the replacement of an allowed name."""
@@ -364,8 +359,7 @@ class _Reader(pickle.Unpickler):
 def read_pickle(data: bytes, *, where: str, what: str, calls: Collection[str], types: Collection[str] = ()) -> Any:
     """Return the content of a pickle; raises DataError if it is damaged or uses other names. No code of it is executed.
 
-    Each call of a function or class in `calls` becomes a `Made`, the names `types` text. `where` and `what` (the file
-    and its expected content) are for messages.
+    Calls of functions or classes in `calls` become a `Made`, `types` become text. `where` and `what` are for messages.
     """
     try:
         return _Reader(data, calls, types).load()
