@@ -61,7 +61,7 @@ stage = Stage(
 
 
 def run(ctx: Context) -> None:
-    from mlxchat.data.packing import RowStream, take_validation
+    from mlxchat.data.packing import RowBatches, RowStream, take_validation
     from mlxchat.data.tokenizer import Tokenizer
     from mlxchat.data.tokens import open_documents
     from mlxchat.engine.generate import Engine, continue_prompts
@@ -75,7 +75,6 @@ def run(ctx: Context) -> None:
     from mlxchat.planning.forecast import memory
     from mlxchat.planning.horizon import derive_hyperparameters, derive_numbers
     from mlxchat.planning.memory import choose_micro_batch
-    from mlxchat.training.batches import RowBatches
     from mlxchat.training.loop import derived_after, fit
     from mlxchat.training.monitor import Observation, observe_core
     from mlxchat.training.step import make_step

@@ -13,13 +13,13 @@ from kit import models
 from kit.training import optimizer_config
 from mlxchat.config.schema import AdapterConfig, TeacherConfig
 from mlxchat.cpu import runtime
+from mlxchat.data.packing import Batch, mean_batch
 from mlxchat.distributed.team import Team
 from mlxchat.model.gpt import GPT
 from mlxchat.model.lora import attach_adapters
 from mlxchat.model.parameters import flatten_parameters, set_parameters, trained_parameters
 from mlxchat.model.sizes import resolve_targets
 from mlxchat.optim.optimizer import AdamWRule, Optimizer, Rates
-from mlxchat.training.batches import Batch, mean_batch
 from mlxchat.training.step import Distillation, TeamStep, TrainStep
 
 TOKENS, VOCABULARY = 16, 281  # no multiple of any number of ranks

@@ -18,7 +18,7 @@ from mlxchat.cpu import runtime
 from mlxchat.distributed.team import Team
 from mlxchat.engine.generate import Engine
 from mlxchat.evals.bpb import mean_loss
-from mlxchat.evals.chat import Answering, evaluate_task
+from mlxchat.evals.measure import Answering, evaluate_task
 from mlxchat.model.gpt import GPT
 from mlxchat.model.parameters import flatten_parameters, set_parameters
 from mlxchat.rl.rollouts import PolicyScores, Rollouts

@@ -14,7 +14,7 @@ from kit.training import make_context
 from mlxchat.data.tokenizer import Tokenizer, render_for_completion
 from mlxchat.engine.generate import Completion, Engine
 from mlxchat.errors import Interrupted
-from mlxchat.evals.chat import Answering, evaluate_task, question_text
+from mlxchat.evals.measure import Answering, evaluate_task, question_text
 from mlxchat.evals.scores import CHATCORE_SETS, Measure, Score, chatcore, mean_centered_stderr
 from mlxchat.model.gpt import GPT
 from mlxchat.tasks.base import content_text

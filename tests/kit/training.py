@@ -11,7 +11,7 @@ import numpy as np
 
 from kit.models import VOCABULARY, composed, make_model, make_tokenizer
 from mlxchat.config.schema import OptimizerConfig, RLConfig, ScheduleConfig
-from mlxchat.data.packing import Row
+from mlxchat.data.packing import Batch, Row, mean_batch
 from mlxchat.engine.generate import Completion
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT
@@ -19,7 +19,6 @@ from mlxchat.model.parameters import flatten_parameters
 from mlxchat.optim.optimizer import Optimizer, Rates
 from mlxchat.rl.rollouts import Group, Rollout
 from mlxchat.runner.context import Context
-from mlxchat.training.batches import Batch, mean_batch
 from mlxchat.training.loop import fit
 from mlxchat.training.monitor import Observation
 from mlxchat.training.step import make_step

@@ -8,11 +8,11 @@ import numpy as np
 
 from kit.models import arrays_of
 from mlxchat.composition.compose import compose_config
+from mlxchat.data.packing import Batch, mean_batch
 from mlxchat.model.gpt import GPT
 from mlxchat.model.parameters import flatten_parameters, set_parameters
 from mlxchat.ops.loss import cross_entropy_sum, token_scores
 from mlxchat.optim.optimizer import Optimizer, Rates
-from mlxchat.training.batches import Batch, mean_batch
 from mlxchat.training.step import TrainStep
 from parity.values import Array, Arrays, Values, assert_within, distance, of_files, relative
 

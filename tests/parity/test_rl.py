@@ -9,10 +9,10 @@ import pytest
 from kit.training import rollout_of
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import ScheduleConfig
+from mlxchat.data.packing import Batch
 from mlxchat.engine.generate import Completion
 from mlxchat.optim.optimizer import lr_multiplier
 from mlxchat.rl.loss import advantages_of, policy_loss
-from mlxchat.training.batches import Batch
 from parity.test_model import ZERO, loss_and_gradients, losses_of
 from parity.values import VARIANTS, Array, assert_same, assert_within, of_files
 

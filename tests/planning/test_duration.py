@@ -7,7 +7,7 @@ import pytest
 
 from kit.models import composed
 from mlxchat.pipeline import plan_of
-from mlxchat.planning.duration import estimate_steps
+from mlxchat.planning.forecast import estimate_steps
 from mlxchat.runner.reasons import Estimate
 from mlxchat.store.store import Store
 
@@ -22,7 +22,7 @@ def estimate(tmp_path: Path, *overrides: str) -> Estimate | None:
 
 
 def test_only_long_trainings_are_estimated_by_the_devices_peak(tmp_path, monkeypatch):
-    monkeypatch.setattr("mlxchat.planning.duration.measure_flops", lambda dtype: 1e12)
+    monkeypatch.setattr("mlxchat.planning.forecast.measure_flops", lambda dtype: 1e12)
     assert estimate(tmp_path, "experiment=quickstart", "model=d4") is None
     assert estimate(tmp_path, "experiment=speedrun_d20").seconds == pytest.approx(D20_FLOPS / 4e11, rel=1e-4)
 

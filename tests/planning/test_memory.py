@@ -11,6 +11,7 @@ import pytest
 
 from kit.models import composed
 from mlxchat.cpu import runtime
+from mlxchat.data.packing import mean_batch
 from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import GPT
 from mlxchat.model.parameters import init_weights
@@ -20,7 +21,6 @@ from mlxchat.planning.memory import Device, Training, check_memory
 from mlxchat.runner.plan import make_plan
 from mlxchat.runner.stage import Stages
 from mlxchat.store.store import Store
-from mlxchat.training.batches import mean_batch
 from mlxchat.training.step import TrainStep
 
 # (architecture, depth, vocabulary, tokens per row, rows, micro-batch's rows, recompute, lanes)

@@ -9,13 +9,13 @@ import pytest
 from kit.models import arrays_of, make_model
 from kit.training import bits, make_optimizer, make_rows
 from mlxchat.config.schema import AdapterConfig
+from mlxchat.data.packing import Batch, mean_batch
 from mlxchat.model.gpt import GPT
 from mlxchat.model.lora import attach_adapters
 from mlxchat.model.parameters import set_parameters, trained_parameters
 from mlxchat.model.sizes import resolve_targets, shapes_of
 from mlxchat.optim.optimizer import AdamWRule, Optimizer, Rates
 from mlxchat.rl.rollouts import PolicyScores
-from mlxchat.training.batches import Batch, mean_batch
 from mlxchat.training.step import TrainStep
 
 RULE = AdamWRule(1e-2, (0.9, 0.999), 0.0)

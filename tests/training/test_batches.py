@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlxchat.data.packing import RowStream
-from mlxchat.training.batches import Batch, RowBatches
+from mlxchat.data.packing import Batch, RowBatches, RowStream
 
 
 class Numbers(RowStream):

@@ -8,10 +8,10 @@ import pytest
 
 from kit.models import make_model
 from kit.training import make_optimizer, make_rows
+from mlxchat.data.packing import Batch, mean_batch
 from mlxchat.model import forward
 from mlxchat.model.forward import Dropping, draw_keys, dropped, dropping
 from mlxchat.model.gpt import GPT
-from mlxchat.training.batches import Batch, mean_batch
 from mlxchat.training.step import TrainStep
 
 ROW_TOKENS, RATE, SEED = 16, 0.2, 9

@@ -8,12 +8,11 @@ import pytest
 
 from kit.models import arrays_of, make_model
 from kit.training import NumberedBatches, bits, make_optimizer, make_rows
-from mlxchat.data.packing import IGNORED
+from mlxchat.data.packing import IGNORED, Batch, mean_batch
 from mlxchat.model.gpt import GPT
 from mlxchat.model.parameters import flatten_parameters, set_parameters
 from mlxchat.ops.loss import token_scores
 from mlxchat.optim.optimizer import Flat, Rates
-from mlxchat.training.batches import Batch, mean_batch
 from mlxchat.training.step import TrainStep
 
 ROW_TOKENS = 16

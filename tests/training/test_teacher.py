@@ -12,6 +12,7 @@ from kit.models import make_model
 from kit.training import make_optimizer, schedule
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import TeacherConfig
+from mlxchat.data.packing import mean_batch
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import ConfigError, Interrupted
 from mlxchat.model.checkpoint import save_checkpoint
@@ -21,7 +22,6 @@ from mlxchat.planning.inputs import check_inputs
 from mlxchat.planning.memory import check_memory
 from mlxchat.runner.plan import make_plan
 from mlxchat.store.store import Store
-from mlxchat.training.batches import mean_batch
 from mlxchat.training.finetune import load_teacher
 from mlxchat.training.step import Distillation, TrainStep
 

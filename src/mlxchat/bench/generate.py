@@ -24,7 +24,7 @@ from mlxchat.model.lora import packed_copy
 from mlxchat.model.parameters import cast_parameters, flatten_parameters, init_weights, set_parameters
 from mlxchat.model.sizes import GPTSizes, count_parameters, sizes_of
 from mlxchat.ops.device import describe_device, prepare_machine
-from mlxchat.planning.duration import peak_flops
+from mlxchat.planning.forecast import peak_flops
 from mlxchat.planning.inputs import sizes_of_folder
 from mlxchat.planning.memory import Decoding, find_device
 from mlxchat.runner.progress import Progress

@@ -16,7 +16,7 @@ from mlxchat.bench.weights import fill_zero_weights
 from mlxchat.config.schema import AdapterConfig, Config
 from mlxchat.config.table import Table
 from mlxchat.config.wording import format_bytes, format_count
-from mlxchat.data.packing import Row
+from mlxchat.data.packing import Row, mean_batch
 from mlxchat.errors import ConfigError
 from mlxchat.evals.bpb import mean_loss
 from mlxchat.model.gpt import GPT
@@ -25,11 +25,10 @@ from mlxchat.model.parameters import init_weights, trained_parameters
 from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, resolve_adapter, sizes_of
 from mlxchat.ops.device import describe_device, prepare_machine
 from mlxchat.optim.optimizer import Optimizer, adapter_rule, rates_at
-from mlxchat.planning.duration import peak_flops
+from mlxchat.planning.forecast import peak_flops
 from mlxchat.planning.memory import Training, find_device, forward_tokens
 from mlxchat.runner.progress import Progress
 from mlxchat.store.environment import peak_memory_bytes, reset_peak_memory, versions
-from mlxchat.training.batches import mean_batch
 from mlxchat.training.step import TrainStep
 
 _WARMUP_STEPS = 2  # untimed; the first one compiles

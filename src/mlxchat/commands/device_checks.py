@@ -11,13 +11,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlxchat.composition.compose import compose_config
+from mlxchat.data.packing import mean_batch
 from mlxchat.model.gpt import GPT
 from mlxchat.model.parameters import init_weights
 from mlxchat.model.sizes import sizes_of
 from mlxchat.ops.device import backend, prepare_machine
 from mlxchat.optim.optimizer import Optimizer, Rates
 from mlxchat.store.environment import versions
-from mlxchat.training.batches import mean_batch
 from mlxchat.training.step import TrainStep
 
 _ROWS, _ROW_TOKENS, _VOCABULARY, _STEPS = 4, 64, 512, 5

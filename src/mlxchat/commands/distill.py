@@ -15,7 +15,7 @@ from mlxchat.commands.arguments import Parser, amount, number, positive
 from mlxchat.errors import ConfigError, visible
 
 if TYPE_CHECKING:
-    from mlxchat.distill.questions import Question
+    from mlxchat.distill.collect import Question
 
 _KEY = "MLXCHAT_TEACHER_API_KEY"
 _FIND_SECONDS, _ANSWER_SECONDS = 30.0, 300.0
@@ -67,7 +67,7 @@ def _distill(options: Namespace) -> int:
         raise ConfigError("mlxchat distill needs openai: pip install 'mlxchat[distill]'") from None
     import asyncio
 
-    from mlxchat.distill.questions import CONVERSATION_FORMAT, clean
+    from mlxchat.distill.collect import CONVERSATION_FORMAT, clean
     from mlxchat.distill.teacher import Prices, find_model
     from mlxchat.hub.cache import cache_folder
 
@@ -144,7 +144,7 @@ def _questions(text: str, limit: int | None) -> tuple[list[Question], dict[str, 
     from yaml import YAMLError
 
     from mlxchat.config.schema import TaskItem
-    from mlxchat.distill.questions import questions_of_file, questions_of_task
+    from mlxchat.distill.collect import questions_of_file, questions_of_task
     from mlxchat.store.fingerprint import hash_file, plain_of
     from mlxchat.tasks import find_item_problems
 

@@ -69,7 +69,7 @@ def _device() -> Iterator[Finding]:
         import mlx.core as mx
 
         from mlxchat.ops.device import describe_device, remedy
-        from mlxchat.planning.duration import measure_flops
+        from mlxchat.planning.forecast import measure_flops
     except ImportError as error:
         yield ("wrong", "mlx", f"cannot be imported ({error}): make setup")
         return

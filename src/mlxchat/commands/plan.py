@@ -43,7 +43,7 @@ def _plan(options: Namespace) -> int:
     """Print the plan of the settings."""
     from mlxchat.composition.compose import compose_config, split_options
     from mlxchat.pipeline import place_steps, plan_of
-    from mlxchat.planning.duration import estimate_steps
+    from mlxchat.planning.forecast import estimate_steps
     from mlxchat.planning.memory import forecast_memory
     from mlxchat.runner.reasons import format_plan
     from mlxchat.store.store import Store
@@ -129,7 +129,7 @@ def _describe_recipe(
 def _plan_sweep(options: Namespace) -> int:
     """Print what each job of a sweep would run; a step is listed under the first job that needs it."""
     from mlxchat.config.wording import plural
-    from mlxchat.planning.duration import estimate_steps
+    from mlxchat.planning.forecast import estimate_steps
     from mlxchat.planning.memory import forecast_memory
     from mlxchat.runner.reasons import Estimate, format_plan
     from mlxchat.store.store import Store

@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxchat.cpu import plain_version, runtime
+from mlxchat.data.packing import Batch
 from mlxchat.engine.decode import LastEmbedding, Reading
 from mlxchat.model.gpt import GPT
 from mlxchat.model.lora import adapters_of
@@ -24,7 +25,6 @@ from mlxchat.ops.machine import CPU_MOST_LANES
 from mlxchat.optim import muon
 from mlxchat.optim.optimizer import Flat, Rates
 from mlxchat.planning.memory import Device, Training
-from mlxchat.training.batches import Batch
 from mlxchat.training.step import Backward, Gradients, Rows, Sums, TrainStep
 
 # Prompts with fewer tokens are read by one lane.

@@ -13,8 +13,7 @@ from urllib.parse import parse_qsl, urlsplit, urlunsplit
 import openai
 
 from mlxchat.config.wording import format_count
-from mlxchat.distill.questions import one_line
-from mlxchat.errors import ConfigError, PassingError, StoreError
+from mlxchat.errors import ConfigError, PassingError, StoreError, visible
 from mlxchat.store.files import Records
 
 RETRIES = 6
@@ -178,3 +177,9 @@ def _read_answer(completion: Any) -> Answer:
         tokens=(usage.prompt_tokens, usage.completion_tokens) if is_counted else None,
         model=completion.model,
     )
+
+
+def one_line(text: str, longest: int = 200) -> str:
+    """Return a text on one line, without control characters, cut to `longest` characters."""
+    line = visible(" ".join(text.split()))
+    return line if len(line) <= longest else line[: longest - 1] + "…"

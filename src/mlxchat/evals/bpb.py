@@ -1,7 +1,7 @@
 """Bits per byte: a loss that does not depend on the tokenizer. Counterpart of nanochat/loss_eval.py.
 
-Also the perplexity per token, which is comparable only between models with the same vocabulary, the cost of quantised
-weights, and a byte-level n-gram model as a baseline.
+Also the perplexity per token, which is comparable only between models with the same vocabulary, and a byte-level n-gram
+model as a baseline.
 """
 
 import math
@@ -10,20 +10,16 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
 from mlxchat.data.packing import Ints, Row
 from mlxchat.data.sources import read_texts
-from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.distributed.team import Team
 from mlxchat.engine.generate import Engine
 from mlxchat.engine.third_party import AnyTokenizer
 from mlxchat.errors import DataError
-from mlxchat.model.gpt import GPT
-from mlxchat.model.lora import packed_copy
 from mlxchat.model.scoring import Floats, ScoredRow, row_of, score_rows
 from mlxchat.runner.context import Context
 
@@ -137,49 +133,6 @@ def ratio_error(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> float | Non
         return None
     residuals = x - x.sum() / y.sum() * y
     return float(math.sqrt(len(x) / (len(x) - 1) * (residuals**2).sum()) / y.sum())
-
-
-MOST_CHANGE = 0.2
-"""Limit in nats per token."""
-_MICRO_TOKENS = 2048
-SAMPLE = Path(__file__).with_name("quantised_sample.txt").read_text(encoding="utf-8")
-"""About 500 tokens on which the cost of quantised weights is measured."""
-
-
-class QuantisedLoss(NamedTuple):
-    """Loss on the sample text with original and with quantised weights."""
-
-    bits: int
-    exact: float  # bits per byte with the original weights
-    rounded: float  # bits per byte with the quantised weights
-    divergence: float  # mean KL of next tokens in nats, which unlike a chat model's loss cannot fall by chance
-
-    @property
-    def bad(self) -> bool:
-        """True if the divergence exceeds the limit."""
-        return not self.divergence <= MOST_CHANGE
-
-    def __str__(self) -> str:
-        said = (
-            f"weights of {self.bits} bits: {self.rounded:.4f} bits per byte of a sample text, {self.exact:.4f} with "
-            f"the original weights; KL divergence {self.divergence:.4f} nats per token"
-        )
-        if not self.bad:
-            return said
-        instead = "8 bits or none" if self.bits < 8 else "none"
-        return f"warning: {said}. The quantised model behaves differently: choose {instead}"
-
-
-def measure_quantised(model: GPT, tokenizer: Tokenizer, bits: int) -> tuple[GPT, QuantisedLoss]:
-    """Return the quantised model and its cost on about 500 tokens."""
-    packed = packed_copy(model, bits)
-    ids = np.array([tokenizer.bos, *tokenizer.encode(SAMPLE)][: model.sizes.context_tokens + 1], np.int32)
-    rows, sizes = [(ids[:-1], ids[1:])], tokenizer.token_bytes
-    exact, rounded = (text_loss(each, rows, sizes, micro_tokens=_MICRO_TOKENS) for each in (model, packed))
-    p, q = (each(mx.array(ids[None, :-1]))[0] for each in (model, packed))
-    p, q = (each - mx.logsumexp(each, axis=-1, keepdims=True) for each in (p, q))
-    divergence = float(np.asarray((mx.exp(p) * (p - q)).sum(-1)).mean())
-    return packed, QuantisedLoss(bits, exact.bits_per_byte, rounded.bits_per_byte, divergence)
 
 
 # A baseline

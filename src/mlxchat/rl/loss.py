@@ -13,10 +13,10 @@ import numpy as np
 
 from mlxchat.config.schema import PreferenceConfig, RLConfig
 from mlxchat.errors import StepFailed
-from mlxchat.evals.bpb import MOST_CHANGE
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
+MOST_CHANGE = 0.2  # KL of quantised rollouts from the policy, in nats per token
 _EPSILON = 1e-4  # added to the standard deviation, as in TRL
 _LARGEST_MEAN = -1e-6  # the odds of an answer of probability 1 are infinite
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mlxchat.config.schema import PreferenceConfig
-from mlxchat.data.packing import IGNORED, Ints
+from mlxchat.data.packing import IGNORED, Batch, BatchSource, Ints
 from mlxchat.data.tokenizer import Content, parse_answer
 from mlxchat.data.tokens import Tokens
 from mlxchat.engine.generate import Completion, Engine
@@ -23,7 +23,6 @@ from mlxchat.rl.loss import Floats, PairLoss, pair_loss
 from mlxchat.rl.rollouts import Log, PolicyScores, draw_seed, sample
 from mlxchat.runner.context import Context
 from mlxchat.tasks.base import Conversation, Task
-from mlxchat.training.batches import Batch, BatchSource
 
 # Pairs that are scored, and answers that are sampled, between two checks for a signal.
 _SCORED_PAIRS = 32

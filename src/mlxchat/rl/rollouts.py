@@ -20,7 +20,7 @@ import numpy as np
 
 from mlxchat.config.parts import load_part
 from mlxchat.config.schema import PreferenceConfig, RewardConfig, RLConfig
-from mlxchat.data.packing import IGNORED, Ints
+from mlxchat.data.packing import IGNORED, Batch, BatchSource, Ints
 from mlxchat.data.tokenizer import Tokenizer, render_for_completion
 from mlxchat.distributed.team import Team
 from mlxchat.engine.generate import Completion, Engine
@@ -33,7 +33,6 @@ from mlxchat.ops.machine import round_up
 from mlxchat.optim.optimizer import Flat
 from mlxchat.rl.loss import Floats, advantages_of, check_rollout_drift, importance_weights, policy_loss
 from mlxchat.tasks.base import Conversation, Task, answer_text
-from mlxchat.training.batches import Batch, BatchSource
 
 Log = Callable[[dict[str, Any]], None]
 

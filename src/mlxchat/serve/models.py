@@ -23,9 +23,9 @@ from mlxchat.engine.generate import Engine, Scheduler
 from mlxchat.engine.sample import JsonGrammars
 from mlxchat.engine.third_party import ThirdPartyEngine, ThirdPartyTokenizer, load_tokenizer
 from mlxchat.errors import ConfigError, DataError, StoreError, suggest
-from mlxchat.evals.bpb import measure_quantised
 from mlxchat.interop.source import PREFIX
 from mlxchat.model.checkpoint import load_for_inference
+from mlxchat.model.lora import packed_copy
 from mlxchat.planning.inputs import sizes_of_folder
 from mlxchat.planning.memory import Decoding, find_device
 from mlxchat.report.collect import num_parameters, text
@@ -291,6 +291,5 @@ def load_scheduler(model: Model, limits: Limits, *, bits: int | None = None) -> 
         return ThirdPartyEngine.load(model.folder).scheduler(**options)
     weights, tokenizer, _ = load_for_inference(model.folder)
     if bits is not None:
-        weights, cost = measure_quantised(weights, tokenizer, bits)
-        _log.log(logging.WARNING if cost.bad else logging.INFO, "%s: %s", model.name, cost)
+        weights = packed_copy(weights, bits)
     return Engine(weights, tokenizer).scheduler(**options)

@@ -15,6 +15,7 @@ from mlxchat.engine.sample import Sampling
 from mlxchat.engine.third_party import ThirdPartyEngine
 from mlxchat.errors import ConfigError, DataError, StoreError, suggest, visible
 from mlxchat.model.checkpoint import load_for_inference
+from mlxchat.model.lora import packed_copy
 from mlxchat.ops.machine import KEPT_TOKENS
 from mlxchat.planning.inputs import sizes_of_folder
 from mlxchat.planning.memory import Decoding, find_device
@@ -82,10 +83,7 @@ class Chat:
         decoding.rows(folder.name, most=1)
         model, tokenizer, facts = load_for_inference(folder)
         if bits is not None:
-            from mlxchat.evals.bpb import measure_quantised
-
-            model, cost = measure_quantised(model, tokenizer, bits)
-            print(cost, file=sys.stderr)
+            model = packed_copy(model, bits)
         engine = Engine(model, tokenizer)
         return cls(engine, folder.name, continues=facts.get("format") != "chat", **settings)
 

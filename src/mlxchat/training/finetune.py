@@ -11,7 +11,7 @@ import numpy as np
 
 from mlxchat.config.schema import ConversationConfig, FinetuneConfig, TeacherConfig
 from mlxchat.data.mixture import Mixture, open_item
-from mlxchat.data.packing import RowStream, ShuffledConversations, count_rows, take_validation
+from mlxchat.data.packing import RowBatches, RowStream, ShuffledConversations, count_rows, take_validation
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import Tokens, open_mixture
 from mlxchat.errors import DataError
@@ -27,7 +27,6 @@ from mlxchat.planning.forecast import describe
 from mlxchat.planning.horizon import count_later_iterations, whole_rows
 from mlxchat.planning.memory import choose_micro_batch
 from mlxchat.runner.context import Context
-from mlxchat.training.batches import RowBatches
 from mlxchat.training.loop import fit
 from mlxchat.training.monitor import Observation, observe_suite
 from mlxchat.training.state import load_moments

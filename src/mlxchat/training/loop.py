@@ -7,11 +7,11 @@ from typing import Any
 import mlx.core as mx
 
 from mlxchat.config.schema import TrainingStageConfig
+from mlxchat.data.packing import BatchSource
 from mlxchat.model.parameters import computing_in
 from mlxchat.optim.optimizer import rates_at
 from mlxchat.runner.context import Context
 from mlxchat.store.crash import crash_point
-from mlxchat.training.batches import BatchSource
 from mlxchat.training.monitor import Monitor, Observation
 from mlxchat.training.state import Checkpointer
 from mlxchat.training.step import TrainStep

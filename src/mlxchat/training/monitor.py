@@ -19,11 +19,12 @@ import mlx.core as mx
 from mlxchat.config.schema import ConversationConfig, PretrainConfig
 from mlxchat.config.wording import first_of, format_bytes, format_count
 from mlxchat.data.mixture import open_item
+from mlxchat.data.packing import Batch, BatchSource
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
 from mlxchat.errors import StepFailed
-from mlxchat.evals.chat import Answering, evaluate_task
 from mlxchat.evals.core import evaluate_core
+from mlxchat.evals.measure import Answering, evaluate_task
 from mlxchat.evals.scores import mean_centered
 from mlxchat.model.gpt import GPT
 from mlxchat.model.lora import adapters_of
@@ -31,11 +32,9 @@ from mlxchat.model.sizes import flops_per_token
 from mlxchat.ops.device import backend
 from mlxchat.ops.machine import DECODED_ROWS, SCORED_TOKENS
 from mlxchat.optim.optimizer import Rates
-from mlxchat.planning.duration import peak_flops
-from mlxchat.planning.forecast import SUITE_ANSWER_TOKENS
+from mlxchat.planning.forecast import SUITE_ANSWER_TOKENS, peak_flops
 from mlxchat.runner.context import Context
 from mlxchat.runner.progress import Progress
-from mlxchat.training.batches import Batch, BatchSource
 from mlxchat.training.step import TrainStep
 
 _EMA_DECAY = 0.9

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from mlxchat.data.packing import BatchSource
 from mlxchat.errors import DataError, Interrupted, StepFailed
 from mlxchat.model.lora import ADAPTERS_FILE, adapters_of
 from mlxchat.model.parameters import set_parameters, trained_parameters
@@ -26,7 +27,6 @@ from mlxchat.runner.context import Context
 from mlxchat.store.crash import crash_point
 from mlxchat.store.files import seal, sync, unseal
 from mlxchat.store.fingerprint import hash_file
-from mlxchat.training.batches import BatchSource
 from mlxchat.training.monitor import Monitor
 from mlxchat.training.step import TrainStep
 

@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxchat.config.schema import TeacherConfig
+from mlxchat.data.packing import Batch
 from mlxchat.distributed.team import Team, buckets, name_of
 from mlxchat.model.checkpoint import model_on, sync_model
 from mlxchat.model.forward import Dropping, LookedUp, draw_keys, dropping, recomputed
@@ -28,7 +29,6 @@ from mlxchat.ops.device import compiled_method, prepare_machine
 from mlxchat.ops.loss import Logits, cross_entropy_sum, distillation_sum
 from mlxchat.optim.optimizer import Flat, Optimizer, Rates
 from mlxchat.runner.context import Context
-from mlxchat.training.batches import Batch
 
 Rows = dict[str, np.ndarray[Any, Any]]
 """Rows of a batch: ids, targets and weights (B, T), and with dropout keys (B, 2)."""
