@@ -187,12 +187,12 @@ def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Toys]:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
     """An empty Hub on this machine used by this process and its children, with own caches; it takes uploads."""
-    from mlxchat.hub import downloads, listings
+    from mlxchat.hub import client
 
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(downloads, "FIRST_PAUSE_SECONDS", 0.002)
-    listings.forget()
+    monkeypatch.setattr(client, "FIRST_PAUSE_SECONDS", 0.002)
+    client.forget()
     with LoopbackHub() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
@@ -202,7 +202,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub
         for thread in threading.enumerate():  # downloads ahead of what was read
             if thread.name == "fetch":
                 thread.join(30)
-    listings.forget()
+    client.forget()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 
 from kit.commands import Say
 from kit.text import parquet
-from mlxchat.hub.listings import forget
+from mlxchat.hub.client import forget
 from mlxchat.planning import inputs
 
 NAME = "org/texts"

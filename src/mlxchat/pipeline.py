@@ -24,8 +24,7 @@ from mlxchat.config.secrets import redact
 from mlxchat.distributed.ranks import current_team
 from mlxchat.errors import ConfigError, StepFailed, StoreError, visible
 from mlxchat.hub.cache import is_offline
-from mlxchat.hub.downloads import endpoint
-from mlxchat.hub.listings import fetch_command
+from mlxchat.hub.client import endpoint, fetch_command
 from mlxchat.ops.machine import device_kind, dtype_name
 from mlxchat.planning.inputs import TextNeed, check_inputs, find_text_need
 from mlxchat.planning.memory import check_memory

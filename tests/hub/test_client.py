@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 
 from mlxchat.errors import DataError, PassingError
-from mlxchat.hub import listings
+from mlxchat.hub import client
 from mlxchat.hub.cache import HubFile
-from mlxchat.hub.client import fetch_files, fetch_url, record
-from mlxchat.hub.listings import list_files
+from mlxchat.hub.client import fetch_files, fetch_url, list_files, record
 
 NAME = "org/texts"
 
@@ -120,7 +119,7 @@ def test_check_stops_a_download(hub, texts):
 
 CHILD = f"""
 from mlxchat.hub.client import fetch_files
-from mlxchat.hub.listings import list_files
+from mlxchat.hub.client import list_files
 fetch_files(list_files("{NAME}"))
 """
 
@@ -149,7 +148,7 @@ def test_killed_download_keeps_complete_files(hub, texts):
 
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    listings.forget()
+    client.forget()
 
 
 def test_offline_without_listing_the_error_gives_the_command(hub, texts, monkeypatch):
@@ -175,7 +174,7 @@ def test_recorded_listing_replaces_a_silent_hub(hub, texts, capsys):
         list_files(NAME)
     hub.faults.fail_first = 0
     fetch()
-    listings.forget()
+    client.forget()
     hub.faults.fail_first = 10_000
     assert fetch() == CONTENT
     assert f"using recorded commit {texts.commit[:12]}" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mlxchat.errors import ConfigError, DataError
-from mlxchat.hub import listings
+from mlxchat.hub import client
 from mlxchat.interop.importing import import_model, model_sizes, pins_of
 from mlxchat.interop.source import outside_folder
 from mlxchat.store.fingerprint import hash_file
@@ -53,7 +53,7 @@ def test_planning_works_offline_after_an_import(hub, twin, tmp_path, monkeypatch
     config = offered(hub, twin())
     pins = pins_of(config, hash_file)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    listings.forget()
+    client.forget()
     assert pins_of(config, hash_file) == pins
     (tmp_path / "out").mkdir()
     with pytest.raises(DataError, match="are not on this machine"):

@@ -18,7 +18,7 @@ import pytest
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import Config, MomentumConfig
 from mlxchat.data.mixture import Mixture
-from mlxchat.hub import client, listings
+from mlxchat.hub import client
 from mlxchat.runner.plan import make_plan
 from mlxchat.store.fingerprint import canonical_json, compute_key, identity_of, plain_of
 from mlxchat.store.store import Store
@@ -297,7 +297,7 @@ def test_shipped_experiments_keep_their_golden_ids(monkeypatch):
     """If an id must change, raise the stage's VERSION and write the file anew; all users compute again."""
     # Packages are pinned by version, and what is elsewhere by commit or sha256, which change.
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0")
-    monkeypatch.setattr(listings, "find_commit", lambda *revision: "0" * 40)
+    monkeypatch.setattr(client, "find_commit", lambda *revision: "0" * 40)
     monkeypatch.setattr(client, "find_content", lambda *address: "0" * 64)
     golden = json.loads(EXPERIMENT_IDS.read_text())
     # tinystories_53m needs an extra, those with an import somebody's model: tests/interop has golden ids of imports.

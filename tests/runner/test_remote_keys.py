@@ -8,7 +8,7 @@ import pytest
 
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import CoreConfig, HubConfig, TaskItem
-from mlxchat.hub import listings
+from mlxchat.hub import client
 from mlxchat.pipeline import plan_of, plan_to_run
 from mlxchat.runner.keys import pin_externals
 from mlxchat.store.fingerprint import identity_of
@@ -43,7 +43,7 @@ def test_key_has_the_commit_of_a_branch(section, hub, repositories):
     assert identity_of(commit) == identity_of(branch)
     for repository in repositories:
         repository.commit = OTHER
-    listings.forget()
+    client.forget()
     assert pin_externals(branch) != pins
 
 

@@ -25,7 +25,7 @@ from typing import Any
 from mlxchat.config.pins import UNKNOWN
 from mlxchat.config.schema import CorpusConfig, EvalConfig, HubConfig
 from mlxchat.errors import ConfigError, DataError
-from mlxchat.hub import client, listings
+from mlxchat.hub import client
 from mlxchat.hub.cache import HubFile, check_space, hub_cache, missing_bytes
 from mlxchat.store.files import read_json
 from mlxchat.store.fingerprint import hash_file
@@ -150,7 +150,7 @@ class Corpus:
 
         Without a pattern for validation files, the first `validation_documents` of the first file are held out.
         """
-        files = listings.list_files(hub.repository, revision=hub.revision)
+        files = client.list_files(hub.repository, revision=hub.revision)
         train, held_out = _choose(hub, files)
         if not train or (hub.validation_files and not held_out):
             names = ", ".join(file.path for file in files[:_NAMES_SHOWN])
@@ -173,7 +173,7 @@ class Corpus:
     @classmethod
     def recorded(cls, hub: HubConfig) -> Corpus | None:
         """Return the training files of an earlier listing, or None; uses no network."""
-        train, _ = _choose(hub, listings.recorded_files(hub.repository, hub.revision) or ())
+        train, _ = _choose(hub, client.recorded_files(hub.repository, hub.revision) or ())
         return cls([Shard.on_hub(file, hub.column) for file in train[: hub.num_train_files]], []) if train else None
 
     def shards(self, split: str) -> list[Shard]:
@@ -218,7 +218,7 @@ class Corpus:
 
 def contents_of(hub: HubConfig, hash_of: Callable[[Path], str]) -> list[str]:
     """Return the commit of a data set, for the step's key."""
-    return [listings.find_commit(hub.repository, hub.revision) or f"{UNKNOWN}{hub.repository} at {hub.revision}"]
+    return [client.find_commit(hub.repository, hub.revision) or f"{UNKNOWN}{hub.repository} at {hub.revision}"]
 
 
 def _choose(hub: HubConfig, files: Sequence[HubFile]) -> tuple[list[HubFile], list[HubFile]]:

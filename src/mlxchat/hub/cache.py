@@ -21,7 +21,8 @@ from mlxchat.store.files import read_json, write_json
 
 # Left free on a disk that is fetched to.
 SPARE_BYTES = 256 << 20
-_COMMIT, _CHECKSUM = re.compile(r"\w[\w.-]{0,99}"), re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_COMMIT = re.compile(r"\w[\w.-]{0,99}")
+_CHECKSUM = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 def cache_folder() -> Path:
@@ -30,73 +31,26 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MLXCHAT_CACHE") or default).expanduser()
 
 
+def hub_cache() -> Path:
+    """Return the official client's cache folder by the current environment; the client reads it only at import."""
+    home = os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
+    return Path(os.path.expandvars(os.environ.get("HF_HUB_CACHE") or f"{home}/hub")).expanduser()
+
+
+def folder_name(repository: str, kind: str) -> str:
+    """Return the name of a repository's folder in the cache."""
+    return f"{kind}s--{repository.replace('/', '--')}"
+
+
 def is_offline() -> bool:
     """Return whether HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE, as in the official client) forbids the network."""
     value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
     return value.upper() in ("1", "ON", "YES", "TRUE")
 
 
-def checksum_of(path: Path, like: str | None = None) -> str:
-    """Return a file's sha256 in hex, or git's blob id if `like` has 40 digits."""
-    with path.open("rb") as file:
-        if like is not None and len(like) == 40:
-            content = b"blob %d\0%b" % (path.stat().st_size, file.read())
-            return hashlib.sha1(content, usedforsecurity=False).hexdigest()
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def is_verified(checksum: str, path: Path) -> bool:
-    """Return whether a note says that this unchanged file has this checksum; nothing is hashed."""
-    try:
-        return bool(read_json(cache_folder() / "verified" / checksum) == _stamp_of(path))
-    except OSError:
-        return False
-
-
-def note_verified(checksum: str, path: Path) -> None:
-    """Record that a file has a checksum; errors are ignored, the file is then hashed again."""
-    with suppress(OSError):
-        write_json(cache_folder() / "verified" / checksum, _stamp_of(path))
-
-
-def has_content(path: Path, checksum: str) -> bool:
-    """Return whether a file exists with this checksum; an unchanged file is hashed only once."""
-    if is_verified(checksum, path):
-        return True
-    if not path.exists() or checksum_of(path, like=checksum) != checksum:
-        return False
-    note_verified(checksum, path)
-    return True
-
-
-def _stamp_of(path: Path) -> list[int]:
-    """Return size, modification time and inode, one of which changes whenever a file is written."""
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ino]
-
-
-def check_space(folder: Path, needed: int, what: str) -> None:
-    """Raise DataError, which begins with `what`, if the disk of a folder has less than `needed` bytes + 256 MiB."""
-    place = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    free = shutil.disk_usage(place).free
-    if needed and needed + SPARE_BYTES > free:
-        raise DataError(
-            f"{what} needs {format_bytes(needed)}, but the disk of {folder} has {format_bytes(free)} free. Make room "
-            "(hf cache ls, hf cache rm, mlxchat gc), or use another disk: HF_HOME, MLXCHAT_CACHE, outputs=FOLDER."
-        )
-
-
-def missing_bytes(files: Iterable[HubFile]) -> int:
-    """Return how many bytes of these files are still to be downloaded; equal contents count once."""
-    return sum({file.etag: file.bytes for file in files if not file.is_there()}.values())
-
-
-# Files of the Hub
-
-
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a repository at one commit, with size and checksum."""
+    """A file of a repository of the Hub at one commit, with size and checksum."""
 
     repository: str
     """<organisation>/<name>."""
@@ -134,7 +88,7 @@ class HubFile:
 
     def is_there(self) -> bool:
         """Return whether the file is in the cache and verified; nothing is hashed."""
-        return is_verified(self.etag, self.place)
+        return _is_verified(self.etag, self.place)
 
     def discard(self) -> None:
         """Remove the file's name and its content from the cache."""
@@ -142,12 +96,58 @@ class HubFile:
             path.unlink(missing_ok=True)
 
 
-def hub_cache() -> Path:
-    """Return the official client's cache folder by the current environment; the client reads it only at import."""
-    home = os.environ.get("HF_HOME") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/huggingface"
-    return Path(os.path.expandvars(os.environ.get("HF_HUB_CACHE") or f"{home}/hub")).expanduser()
+def missing_bytes(files: Iterable[HubFile]) -> int:
+    """Return how many bytes of these files are still to be downloaded; equal contents count once."""
+    return sum({file.etag: file.bytes for file in files if not file.is_there()}.values())
 
 
-def folder_name(repository: str, kind: str) -> str:
-    """Return the name of a repository's folder in the cache."""
-    return f"{kind}s--{repository.replace('/', '--')}"
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Raise DataError, which begins with `what`, if the disk of a folder has less than `needed` bytes + 256 MiB."""
+    place = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    free = shutil.disk_usage(place).free
+    if needed and needed + SPARE_BYTES > free:
+        raise DataError(
+            f"{what} needs {format_bytes(needed)}, but the disk of {folder} has {format_bytes(free)} free. Make room "
+            "(hf cache ls, hf cache rm, mlxchat gc), or use another disk: HF_HOME, MLXCHAT_CACHE, outputs=FOLDER."
+        )
+
+
+# Checksums
+
+
+def checksum_of(path: Path, like: str | None = None) -> str:
+    """Return a file's sha256 in hex, or git's blob id if `like` has 40 digits."""
+    with path.open("rb") as file:
+        if like is not None and len(like) == 40:
+            content = b"blob %d\0%b" % (path.stat().st_size, file.read())
+            return hashlib.sha1(content, usedforsecurity=False).hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def has_content(path: Path, checksum: str) -> bool:
+    """Return whether a file exists with this checksum; an unchanged file is hashed only once."""
+    if _is_verified(checksum, path):
+        return True
+    if not path.exists() or checksum_of(path, like=checksum) != checksum:
+        return False
+    note_verified(checksum, path)
+    return True
+
+
+def note_verified(checksum: str, path: Path) -> None:
+    """Record that a file has a checksum; errors are ignored, the file is then hashed again."""
+    with suppress(OSError):
+        write_json(cache_folder() / "verified" / checksum, _stamp_of(path))
+
+
+def _is_verified(checksum: str, path: Path) -> bool:
+    try:
+        return bool(read_json(cache_folder() / "verified" / checksum) == _stamp_of(path))
+    except OSError:
+        return False
+
+
+def _stamp_of(path: Path) -> list[int]:
+    """Return size, modification time and inode, one of which changes whenever a file is written."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ino]

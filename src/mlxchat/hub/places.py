@@ -20,19 +20,12 @@ from typing import Any
 from mlxchat.config.secrets import redact
 from mlxchat.config.wording import format_bytes
 from mlxchat.errors import ConfigError, MlxchatError, PassingError, StoreError
-from mlxchat.hub.downloads import endpoint, hub_client
+from mlxchat.hub.client import endpoint, hub_client
 from mlxchat.store import locks
 from mlxchat.store.catalog import references, take_in
 from mlxchat.store.crash import crash_point
 from mlxchat.store.files import sync, write_whole
-from mlxchat.store.manifest import (
-    MANIFEST,
-    Manifest,
-    check_manifest,
-    find_damage,
-    is_plain,
-    parse_manifest,
-)
+from mlxchat.store.manifest import MANIFEST, Manifest, check_manifest, find_damage, is_plain, parse_manifest
 from mlxchat.store.store import Store
 
 # The commit deletes older weights of these names, because loaders would read them as part of the model.
@@ -118,15 +111,20 @@ def export_to(place: Place, folders: Sequence[Path]) -> int:
         for folder in missing:
             if place.files.exists(place.path(folder.name)):  # of an interrupted transfer
                 place.files.rm(place.path(folder.name), recursive=True)
-            files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-            for path in [*files, folder / MANIFEST]:  # the manifest last
-                if path == folder / MANIFEST:
-                    crash_point("send.described")
-                target = place.path(folder.name, path.relative_to(folder).as_posix())
-                place.files.makedirs(target.rpartition("/")[0], exist_ok=True)
-                place.files.put_file(str(path), target, callback=_progress(path.name))
-                crash_point("send.file")
+            for path in sorted(folder.rglob("*")):
+                if path.is_file() and path != folder / MANIFEST:
+                    _send(place, folder, path)
+            crash_point("send.described")
+            _send(place, folder, folder / MANIFEST)
     return len(missing)
+
+
+def _send(place: Place, folder: Path, path: Path) -> None:
+    """Copy a file of an artifact to a place."""
+    target = place.path(folder.name, path.relative_to(folder).as_posix())
+    place.files.makedirs(target.rpartition("/")[0], exist_ok=True)
+    place.files.put_file(str(path), target, callback=_progress(path.name))
+    crash_point("send.file")
 
 
 def _progress(name: str) -> Any:
@@ -140,15 +138,9 @@ def _progress(name: str) -> Any:
 def import_from(store: Store, place: Place, wanted: Sequence[str]) -> tuple[list[Path], list[Path]]:
     """Import artifacts and their inputs from a place; return the new ones, and those that were in the store already.
 
-    Args:
-        store: the target.
-        place: the source.
-        wanted: names of artifacts, or prefixes of their ids; empty: everything.
-
-    Raises:
-        StoreError: contents differ from a manifest, or an input is missing. Nothing faulty reaches the store.
-        ConfigError: the place does not exist or refuses access, or a name matches nothing.
-        PassingError: a transient fault; the next call resumes.
+    `wanted` are names of artifacts, or prefixes of their ids; empty: everything. StoreError: contents differ from a
+    manifest, or an input is missing, and nothing faulty reaches the store. ConfigError: the place does not exist or
+    refuses access, or a name matches nothing. PassingError: a transient fault; the next call resumes.
     """
     store.prepare()
     base = store.outputs / "work" / f".import-{hashlib.sha256(place.url.encode()).hexdigest()[:16]}"
@@ -157,13 +149,15 @@ def import_from(store: Store, place: Place, wanted: Sequence[str]) -> tuple[list
         with locks.hold(folder / "gc.lock", {"step": "import"}):
             pass  # as for steps, gc cannot begin after this
         store.forget()
+        known: list[Path] = []
+        missing: dict[str, Manifest] = {}
         with _place_errors(place.url):
-            chosen = _choose(store, place, wanted)
-            found = {name: store.find(manifest["rid"]) for name, manifest in chosen.items()}
-            known = [here for here in found.values() if here is not None]
-            missing = {name: chosen[name] for name, here in found.items() if here is None}
-            for name in chosen.keys() - missing.keys():
-                store.learn(chosen[name])
+            for name, manifest in _choose(store, place, wanted).items():
+                if (here := store.find(manifest["rid"])) is None:
+                    missing[name] = manifest
+                else:
+                    known.append(here)
+                    store.learn(manifest)
             if not missing:
                 return [], known
             _fetch(place, missing, base)
@@ -176,14 +170,13 @@ def _choose(store: Store, place: Place, wanted: Sequence[str]) -> dict[str, Mani
     """Return name → manifest of the wanted artifacts and all their inputs; unfinished ones are left out."""
     names = place.names()
     by_rid = {name[-16:]: name for name in names}
-    queue: list[str] = []
+    queue: list[str] = [] if wanted else list(names)
     for word in wanted:
         found = [name for name in names if word == name or name[-16:].startswith(word[:16])]
         if len(found) != 1:
             which = ", ".join(found[:8]) if found else f"it holds {', '.join(names[:8])}{' …' * (len(names) > 8)}"
             raise ConfigError(f'"{word}" matches {len(found) or "no"} artifacts of {place.url}: {which}')
         queue += found
-    queue = queue or names
     chosen: dict[str, Manifest] = {}
     while queue:
         name = queue.pop()
@@ -227,9 +220,8 @@ def _fetch(place: Place, manifests: dict[str, Manifest], base: Path) -> None:
 def check_repository(name: str, *, public: bool, kind: str = "model") -> str:
     """Return the token for an upload to a repository.
 
-    Raises:
-        ConfigError: the name is invalid, there is no token, or the repository is public and must not be.
-        PassingError: the Hub does not answer.
+    ConfigError: the name is invalid, there is no token, or the repository is public and must not be; PassingError: the
+    Hub does not answer.
     """
     from huggingface_hub import get_token
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -237,9 +229,8 @@ def check_repository(name: str, *, public: bool, kind: str = "model") -> str:
     if name.count("/") != 1:
         raise ConfigError(f'"{name}" is no repository: expected ORGANISATION/NAME or USER/NAME')
     if (token := get_token()) is None:
-        raise ConfigError(
-            f"{name} needs a token with write access: set HF_TOKEN (https://huggingface.co/settings/tokens)"
-        )
+        where = "https://huggingface.co/settings/tokens"
+        raise ConfigError(f"{name} needs a token with write access: set HF_TOKEN ({where})")
     with _place_errors(name):
         try:
             there = hub_client(token).repo_info(name, repo_type=kind)
@@ -266,9 +257,9 @@ def push_artifacts(place: Place, folders: Sequence[Path], *, public: bool) -> in
 
     A missing repository is created. A retry does not send large files again that have arrived.
     """
-    is_dataset = place.root.startswith("datasets/")
+    kind = "dataset" if place.root.startswith("datasets/") else "model"
     owner, name, *inside = place.root.removeprefix("datasets/").split("/")
-    repository, kind, below = f"{owner}/{name}", "dataset" if is_dataset else "model", "/".join([*inside, "store"])
+    repository = f"{owner}/{name}"
     client = hub_client(check_repository(repository, public=public, kind=kind))
     with _place_errors(place.url):
         client.create_repo(repository, private=not public, repo_type=kind, exist_ok=True)
@@ -276,7 +267,8 @@ def push_artifacts(place: Place, folders: Sequence[Path], *, public: bool) -> in
         missing = [folder.name for folder in folders if folder.name not in there]
         if missing:
             client.upload_folder(
-                repo_id=repository, repo_type=kind, folder_path=folders[0].parent, path_in_repo=below,
+                repo_id=repository, repo_type=kind, folder_path=folders[0].parent,
+                path_in_repo="/".join([*inside, "store"]),
                 allow_patterns=[f"{name}/*" for name in missing],
                 commit_message=f"{missing[-1]} from mlxchat, with {len(missing) - 1} input artifacts",
             )  # fmt: skip

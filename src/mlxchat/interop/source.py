@@ -12,8 +12,7 @@ from typing import Any
 
 from mlxchat.errors import ConfigError, DataError, suggest
 from mlxchat.hub.cache import HubFile
-from mlxchat.hub.client import fetch_files, record
-from mlxchat.hub.listings import list_files
+from mlxchat.hub.client import fetch_files, list_files, record
 from mlxchat.store.fingerprint import hash_file
 
 _MOST_FILES, _DEEPEST, _MOST_SHOWN = 20_000, 4, 8

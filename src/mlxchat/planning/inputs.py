@@ -14,7 +14,7 @@ from mlxchat.data.sources import ESTIMATED_CHARS_PER_BYTE, Corpus
 from mlxchat.errors import ConfigError, DataError, MlxchatError
 from mlxchat.hub import client
 from mlxchat.hub.cache import HubFile, missing_bytes
-from mlxchat.hub.listings import recorded_files
+from mlxchat.hub.client import recorded_files
 from mlxchat.model.sizes import GPTSizes, sizes_of
 from mlxchat.planning.horizon import derive_hyperparameters
 from mlxchat.runner.plan import PlannedStep

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mlxchat.config.pins import UNKNOWN
 from mlxchat.errors import ConfigError, DataError, StepFailed
-from mlxchat.hub import client, listings
+from mlxchat.hub import client
 from mlxchat.hub.cache import HubFile, cache_folder
 from mlxchat.tasks.base import (
     LETTERS,
@@ -71,7 +71,7 @@ class HubSource:
     @cached_property
     def files(self) -> list[HubFile]:
         """The matching files; raises DataError if none match."""
-        files = listings.list_files(self.repository, revision=self.revision, pattern=self.pattern)
+        files = client.list_files(self.repository, revision=self.revision, pattern=self.pattern)
         if not files:
             raise DataError(f"{self.repository} at {self.revision} has no file {self.pattern}")
         return files
@@ -82,7 +82,7 @@ class HubSource:
 
     def content(self) -> str:
         """Return the repository, pattern and commit, for the step's key."""
-        commit = listings.find_commit(self.repository, self.revision)
+        commit = client.find_commit(self.repository, self.revision)
         if commit is None:
             return f"{UNKNOWN}{self.repository} at {self.revision}"
         return f"{self.repository}/{self.pattern} at {commit}"
