@@ -37,13 +37,8 @@ def run(ctx: Context) -> None:
             raise ctx.stop("the download of its first files, which are kept as far as they arrived")
 
     if config.hub is not None:
-        numbers, sources = pin_corpus(
-            config.hub,
-            ctx.out,
-            validation_documents=config.validation_documents,
-            train_chars=ctx.hints.get("train_chars"),
-            check=check,
-        )
+        held_out, chars = config.validation_documents, ctx.hints.get("train_chars")
+        numbers, sources = pin_corpus(config.hub, ctx.out, held_out, chars, check)
         ctx.metrics |= numbers
         ctx.externals += sources
         return
@@ -51,12 +46,8 @@ def run(ctx: Context) -> None:
         config.packages, config.paths, document_chars=config.document_chars, seed=ctx.data_seed("order")
     )
     ctx.externals += sources
-    write_shards(
-        ctx.out,
-        documents,
-        validation_documents=config.validation_documents,
-        shard_documents=config.shard_documents,
-    )
+    sizes = {"validation_documents": config.validation_documents, "shard_documents": config.shard_documents}
+    write_shards(ctx.out, documents, **sizes)
     corpus = Corpus.open(ctx.out)
     for split in ("train", "validation"):
         lengths = list(map(len, corpus.documents(split)))

@@ -65,14 +65,8 @@ def run(ctx: Context) -> None:
     if chats:
         samples = answer_prompts(engine, config.prompts, config.max_new_tokens)
     else:
-        samples = continue_prompts(
-            engine,
-            config.prompts,
-            config.max_new_tokens,
-            temperature=config.temperature or 0.0,
-            top_k=config.top_k,
-            seed=ctx.seed("samples"),
-        )
+        how = {"temperature": config.temperature or 0.0, "top_k": config.top_k, "seed": ctx.seed("samples")}
+        samples = continue_prompts(engine, config.prompts, config.max_new_tokens, **how)
     observed = Records(ctx.out / "samples.jsonl")  # for the report: the prompts are no part of the key
     for prompt, text in samples:
         observed.append({"prompt": prompt, "text": text})

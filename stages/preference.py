@@ -66,8 +66,7 @@ def run(ctx: Context) -> None:
         task = open_item(ctx, item)
         pairs: Task | list[Conversation] = task
         if not task.is_paired:
-            options: dict[str, Any] = {"dtype": dtype, "max_rows": micro_batch.sampled_rows}
-            engine = Engine(model, tokenizer, **options, team=ctx.team)
+            engine = Engine(model, tokenizer, dtype=dtype, max_rows=micro_batch.sampled_rows, team=ctx.team)
             pairs = sample_pairs(ctx, name, task, engine, config, seed=ctx.seed(f"samples of {name}"))
             write_pairs(ctx.out / f"{name}_pairs.jsonl", pairs)
         found = PairRows(

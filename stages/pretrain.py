@@ -5,7 +5,9 @@ Counterpart of nanochat's scripts/base_train.py. Settings: `PretrainConfig` of c
 
 import math
 from contextlib import closing
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mlxchat.planning.forecast import LOOP_METRICS, memory, problems
 from mlxchat.runner.context import Context
@@ -13,14 +15,9 @@ from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.stage import CHECKPOINT_FILES, Metric, Stage
 
 
-def estimates_core(step: PlannedStep) -> bool:
+def estimates_core(step: PlannedStep, *, whole: bool = True) -> bool:
     core = step.config.pretrain.core
-    return core is not None and not core.tasks
-
-
-def estimates_core_tasks(step: PlannedStep) -> bool:
-    core = step.config.pretrain.core
-    return core is not None and bool(core.tasks)
+    return core is not None and (core.tasks is None or not core.tasks) == whole
 
 
 def has_target(step: PlannedStep) -> bool:
@@ -43,7 +40,9 @@ stage = Stage(
         Metric("loss", "minimize", curve=True),
         Metric("core_estimate", "maximize", curve=True, when=estimates_core, needs="core=nanochat"),
         Metric("core_estimate_stderr", when=estimates_core, needs="core=nanochat"),
-        Metric("core_tasks_estimate", "maximize", when=estimates_core_tasks, needs="pretrain.core.tasks"),
+        Metric(
+            "core_tasks_estimate", "maximize", when=partial(estimates_core, whole=False), needs="pretrain.core.tasks"
+        ),
         Metric("reached_target", "maximize", when=has_target, needs="pretrain.target_bpb"),
         Metric("iterations", "minimize", when=may_end_early, needs="pretrain.target_bpb or pretrain.max_seconds"),
         Metric("seconds_to_target", "minimize", when=has_target, needs="pretrain.target_bpb"),
@@ -92,14 +91,8 @@ def run(ctx: Context) -> None:
     ctx.derive(numbers, shown=("num_parameters", "tokens_per_iteration", *horizon))
     model = GPT(sizes)
     init_weights(model, ctx.seed("weights"))
-    optimizer = Optimizer(
-        model,
-        rates,
-        width=sizes.width,
-        lr_frac=config.schedule.init_lr_frac,
-        batch_lr_scale=derived.batch_lr_scale,
-        weight_decay=derived.weight_decay,
-    )
+    scaled: dict[str, Any] = {"batch_lr_scale": derived.batch_lr_scale, "weight_decay": derived.weight_decay}
+    optimizer = Optimizer(model, rates, width=sizes.width, lr_frac=config.schedule.init_lr_frac, **scaled)
 
     def read_rows(split: str, *, once: bool = False) -> RowStream:
         return RowStream(
@@ -110,13 +103,8 @@ def run(ctx: Context) -> None:
             batch_rows=rows_per_iteration,
         )
 
-    validation = take_validation(
-        read_rows("validation", once=True),
-        row_tokens=row_tokens,
-        tokens=config.eval_tokens,
-        setting="pretrain.eval_tokens",
-    )
-
+    held_out = read_rows("validation", once=True)
+    validation = take_validation(held_out, config.eval_tokens, "pretrain.eval_tokens")
     num_iterations = derived.num_iterations
     target = config.target_bpb
     target_every = None if target is None else config.keep_every or -(-num_iterations // 20)
@@ -135,25 +123,18 @@ def run(ctx: Context) -> None:
         return numbers.get("val_bpb", math.inf) <= target
 
     def sample(iteration: int) -> dict[str, float]:
-        texts = continue_prompts(
-            Engine(model, tokenizer, dtype=dtype, max_rows=micro_batch.sampled_rows, team=ctx.team),
-            config.prompts,
-            config.sample_tokens,
-            temperature=0.0,
-            top_k=None,
-            seed=ctx.seed("samples"),
-        )
-        for prompt, text in texts:
+        engine = Engine(model, tokenizer, dtype=dtype, max_rows=micro_batch.sampled_rows, team=ctx.team)
+        for prompt, text in continue_prompts(engine, config.prompts, config.sample_tokens, seed=ctx.seed("samples")):
             ctx.records("samples").append({"iteration": iteration, "prompt": prompt, "text": text})
         return {}
 
     with closing(read_rows("train")) as rows:
         batches = RowBatches(rows, rows_per_iteration)
-        dropout = ctx.config.architecture.dropout
+        settings = {"micro_tokens": micro_batch.tokens, "dropout": ctx.config.architecture.dropout}
         done = fit(
             ctx,
             config,
-            make_step(ctx, model, optimizer, micro_tokens=micro_batch.tokens, dropout=dropout),
+            make_step(ctx, model, optimizer, **settings),
             batches,
             num_iterations=num_iterations,
             observations=[

@@ -50,9 +50,8 @@ def run(ctx: Context) -> None:
         ctx.derive({"vocab_size": tokenizer.vocab_size})
         if not keeps_ids:
             print("  new ids: the source had special tokens among the others", flush=True)
-    rows = compression_rows(
-        tokenizer, {split: Corpus.open(corpus).documents(split) for split in ("train", "validation")}
-    )
+    splits = {split: Corpus.open(corpus).documents(split) for split in ("train", "validation")}
+    rows = compression_rows(tokenizer, splits)
     print_compression(rows)
     (ctx.out / "compression.json").write_text(json.dumps({"vocab_size": tokenizer.vocab_size, "rows": rows}, indent=1))
     tokenizer.save(ctx.out)

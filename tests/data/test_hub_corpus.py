@@ -35,7 +35,7 @@ def pin(tmp_path: Path) -> Callable[..., Path]:
         }  # fmt: skip
         out = tmp_path / f"corpus-{len(list(tmp_path.glob('corpus-*')))}"
         out.mkdir()
-        pin_corpus(HubConfig(**(values | changes)), out, validation_documents=12, train_chars=None)
+        pin_corpus(HubConfig(**(values | changes)), out, 12, None)
         return out
 
     return make

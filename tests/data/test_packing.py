@@ -95,7 +95,7 @@ def test_validation_counts_every_token_once(corpus, read_documents, tokenizer, p
     def read(row_tokens: int, tokens: int) -> list[packing.Row]:
         source = read_documents(corpus, "validation", once=True)
         rows = RowStream(packing_name, source, row_tokens=row_tokens, buffer_size=1000, batch_rows=4)
-        return take_validation(rows, row_tokens=row_tokens, tokens=tokens, setting="eval_tokens")
+        return take_validation(rows, tokens, "eval_tokens")
 
     ((ids, targets),) = read(2 * size, 100 * size)
     assert capsys.readouterr().out.endswith(

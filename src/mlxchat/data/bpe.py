@@ -10,7 +10,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ KINDS = ("news", "korean", "code", "math", "science")
 _SPLIT_CHARS = 4_000_000
 
 
-def compression_rows(tokenizer: Tokenizer, splits: dict[str, Iterable[str]]) -> list[dict[str, Any]]:
+def compression_rows(tokenizer: Tokenizer, splits: Mapping[str, Iterable[str]]) -> list[dict[str, Any]]:
     """Return the rows of the compression table, for nanochat's texts and the first 4 million characters of each split.
 
     A row has the text's name, its bytes, and tokens of ours, gpt2 and gpt4 (None: not installed); for each installed

@@ -113,7 +113,7 @@ class RowStream:
         self.placed: list[Any] = []
         """The addresses in the last row."""
         self._source: Any = source
-        self._row_tokens = row_tokens
+        self.row_tokens = row_tokens
         self._packing = packing
         self._buffer_size = buffer_size if packing == "best_fit" else 1
         self._batch_rows = batch_rows
@@ -137,8 +137,8 @@ class RowStream:
 
     def next_row(self) -> Row:
         """Return the next row; raises EndOfText if the source has ended."""
-        row = np.empty(self._row_tokens + 1, dtype=np.int32)
-        trained = np.zeros(self._row_tokens + 1, dtype=np.bool_)
+        row = np.empty(self.row_tokens + 1, dtype=np.int32)
+        trained = np.zeros(self.row_tokens + 1, dtype=np.bool_)
         filled = 0
         self.placed = []
         pieces = self._next_slices if self._packing == "stream" else self._best_fitting
@@ -201,7 +201,7 @@ class RowStream:
                 self._add(address, length)
 
     def _add(self, address: Any, length: int) -> None:
-        longest = self._row_tokens + 1
+        longest = self.row_tokens + 1
         if self._padding is not None and length > longest:
             self._counted["truncated"] += 1
             length = longest
@@ -265,12 +265,12 @@ def trim_rows(ids: Ints, targets: Ints) -> tuple[Ints, Ints]:
     return ids[:, :width], targets[:, :width]
 
 
-def take_validation(rows: RowStream, *, row_tokens: int, tokens: int, setting: str) -> list[Row]:
+def take_validation(rows: RowStream, tokens: int, setting: str) -> list[Row]:
     """Return validation rows with `tokens` tokens together, at least one row; print a line if there are fewer.
 
     The source must be read once, so that no token counts twice. `setting` is the key that `tokens` comes from.
     """
-    count = max(1, tokens // row_tokens)
+    count = max(1, tokens // rows.row_tokens)
     found: list[Row] = []
     with closing(rows), suppress(EndOfText):
         while len(found) < count:

@@ -354,7 +354,7 @@ def write_shards(
 
 
 def pin_corpus(
-    hub: HubConfig, out: Path, *, validation_documents: int, train_chars: float | None, check: Check = lambda: None
+    hub: HubConfig, out: Path, validation_documents: int, train_chars: float | None, check: Check = lambda: None
 ) -> tuple[dict[str, int], list[dict[str, Any]]]:
     """Write the artifact of a corpus on the Hub; return its numbers, and records of the pinned files.
 

@@ -74,11 +74,8 @@ def measure_own(engine: Engine, functions: Mapping[str, str]) -> dict[str, float
 def _measure_corpus(ctx: Context, engine: Engine) -> dict[str, float]:
     """Return how well the validation text, in rows of the model's own tokens, is predicted, also by baselines."""
     documents = open_documents(ctx, "validation", engine.tokenizer, once=True)
-    rows = take_validation(
-        RowStream("best_fit", documents, row_tokens=engine.context_tokens, buffer_size=1000),
-        row_tokens=engine.context_tokens,
-        tokens=ctx.config.eval.bpb_tokens, setting="eval.bpb_tokens",
-    )  # fmt: skip
+    stream = RowStream("best_fit", documents, row_tokens=engine.context_tokens, buffer_size=1000)
+    rows = take_validation(stream, ctx.config.eval.bpb_tokens, "eval.bpb_tokens")
     loss = text_loss(
         engine.model, rows, engine.tokenizer.token_bytes, micro_tokens=engine.batch_tokens, team=engine.team
     )

@@ -44,25 +44,15 @@ class PolicyLoss:
 
 
 def policy_loss(
-    mask: Floats,
-    advantages: Floats,
-    config: RLConfig,
-    *,
-    log_probs: Floats | None = None,
-    old_log_probs: Floats | None = None,
-    ref_log_probs: Floats | None = None,
-    importance: Floats | None = None,
-) -> PolicyLoss:
+    mask: Floats, advantages: Floats, config: RLConfig, *, log_probs: Floats | None = None,
+    old_log_probs: Floats | None = None, ref_log_probs: Floats | None = None, importance: Floats | None = None,
+) -> PolicyLoss:  # fmt: skip
     """Return −Σ min(ratio × A, clip(ratio) × A) + kl_coefficient × KL to the reference, divided by `loss_divisor`.
 
-    Args:
-        mask: 1 where a token was sampled and is trained, else 0.
-        advantages: (B,).
-        config: of RL.
-        log_probs: of the sampled tokens under the policy that is trained; None: `old_log_probs`, so every ratio is 1.
-        old_log_probs: under the policy when it sampled them; given with `log_probs`.
-        ref_log_probs: under the frozen reference; None: no KL term.
-        importance: factors of the tokens' terms, where other weights sampled them (`importance_weights`).
+    `mask` is 1 where a token was sampled and is trained; advantages are (B,). Log-probabilities of the sampled tokens
+    are those of the trained policy (`log_probs`; None: as when it sampled, so every ratio is 1), of the policy when it
+    sampled (`old_…`), and of the frozen reference (`ref_…`; None: no KL term). `importance` are factors of the tokens'
+    terms, where other weights sampled them (`importance_weights`).
     """
     divisors, num_tokens = _divisors(mask, config), max(1.0, mask.sum())
     scale = mask if importance is None else mask * importance
@@ -73,10 +63,7 @@ def policy_loss(
     low, high = 1 - (config.clip_low or np.inf), 1 + (config.clip_high or np.inf)
     weights = np.where(clipped, 0.0, gain * ratio)
     value = -float((gain * np.where(clipped, np.clip(ratio, low, high), ratio)).sum())
-    numbers = {
-        "ratio": float((ratio * mask).sum() / num_tokens),
-        "clip_frac": float((clipped * mask).sum() / num_tokens),
-    }
+    numbers = {name: float((of * mask).sum() / num_tokens) for name, of in (("ratio", ratio), ("clip_frac", clipped))}
     if ref_log_probs is not None and log_probs is not None:
         # k3: exp(x) − 1 − x with x = log π_ref − log π, an unbiased and non-negative estimate of KL(π, π_ref).
         apart = np.where(mask > 0, ref_log_probs - log_probs, 0.0)
@@ -89,7 +76,6 @@ def policy_loss(
 
 
 def _divisors(mask: Floats, config: RLConfig) -> Floats:
-    """Return the divisor of each row's sum over tokens (B,)."""
     lengths = mask.sum(axis=1)
     if config.loss_divisor == "passes":
         question, answer = np.divmod(np.arange(len(mask)), config.samples_per_question)
@@ -106,15 +92,13 @@ def _divisors(mask: Floats, config: RLConfig) -> Floats:
     return divisors
 
 
-def _ratios(log_ratio: Floats, mask: Floats, advantages: Floats, config: RLConfig) -> tuple[Floats, Floats]:
+def _ratios(log_ratio: Floats, mask: Floats, advantages: Floats, config: RLConfig) -> tuple[Floats, Any]:
     """Return the ratio π / π_old of each token, and where the clipped term is the minimum and has no gradient."""
     ratio: Floats = np.exp(_per_sequence(log_ratio, mask) if config.ratio == "sequence" else log_ratio)
-    clipped = np.zeros(ratio.shape, dtype=bool)
-    if config.clip_high is not None:
-        clipped |= (advantages[:, None] > 0) & (ratio > 1 + config.clip_high)
-    if config.clip_low is not None:
-        clipped |= (advantages[:, None] < 0) & (ratio < 1 - config.clip_low)
-    return ratio, clipped
+    too_high = ratio > 1 + (np.inf if config.clip_high is None else config.clip_high)
+    too_low = ratio < 1 - (np.inf if config.clip_low is None else config.clip_low)
+    sign = np.sign(advantages)[:, None]
+    return ratio, (too_high & (sign > 0)) | (too_low & (sign < 0))
 
 
 def _per_sequence(log_ratio: Floats, mask: Floats) -> Floats:
@@ -216,5 +200,4 @@ def _orpo(sums: Floats, lengths: Floats, odds_weight: float) -> PairLoss:
 
 
 def _sigmoid(values: Floats) -> Floats:
-    found: Floats = np.exp(-np.logaddexp(0, -values))
-    return found
+    return np.asarray(np.exp(-np.logaddexp(0, -values)))

@@ -71,15 +71,9 @@ class PairBatches(BatchSource):
     """A source of batches for `fit`; a batch follows from the iteration and the weights."""
 
     def __init__(
-        self,
-        pairs: PairRows,
-        scores: PolicyScores,
-        reference: Floats | None,
-        config: PreferenceConfig,
-        *,
-        seed: int,
+        self, pairs: PairRows, scores: PolicyScores, reference: Floats | None, config: PreferenceConfig, *, seed: int,
         log: Log,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Start at the first pair; each epoch has an order of its own.
 
         `scores` are log-probabilities under the trained model, `reference` the sums of each pair's answers (P, 2) under
@@ -108,8 +102,7 @@ class PairBatches(BatchSource):
         return [f"pair {pair}" for pair in self._chosen]
 
     def _order(self, epoch: int) -> list[int]:
-        order: list[int] = np.random.default_rng([self._seed, epoch]).permutation(len(self._pairs)).tolist()
-        return order
+        return list(np.random.default_rng([self._seed, epoch]).permutation(len(self._pairs)).tolist())
 
 
 def sum_answers(scores: PolicyScores, ids: Ints, targets: Ints) -> tuple[Floats, Floats]:
@@ -148,8 +141,7 @@ def _numbers(loss: PairLoss, sums: Floats) -> dict[str, float]:
 
 def _is_preferred(loss: PairLoss) -> Floats:
     """Return (P,): 1 where the chosen answer is preferred, 0 where the rejected one is, 1/2 where neither is."""
-    found: Floats = (1 + np.sign(loss.margins)) / 2
-    return found
+    return np.asarray((1 + np.sign(loss.margins)) / 2)
 
 
 def sample_pairs(

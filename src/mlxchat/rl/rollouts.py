@@ -41,8 +41,6 @@ _ENTROPY_EVERY = 5  # rollouts between measurements of the entropy, one forward 
 _QUESTIONS_KEPT = 4  # of each rollout in rollouts.jsonl
 # Heights of batches are multiples of it, so that few shapes are compiled.
 _ROWS_STEP = 16
-
-
 Part = Callable[[Conversation, str, int], float]
 
 
@@ -215,17 +213,9 @@ class Rollouts(BatchSource):
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        task: Task,
-        config: RLConfig,
-        *,
-        seed: int,
-        log: Log,
-        scores: PolicyScores,
-        keep: Log = lambda record: None,
-        reference: Flat | None = None,
-    ) -> None:
+        self, engine: Engine, task: Task, config: RLConfig, *, seed: int, log: Log, scores: PolicyScores,
+        keep: Log = lambda record: None, reference: Flat | None = None,
+    ) -> None:  # fmt: skip
         """Shuffle the questions; `seed` is also that of all samples.
 
         `engine` samples from the trained model or its quantised weights, `scores` are those of the trained model. `log`
@@ -320,7 +310,6 @@ class Rollouts(BatchSource):
         return groups, asked
 
     def _sample_questions(self, first: int, count: int, seed: int) -> list[Group]:
-        """Sample and reward the groups of `count` questions from place `first` of the order on."""
         config, tokenizer = self._config, self.engine.tokenizer
         questions = [int(self._order[(first + place) % len(self._order)]) for place in range(count)]
         conversations = [self._task[question] for question in questions]
@@ -352,7 +341,6 @@ class Rollouts(BatchSource):
         return self._scores(rollout.ids[:, :-1], rollout.targets, weights)
 
     def _numbers(self, groups: list[Group], asked: list[Group]) -> dict[str, float]:
-        """Return means over all completions that were sampled, for the log."""
         completions = [completion for group in asked for completion in group.completions]
         values: dict[str, list[float]] = {
             "reward": [reward for group in asked for reward in group.rewards],
@@ -367,7 +355,6 @@ class Rollouts(BatchSource):
         return {name: float(np.mean(each)) for name, each in values.items()}
 
     def _keep_group(self, iteration: int, group: Group, advantages: Floats) -> None:
-        """Keep a record of each completion for rollouts.jsonl."""
         tokenizer, conversation = self.engine.tokenizer, self._task[group.question]
         common = {"iteration": iteration, "question": group.question, "prompt": tokenizer.decode(group.prompt)}
         for index, completion in enumerate(group.completions):

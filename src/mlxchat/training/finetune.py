@@ -70,12 +70,8 @@ def finetune(ctx: Context, config: ConversationConfig) -> None:
 
     rows_per_epoch = count_rows(rows_of(encoded))
     num_iterations = count_later_iterations(config, rows_per_epoch, rows_per_iteration)
-    validation = take_validation(
-        rows_of(open_mixture(ctx, "validation", held_out, tokenizer), once=True),
-        row_tokens=row_tokens,
-        tokens=config.eval_tokens,
-        setting=f"{ctx.stage}.eval_tokens",
-    )
+    held_out_rows = rows_of(open_mixture(ctx, "validation", held_out, tokenizer), once=True)
+    validation = take_validation(held_out_rows, config.eval_tokens, f"{ctx.stage}.eval_tokens")
     # By length, since the padding that all rows of a batch end with is not computed.
     validation.sort(key=lambda row: int(np.flatnonzero(row[1] >= 0).max(initial=-1)))
     described = describe(ctx.stage, config, ctx.config.optimizer, model.sizes, rows_per_iteration, teacher_sizes)

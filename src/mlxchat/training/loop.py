@@ -63,13 +63,12 @@ def fit(
                 numbers: dict[str, float] = {}
                 with checkpointer.saving_on_stop(done, is_observed=False):
                     for each in observations:
-                        if not each.is_due(done, ends=ends):
-                            continue
-                        if each.title:
-                            progress.update(done, now=each.title)
-                        with computing_in(step.model, step.dtype):
-                            numbers |= each.run(done)
-                        ends = ends or is_enough(done, numbers)
+                        if each.is_due(done, ends=ends):
+                            if each.title:
+                                progress.update(done, now=each.title)
+                            with computing_in(step.model, step.dtype):
+                                numbers |= each.run(done)
+                            ends = ends or is_enough(done, numbers)
                 if numbers:
                     ctx.log({"iteration": done, **numbers})
                     ctx.metrics |= numbers
@@ -80,9 +79,9 @@ def fit(
             if ends:
                 break
             with checkpointer.saving_on_stop(done):
-                if done > first and ctx.should_stop():
-                    raise ctx.stop(f"iteration {done:,} of {progress.total:,}", saved=True)
                 if done > first:
+                    if ctx.should_stop():
+                        raise ctx.stop(f"iteration {done:,} of {progress.total:,}", saved=True)
                     checkpointer.save_if_due(done)
                 monitor.begin_iteration()
                 batch = batches.next_batch(done)
@@ -101,5 +100,4 @@ def fit(
 
 def derived_after(done: int, total: int, derived: Mapping[str, Any]) -> dict[str, Any]:
     """Return `derived` of a training of `total` iterations, with the counts of its first `done`."""
-    counts = {name: derived[name] * done // total for name in _COUNTED if name in derived}
-    return {**derived, **counts}
+    return {**derived, **{name: derived[name] * done // total for name in _COUNTED if name in derived}}

@@ -163,11 +163,10 @@ class Monitor:
         self.counts = Counts(**state["counts"])
 
     def _smooth_loss(self) -> float:
-        """Return the debiased exponential mean of the loss."""
         return self.counts.loss / self.counts.loss_weight if self.counts.loss_weight else 0.0
 
     def _clocks(self) -> tuple[float, float, float]:
-        """Return the present seconds, and those spent on data and on communication so far."""
+        # Of the present, of data and of communication.
         communicated = 0.0 if self.ctx.team is None else self.ctx.team.group.seconds
         return time.perf_counter(), self.batches.waited_seconds, communicated
 
@@ -197,7 +196,7 @@ _ANSWERS = 32  # of the suite that are generated at a time
 class Observation:
     """A measurement between iterations, such as validation. It changes neither weights nor random numbers."""
 
-    run: Callable[[int], dict[str, float]]  # takes the number of iterations done; returns numbers to log
+    run: Callable[[int], dict[str, float]]  # iterations done → numbers to log
     every: tuple[int | None, ...] = ()  # iterations between calls; due where any of these divides the number done
     at_start: bool = False
     at_end: bool = True
@@ -205,10 +204,8 @@ class Observation:
 
     def is_due(self, done: int, *, ends: bool) -> bool:
         """Return whether to call it after `done` iterations, with which the training perhaps ends."""
-        if done == 0:
-            return self.at_start
-        if ends:
-            return self.at_end
+        if done == 0 or ends:
+            return self.at_end if done else self.at_start
         return any(every and done % every == 0 for every in self.every)
 
 
@@ -280,5 +277,4 @@ def _resumable(folder: Path, evaluate: Callable[[Path], dict[str, float]]) -> Ca
 
 
 def _hidden(total: int, unit: str) -> Progress:
-    """Return a progress display without output: the terminal shows the training's."""
     return Progress("", total, unit, stream=StringIO())

@@ -77,7 +77,6 @@ def read_newest(work: Path) -> tuple[Arrays, dict[str, Any]] | None:
 
 
 def _saves(work: Path) -> list[Path]:
-    """Return the folders of all saves, the oldest first."""
     return sorted(path for path in work.glob("[0-9]*") if path.is_dir()) if work.is_dir() else []
 
 
@@ -135,10 +134,8 @@ class Checkpointer:
             raise
         except StepFailed as error:
             self._save(iteration, before)
-            raise StepFailed(
-                f"{error}\nThe state after iteration {iteration} of {self.monitor.num_iterations} is saved in "
-                f"{self.ctx.work}; the same command continues there."
-            ) from error
+            where = f"iteration {iteration} of {self.monitor.num_iterations} is saved in {self.ctx.work}"
+            raise StepFailed(f"{error}\nThe state after {where}; the same command continues there.") from error
 
     def save_finished(self, iteration: int, folder: Path) -> None:
         """Write what an extension needs besides the model, without times: trainings of one key leave equal files."""
@@ -155,7 +152,6 @@ class Checkpointer:
         write_save(self.ctx.work, iteration, arrays, state)
 
     def _read_finished(self, folder: Path) -> tuple[Flat, Flat, dict[str, Any]]:
-        """Return weights, moments and state of a finished training that fits this one."""
         weights_file = "model.safetensors" if adapters_of(self.model) is None else ADAPTERS_FILE
         moments, weights, state = _read(folder, _FINISHED_ARRAYS, weights_file, _FINISHED_STATE)
         if state["iteration"] >= (total := self.monitor.num_iterations):
@@ -178,14 +174,12 @@ def load_moments(folder: Path, optimizer: Optimizer) -> None:
 
 def _read(folder: Path, *names: str, advice: str = "") -> list[Any]:
     """Return the arrays or the JSON data of files of a finished training."""
-    paths = [folder / name for name in names]
     try:
+        paths = [folder / name for name in names]
         return [json.loads(path.read_bytes()) if path.suffix == ".json" else load_file(path) for path in paths]
     except Exception as error:  # the safetensors reader has several error types of its own
-        raise DataError(
-            f"{folder} has no readable training state ({type(error).__name__}: {error}). Train it with "
-            f"its stage's save_training_state=true{advice}"
-        ) from None
+        fault = f"{folder} has no readable training state ({type(error).__name__}: {error})"
+        raise DataError(f"{fault}. Train it with its stage's save_training_state=true{advice}") from None
 
 
 def _check_arrays(folder: Path, expected: Mapping[str, Any], found: Arrays) -> None:
@@ -196,7 +190,6 @@ def _check_arrays(folder: Path, expected: Mapping[str, Any], found: Arrays) -> N
 
 
 def _numpy(arrays: Mapping[str, mx.array], prefix: str = "") -> Arrays:
-    """Return arrays for a file, their names behind a prefix."""
     return {f"{prefix}{name}": np.asarray(value) for name, value in arrays.items()}
 
 

@@ -33,8 +33,6 @@ from mlxchat.runner.context import Context
 Rows = dict[str, np.ndarray[Any, Any]]
 """Rows of a batch: ids, targets and weights (B, T), and with dropout keys (B, 2)."""
 
-_LOSS_PARTS = ("ce", "kl")
-
 
 class Distillation:
     """A teacher and the weight of its distributions in the loss."""
@@ -44,11 +42,8 @@ class Distillation:
         self.teacher, self.mix = teacher, mix
         set_parameters(teacher, {name: value.astype(dtype) for name, value in flatten_parameters(teacher).items()})
         mx.eval(flatten_parameters(teacher))
-        self._states = compiled_method(teacher.hidden)
-
-    def see(self, ids: mx.array) -> mx.array:
-        """Return what `logits` needs of a batch (B, T): the states (B, T, C) of all positions."""
-        return self._states(ids)
+        self.see = compiled_method(teacher.hidden)
+        """Returns what `logits` needs of a batch (B, T): the states (B, T, C) of all positions."""
 
     def logits(self, seen: mx.array) -> Logits:
         """Return the function that gives the logits of a batch."""
@@ -82,24 +77,13 @@ class Backward:
     """Computes the gradients of rows, a micro-batch at a time. Shapes repeat, so each is compiled once."""
 
     def __init__(
-        self,
-        model: GPT,
-        *,
-        micro_tokens: int,
-        dtype: mx.Dtype,
-        recompute: bool = False,
-        dropout: float = 0.0,
+        self, model: GPT, *, micro_tokens: int, dtype: mx.Dtype, recompute: bool = False, dropout: float = 0.0,
         distillation: Distillation | None = None,
-    ) -> None:
-        """Compile lazily.
+    ) -> None:  # fmt: skip
+        """Take float32 master weights, the most tokens of a micro-batch (at least one row), and the compute type.
 
-        Args:
-            model: float32 master weights.
-            micro_tokens: tokens per micro-batch, at most; at least one row.
-            dtype: compute type.
-            recompute: whether the backward pass computes a layer's activations again instead of keeping them.
-            dropout: rate on the embedding and on what each attention and MLP adds; 0: none.
-            distillation: a teacher whose distributions are learnt in addition to the targets.
+        `recompute` computes a layer's activations again in the backward pass instead of keeping them. `dropout` is the
+        rate on the embedding and on what each attention and MLP adds. `distillation` is a teacher to learn from, too.
         """
         self.model, self.distillation = model, distillation
         self.micro_tokens, self.dtype, self.recompute, self.dropout = micro_tokens, dtype, recompute, dropout
@@ -206,7 +190,7 @@ class TrainStep(Backward):
         if meanwhile is not None:
             meanwhile()
         length, result, *parts = cast(list[float], numbers.tolist())
-        self.loss_parts = dict(zip(_LOSS_PARTS, parts, strict=False))
+        self.loss_parts = dict(zip(("ce", "kl"), parts, strict=False))
         return result, length
 
     def gradients(self, batch: Batch, iteration: int = 0) -> Sums:
@@ -251,7 +235,6 @@ class TeamStep(TrainStep):
 
 
 def _begin(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> None:
-    """Prepare this rank's part of a training."""
     if team.group.leads:
         return
     dtype, distillation = getattr(mx, request["dtype"]), None
