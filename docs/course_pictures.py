@@ -25,10 +25,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from mlxchat.composition.compose import compose_config
-from mlxchat.data.mixture import Mixture
 from mlxchat.data.packing import IGNORED, RowStream, ShuffledConversations
 from mlxchat.data.tokenizer import Tokenizer, render_conversation
-from mlxchat.data.tokens import Tokens
+from mlxchat.data.tokens import Mixture, Tokens
 from mlxchat.model import gpt
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.optim.muon import orthogonalise

@@ -31,8 +31,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mlxchat.tasks.base import LETTERS, held_out
-from mlxchat.tasks.quickstart import FOLDER, Template, draw_numbers, draw_words, solve
-from mlxchat.tasks.spelling import count_letters, first_words, is_only_spelled
+from mlxchat.tasks.quickstart import (
+    FOLDER,
+    Template,
+    count_letters,
+    draw_numbers,
+    draw_words,
+    first_words,
+    is_only_spelled,
+    solve,
+)
 
 _INPUTS = Path(__file__).with_suffix("")
 # Words of 3 to 8 letters that occur 30 times or more in the Bible and the Factbook; no names.

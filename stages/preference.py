@@ -38,8 +38,7 @@ stage = Stage(
 
 def run(ctx: Context) -> None:
     from mlxchat.config.schema import TaskItem
-    from mlxchat.data.mixture import open_item
-    from mlxchat.data.tokens import open_mixture
+    from mlxchat.data.tokens import open_item, open_mixture
     from mlxchat.engine.generate import Engine
     from mlxchat.errors import DataError
     from mlxchat.model.checkpoint import load_checkpoint

@@ -41,7 +41,7 @@ stage = Stage(
 
 
 def run(ctx: Context) -> None:
-    from mlxchat.data.mixture import open_item
+    from mlxchat.data.tokens import open_item
     from mlxchat.engine.generate import Engine
     from mlxchat.model.checkpoint import load_checkpoint
     from mlxchat.model.parameters import trained_parameters

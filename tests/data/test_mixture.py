@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlxchat.config.schema import TaskItem
-from mlxchat.data.mixture import Mixture
+from mlxchat.data.tokens import Mixture
 from mlxchat.errors import ConfigError
 
 

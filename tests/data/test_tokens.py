@@ -14,10 +14,9 @@ from kit.text import DOCUMENTS
 from mlxchat.config.schema import TaskItem
 from mlxchat.data import tokens as tokens_module
 from mlxchat.data.bpe import train_tokenizer
-from mlxchat.data.mixture import Mixture
 from mlxchat.data.sources import Corpus, Shard
 from mlxchat.data.tokenizer import Tokenizer, render_conversation
-from mlxchat.data.tokens import Documents, Tokens, encode_shard, open_documents, open_mixture
+from mlxchat.data.tokens import Documents, Mixture, Tokens, encode_shard, open_documents, open_mixture
 from mlxchat.runner.context import Context
 from mlxchat.store.manifest import MANIFEST, describe_outputs
 from mlxchat.store.shared import SharedArtifacts

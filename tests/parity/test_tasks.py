@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlxchat.data.mixture import shuffled_places
+from mlxchat.data.tokens import shuffled_places
 from mlxchat.tasks import Task, load_task, task_class
 from mlxchat.tasks.base import is_right_by_nanochat, nanochat_number, render_mc
 from mlxchat.tasks.downloads import Rows, extract_imports, extract_program

@@ -17,7 +17,7 @@ import pytest
 
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import Config, MomentumConfig
-from mlxchat.data.mixture import Mixture
+from mlxchat.data.tokens import Mixture
 from mlxchat.hub import client
 from mlxchat.runner.plan import make_plan
 from mlxchat.store.fingerprint import canonical_json, compute_key, identity_of, plain_of

@@ -9,8 +9,7 @@ import pytest
 from mlxchat.data.tokenizer import render_conversation
 from mlxchat.tasks import load_task
 from mlxchat.tasks.base import answer_text, calculator_parts, content_text, dialogue, held_out, number_and_form
-from mlxchat.tasks.quickstart import Arithmetic
-from mlxchat.tasks.spelling import first_words
+from mlxchat.tasks.quickstart import Arithmetic, first_words
 
 
 @cache

@@ -18,8 +18,8 @@ from mlxchat.store.store import Store
 
 if TYPE_CHECKING:
     from mlxchat.config.schema import Config, TaskItem
-    from mlxchat.data.mixture import Mixture
     from mlxchat.data.tokenizer import Tokenizer
+    from mlxchat.data.tokens import Mixture
 
 
 def data(parser: Parser) -> None:
@@ -104,7 +104,7 @@ def show(parser: Parser) -> None:
 def _show(options: Namespace) -> int:
     """Print the number of conversations of each task, and the first ones in the order of training."""
     from mlxchat.composition.compose import compose_config, split_config_dirs
-    from mlxchat.data.mixture import Mixture
+    from mlxchat.data.tokens import Mixture
     from mlxchat.runner.context import stage_seed
 
     settings, dirs = split_config_dirs(options.settings)

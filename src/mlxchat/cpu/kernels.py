@@ -45,8 +45,7 @@ _EXP = (
 
 _TABLE_TOKENS = 1024
 _BLOCK_TOKENS = 128  # queries per block of attention
-EXP_UNIT = 16
-"""Unit of the argument of `masked_exp_of_units`."""
+EXP_UNIT = 16  # unit of the argument of `masked_exp_of_units`
 
 
 def masked_exp_of_units(x: mx.array, mask: mx.array) -> mx.array:
@@ -144,16 +143,11 @@ def rotation(offset: int | mx.array, tokens: int, width: int, theta: float) -> t
 
 @cache
 def _tables(blocks: int, width: int, theta: float) -> tuple[mx.array, mx.array]:
-    cos, sin = angles(blocks * _TABLE_TOKENS, width, theta)
-    return mx.array(cos), mx.array(sin)
-
-
-def angles(tokens: int, width: int, theta: float) -> tuple[Any, Any]:
     """Return tables of cosines and sines (T, 2, D / 2)."""
     frequencies = 1 / np.float32(theta) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
-    turned = np.arange(tokens, dtype=np.float32)[:, None] * frequencies
+    turned = np.arange(blocks * _TABLE_TOKENS, dtype=np.float32)[:, None] * frequencies
     cos, sin = np.cos(turned), np.sin(turned)
-    return np.stack([cos, cos], axis=1), np.stack([sin, -sin], axis=1)
+    return mx.array(np.stack([cos, cos], axis=1)), mx.array(np.stack([sin, -sin], axis=1))
 
 
 @differentiable
@@ -167,7 +161,7 @@ def _rms_norm(x: mx.array) -> tuple[mx.array, mx.array]:
 def _rms_norm_vjp(x: mx.array, cotangents: tuple[mx.array, mx.array], outputs: tuple[mx.array, mx.array]) -> mx.array:
     """Return r (g − y mean(g y)), computed from the output, which the next product keeps anyway; x is not kept."""
     gradient, (out, reciprocal) = cotangents[0], outputs
-    along = sum_rows(_product(gradient, out)) * (1 / out.shape[-1])
+    along = sum_rows(multiply_rows(gradient, out)) * (1 / out.shape[-1])
     return _norm_gradient(gradient, out, along[..., None], reciprocal[..., None]).astype(x.dtype)
 
 
@@ -193,7 +187,7 @@ def _rotated_norm_vjp(
     x, cos, sin, scale = primals
     batch, tokens, heads, width = x.shape
     gradient, (out, factor) = cotangents[0], outputs
-    along = sum_rows(_product(gradient, out)) * (1 / (width * mx.square(scale)))
+    along = sum_rows(multiply_rows(gradient, out)) * (1 / (width * mx.square(scale)))
     # In the memory order of x, so that the projections' gradients need no copy.
     halves = _across(gradient, out, along[..., None]).reshape(batch, heads, tokens, 2, width // 2).swapaxes(1, 2)
     d_x = rotate_halves(halves, halves[..., ::-1, :], cos[:, None], -sin[:, None], factor[..., None, None])
@@ -207,11 +201,6 @@ def reciprocal_root(sum_of_squares: mx.array, count: int) -> mx.array:
 @mx.compile
 def square(x: mx.array) -> mx.array:
     return x * x
-
-
-@mx.compile
-def _product(x: mx.array, y: mx.array) -> mx.array:
-    return x * y
 
 
 @mx.compile
@@ -344,9 +333,7 @@ def _windowed(window: int) -> differentiable[[mx.array, mx.array, mx.array], tup
 
     @attend.vjp
     def gradient(
-        primals: tuple[mx.array, mx.array, mx.array],
-        cotangents: tuple[mx.array, mx.array],
-        outputs: tuple[mx.array, mx.array],
+        primals: tuple[mx.array, mx.array, mx.array], cotangents: list[mx.array], outputs: list[mx.array]
     ) -> tuple[mx.array, mx.array, mx.array]:
         """Recompute each block's weights, so that no (T, T) matrix outlives its block."""
         # Depend on the cotangent, so that mx.compile recomputes the weights instead of keeping them.
@@ -401,9 +388,7 @@ def _sum_groups(gradient: mx.array) -> mx.array:
     return gradient if gradient.shape[2] == 1 else gradient.sum(2, keepdims=True)
 
 
-@mx.compile
-def masked_exp(scores: mx.array, mask: mx.array) -> mx.array:
-    return masked_exp_of_units(scores, mask)
+masked_exp = mx.compile(masked_exp_of_units)
 
 
 @mx.compile
@@ -505,11 +490,7 @@ def cross_entropy_sum(
     return with_gradients(loss_and_gradients, x, weight, frozen_head=frozen_head)[0]
 
 
-@mx.compile
-def _cap(logits: mx.array) -> mx.array:
-    return SOFT_CAP * rational_tanh(logits * (1 / SOFT_CAP))
-
-
+_cap = mx.compile(lambda logits: SOFT_CAP * rational_tanh(logits * (1 / SOFT_CAP)))
 _tanh = mx.compile(rational_tanh)
 
 

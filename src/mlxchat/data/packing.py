@@ -30,8 +30,7 @@ _REFILL_DOCUMENTS = 128
 _WIDTH_STEP = 128
 
 Ints = np.ndarray[Any, np.dtype[np.int32]]
-Row = tuple[Ints, Ints]
-"""Inputs (T,) and targets (T,), which are IGNORED where there is no loss."""
+Row = tuple[Ints, Ints]  # inputs (T,) and targets (T,), which are IGNORED where there is no loss
 
 
 class EndOfText(Exception):
@@ -110,8 +109,7 @@ class RowStream:
         conversations, alone; T is `row_tokens`. For conversations, `padding` is the id that fills a row (<|bos|>, or
         <|assistant_end|> if they are alone) and `train_on` 'assistant' or 'all'; None: each token is a target.
         """
-        self.placed: list[Any] = []
-        """The addresses in the last row."""
+        self.placed: list[Any] = []  # the addresses in the last row
         self._source: Any = source
         self.row_tokens = row_tokens
         self._packing = packing
@@ -301,8 +299,7 @@ class Batch:
     ids: Ints
     targets: Ints
     weights: np.ndarray[Any, np.dtype[np.float32]]
-    offset: float = 0.0
-    """Added to the reported loss, where the weights express the gradient of another loss."""
+    offset: float = 0.0  # added to the reported loss, where the weights express the gradient of another loss
 
 
 def mean_batch(rows: Sequence[tuple[Ints, Ints]], *, trimmed: bool = False) -> Batch:
@@ -318,8 +315,7 @@ def mean_batch(rows: Sequence[tuple[Ints, Ints]], *, trimmed: bool = False) -> B
 class BatchSource:
     """A source of one batch for each iteration; here one without a position."""
 
-    waited_seconds = 0.0
-    """Seconds spent waiting for data so far."""
+    waited_seconds = 0.0  # seconds spent waiting for data so far
 
     def next_batch(self, iteration: int) -> Batch:
         """Return the batch of an iteration."""

@@ -41,8 +41,7 @@ ESTIMATED_CHARS_PER_BYTE = 2.6
 _BATCH_DOCUMENTS = 64
 _NAMES_SHOWN = 10
 
-Check = Callable[[], None]
-"""Called often during long work; may raise to end it."""
+Check = Callable[[], None]  # called often during long work; may raise to end it
 
 
 @dataclass(frozen=True)

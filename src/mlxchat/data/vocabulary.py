@@ -44,8 +44,7 @@ GPT4_PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"""
     r"""|\s+(?!\S)|\s"""
 )
-PATTERNS = {"nanochat": SPLIT_PATTERN, "gpt4": GPT4_PATTERN}
-"""Values of tokenizer.pattern."""
+PATTERNS = {"nanochat": SPLIT_PATTERN, "gpt4": GPT4_PATTERN}  # values of tokenizer.pattern
 RANKS_FILE = "ranks.tiktoken"
 CONFIG_FILE = "tokenizer_config.json"
 HF_FILE = "tokenizer.json"

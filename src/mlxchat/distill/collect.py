@@ -41,18 +41,14 @@ _THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 _UNFIT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 Message = dict[str, Any]
 
-_MESSAGE_SCHEMA = {
-    "type": "object",
-    "properties": {"role": {"type": "string", "enum": ["user", "assistant"]}, "content": {"type": "string"}},
-    "required": ["role", "content"],
-    "additionalProperties": False,
-}
-_SCHEMA = {
-    "type": "object",
-    "properties": {"messages": {"type": "array", "items": _MESSAGE_SCHEMA}},
-    "required": ["messages"],
-    "additionalProperties": False,
-}
+
+def _object(**properties: Any) -> dict[str, Any]:
+    """Return the JSON Schema of an object with these properties and no others."""
+    return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+
+
+_MESSAGE = _object(role={"type": "string", "enum": ["user", "assistant"]}, content={"type": "string"})
+_SCHEMA = _object(messages={"type": "array", "items": _MESSAGE})
 CONVERSATION_FORMAT = {
     "type": "json_schema",
     "json_schema": {"name": "conversation", "strict": True, "schema": _SCHEMA},
@@ -125,7 +121,6 @@ def _question(conversation: Conversation, name: str, judge: Callable[[str], bool
 
 
 def _distinct(questions: Sequence[Question]) -> list[Question]:
-    """Return the questions without duplicates."""
     return list({json.dumps(question.asked()): question for question in reversed(questions)}.values())[::-1]
 
 
@@ -231,8 +226,7 @@ def distill(order: Order, *, dry_run: bool) -> int:
     if collector.fault is not None:
         raise collector.fault
     if collector.signals:
-        missing_count = chosen.counts["not answered"]
-        text = f"stopped: {missing_count:,} answers are missing. Run the same command to get them."
+        text = f"stopped: {chosen.counts['not answered']:,} answers are missing. Run the same command to get them."
         raise Interrupted(text, collector.signals[0])
     if not chosen.lines:
         first = f"no usable answer, so {order.out} is not written: {chosen.left_out()}"
@@ -245,14 +239,10 @@ class Collector:
 
     def __init__(self, order: Order, answers: Answers) -> None:
         """Send nothing yet."""
-        self._order = order
-        self._answers = answers
-        self.asked = 0
-        """Answers received in this run."""
-        self.failed: list[str] = []
-        """Question and reason of each."""
-        self.fault: MlxchatError | None = None
-        """The error that ended the run."""
+        self._order, self._answers = order, answers
+        self.asked = 0  # answers received in this run
+        self.failed: list[str] = []  # question and reason of each
+        self.fault: MlxchatError | None = None  # the error that ended the run
         self.signals: list[int] = []
         # Failed requests and answers without token counts count at their upper bound, since they may be billed.
         self._spent = 0.0
@@ -336,14 +326,10 @@ class Chosen:
         """Choose among the stored answers."""
         self._order = order
         self.lines: list[str] = []
-        self.counts: Counter[str] = Counter()
-        """Reason → answers left out for it."""
-        self.faults: list[str] = []
-        """Question and reason of the answers that are no conversation, with --conversations."""
-        self.tokens = (0, 0)
-        """Input and output tokens of all answers, cached ones included."""
-        self.models: set[str] = set()
-        """Model names in the responses."""
+        self.counts: Counter[str] = Counter()  # reason → answers left out for it
+        self.faults: list[str] = []  # question and reason of the answers that are no conversation, with --conversations
+        self.tokens = (0, 0)  # input and output tokens of all answers, cached ones included
+        self.models: set[str] = set()  # model names in the responses
         seen: set[str] = set()
         for request in requests:
             if request.key not in answers.known:
@@ -400,7 +386,6 @@ def provenance_place(out: Path) -> Path:
 
 
 def _write(order: Order, chosen: Chosen, counts: dict[str, int]) -> None:
-    """Write the conversations and their provenance, each by one rename."""
     data = "".join(chosen.lines).encode()
     record = {
         "mlxchat": __version__,
@@ -421,13 +406,11 @@ def _write(order: Order, chosen: Chosen, counts: dict[str, int]) -> None:
         write_whole(order.out, data)
         write_whole(provenance_place(order.out), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
-        raise StoreError(
-            f"{order.out} cannot be written ({error.strerror}). The answers are cached: run the same command again."
-        ) from None
+        again = "The answers are cached: run the same command again."
+        raise StoreError(f"{order.out} cannot be written ({error.strerror}). {again}") from None
 
 
 def _report(order: Order, chosen: Chosen, notes: Sequence[str]) -> None:
-    """Print a summary and the command that trains on the file."""
     left_out = f" ({chosen.left_out()})" if chosen.left_out() else ""
     print(f"{order.out}: {len(chosen.lines):,} conversations of {len(order.questions):,} questions{left_out}")
     print(f"  {order.prices.describe(*chosen.tokens)}; see {provenance_place(order.out)}")

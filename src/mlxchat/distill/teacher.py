@@ -16,8 +16,7 @@ from mlxchat.config.wording import format_count
 from mlxchat.errors import ConfigError, PassingError, StoreError, visible
 from mlxchat.store.files import Records
 
-RETRIES = 6
-"""Further attempts after a transient failure: 408, 409, 429, 5xx, timeouts, connections that fail or end."""
+RETRIES = 6  # further attempts after a transient failure: 408, 409, 429, 5xx, timeouts, connections that fail or end
 # Statuses caused by one question; other refusals apply to all requests.
 _OF_THE_QUESTION = (400, 413, 415, 422, 451)
 # openai's errors, and those of reading what an endpoint sends, which openai does not check.
@@ -33,8 +32,7 @@ class Failed(Exception):
     def __init__(self, reason: str, *, passing: bool = False, for_all: bool = False) -> None:
         """`passing`: the same request may succeed later. `for_all`: no other request can succeed either."""
         super().__init__(reason)
-        self.passing = passing
-        self.for_all = for_all
+        self.passing, self.for_all = passing, for_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +105,7 @@ async def find_model(base: str, key: str | None, timeout_seconds: float) -> str:
 
 def _failure(client: openai.AsyncOpenAI, error: Exception) -> Failed:
     """Return the failure with the teacher's text on one line, without the key, which it may repeat."""
-    reason = f"its response is no chat completion ({error})"
-    passing = True
-    for_all = False
+    reason, passing, for_all = f"its response is no chat completion ({error})", True, False
     if isinstance(error, openai.APIStatusError):
         status = error.status_code
         message = error.body.get("message") if isinstance(error.body, dict) else None
@@ -130,8 +126,7 @@ class Answers:
         """Read the file; damaged lines are skipped, so their requests are sent again."""
         name = hashlib.sha256(f"{url} {model}".encode()).hexdigest()[:16]
         self._records = Records(folder / f"{name}.jsonl")
-        self.known: dict[str, Answer] = {}
-        """Key of a request → its answer."""
+        self.known: dict[str, Answer] = {}  # key of a request → its answer
         try:
             for record in self._records.read():
                 if "answer" in record:
@@ -161,7 +156,6 @@ def most_tokens(body: dict[str, Any], max_tokens: int) -> tuple[int, int]:
 
 
 def _read_answer(completion: Any) -> Answer:
-    """Return the answer in a completion."""
     choice = completion.choices[0]
     content = choice.message.content or ""
     if not isinstance(content, str):

@@ -50,8 +50,7 @@ def is_launched() -> bool:
 def join_ranks() -> int | None:
     """Join the other ranks. On rank 0 return None; on the others follow rank 0 and return the exit code.
 
-    Raises:
-        ConfigError: on rank 0, if the ranks differ in what they must have in common.
+    ConfigError: the ranks differ in what they must have in common; raised on rank 0.
     """
     import mlx.core as mx
 
@@ -123,10 +122,8 @@ def _describe_rank() -> dict[str, Any]:
     from mlxchat.ops.device import backend
 
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    return {
-        "host": platform.node(), "cores": cores,
-        "mlxchat": __version__, "MLX": version("mlx"), "backend": backend(),
-    }  # fmt: skip
+    versions = {"mlxchat": __version__, "MLX": version("mlx"), "backend": backend()}
+    return {"host": platform.node(), "cores": cores, **versions}
 
 
 def _compare(facts: list[dict[str, Any]]) -> list[str]:
@@ -135,8 +132,6 @@ def _compare(facts: list[dict[str, Any]]) -> list[str]:
     for rank, each in enumerate(facts):
         for name in ("mlxchat", "MLX", "backend"):
             if each[name] != facts[0][name]:
-                found.append(
-                    f"rank {rank} on {each['host']} has {name} {each[name]}, rank 0 on {facts[0]['host']} has "
-                    f"{facts[0][name]}: all ranks need the same"
-                )
+                first = f"rank 0 on {facts[0]['host']} has {facts[0][name]}"
+                found.append(f"rank {rank} on {each['host']} has {name} {each[name]}, {first}: all ranks need the same")
     return found

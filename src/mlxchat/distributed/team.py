@@ -25,8 +25,7 @@ Shared = Callable[["Team", dict[str, Any], dict[str, mx.array]], Any]
 
 Arrays = dict[str, mx.array]
 
-BUCKET_BYTES = 64 * 2**20
-"""Maximum bytes of a collective, so that no second copy of a whole model is in memory."""
+BUCKET_BYTES = 64 * 2**20  # maximum bytes of a collective, so that no second copy of a whole model is in memory
 LOST = "another rank has ended; its own output says why. The same command continues from the last saved state"
 
 
@@ -37,12 +36,9 @@ class Group:
     Every method that communicates raises `PeerLost` if another rank has ended.
     """
 
-    raw: Any = None
-    """MLX's group; None for a single process."""
-    backend: str = "none"
-    """ring, jaccl, nccl or mpi."""
-    seconds: float = 0.0
-    """Time spent in collectives so far, including the wait for other ranks."""
+    raw: Any = None  # MLX's group; None for a single process
+    backend: str = "none"  # ring, jaccl, nccl or mpi
+    seconds: float = 0.0  # time spent in collectives so far, including the wait for other ranks
 
     @property
     def rank(self) -> int:
@@ -126,8 +122,7 @@ class Group:
         return found
 
 
-ALONE = Group()
-"""The group of a single process."""
+ALONE = Group()  # the group of a single process
 
 
 def buckets(arrays: Mapping[str, mx.array]) -> Iterator[Sequence[str]]:

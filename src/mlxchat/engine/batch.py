@@ -23,8 +23,7 @@ from mlxchat.ops.machine import BATCH_ROWS, DECODED_ROWS, KEPT_TOKENS, PREFILL_T
 if TYPE_CHECKING:
     from mlxchat.engine.generate import ShownText
 
-Kind = Literal["text", "python", "python_output"]
-"""What a part of an answer's text belongs to."""
+Kind = Literal["text", "python", "python_output"]  # what a part of an answer's text belongs to
 
 # Looking up shorter prefixes costs more than reading them.
 _LEAST_KEPT_TOKENS = 16
@@ -115,8 +114,7 @@ class Generator:
         """
         self.decoder, self.max_rows, self.prefill_tokens = decoder, max_rows, prefill_tokens
         self.kept = KeptPasts(kept_tokens)
-        self.num_reused = 0
-        """Prompt tokens whose keys and values were found, so far."""
+        self.num_reused = 0  # prompt tokens whose keys and values were found, so far
         self._waiting: deque[Row] = deque()
         self._rows: list[Row | None] = []  # by place in the decoder's batch
         self._tokens = mx.zeros(0, dtype=mx.uint32)  # the queued ones (B,)

@@ -18,10 +18,8 @@ from mlxchat.model.gpt import GPT, Mask
 from mlxchat.ops.device import round_tokens
 from mlxchat.ops.machine import KV_TOKENS, round_up
 
-Layer = tuple[mx.array, mx.array]
-"""Keys and values (B, K, S, D)."""
-Past = list[Layer]
-"""One row's keys and values in every layer, which never change."""
+Layer = tuple[mx.array, mx.array]  # keys and values (B, K, S, D)
+Past = list[Layer]  # one row's keys and values in every layer, which never change
 
 
 def tokens_of(past: Past | None) -> int:
@@ -108,12 +106,10 @@ class Decoder:
     def __init__(self, model: GPT) -> None:
         self.model = model
         self.layers: list[Any] = []
-        self.lengths = np.zeros(0, dtype=np.int64)
-        """Tokens of each row that have keys and values."""
+        self.lengths = np.zeros(0, dtype=np.int64)  # tokens of each row that have keys and values
         self.room = 0
         self.last = LastEmbedding([None])
-        self.positions: int | mx.array = 0
-        """Of the tokens of the present step: one number if all are equal, else (B,)."""
+        self.positions: int | mx.array = 0  # of the tokens of the present step: one number if all are equal, else (B,)
         self.end = 0
 
     def read(self, prompts: Sequence[Sequence[int]], past: Past | None = None, last: int | None = None) -> list[Past]:

@@ -248,8 +248,7 @@ class ShownText:
 
     def __init__(self, tokenizer: AnyTokenizer, stop: tuple[str, ...] = (), *, skip_blank: bool = False) -> None:
         """Start a row; the text ends before the first `stop` string."""
-        self.stopped = False
-        """Whether a stop string was found."""
+        self.stopped = False  # whether a stop string was found
         self._tokenizer, self._stop = tokenizer, tuple(filter(None, stop))
         self._special = set(tokenizer.special_ids.values())
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -294,8 +293,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 CALL_TOKENS = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
-KINDS: tuple[Kind, ...] = ("python", "text", "python_output", "text")
-"""What follows each of CALL_TOKENS."""
+KINDS: tuple[Kind, ...] = ("python", "text", "python_output", "text")  # what follows each of CALL_TOKENS
 _MOST_CHARS = 200
 _LARGEST = 1e15
 

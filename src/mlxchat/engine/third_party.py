@@ -26,8 +26,7 @@ from mlxchat.errors import ConfigError, DataError
 from mlxchat.ops.machine import DECODED_ROWS, KEPT_TOKENS, PREFILL_TOKENS, SCORED_TOKENS
 from mlxchat.tasks.base import content_text, find_fault
 
-MOST_CONTEXT_TOKENS = 8192
-"""Limit for third-party models, since a row's memory grows with its length."""
+MOST_CONTEXT_TOKENS = 8192  # limit for third-party models, since a row's memory grows with its length
 _MOST_LOGITS = 1 << 27  # of a forward pass that scores; logits are computed for every position
 # Tokens after which mlx-lm would end a row; the scheduler removes it before.
 _UNLIMITED = 1 << 30
@@ -166,8 +165,7 @@ class ThirdPartyTokenizer:
         if bos is None:
             raise DataError("the tokenizer has no token that begins or ends a text")
         self.bos = int(bos)
-        self.ends = tuple(sorted(getattr(wrapper, "eos_token_ids", ()))) or (self.bos,)
-        """Tokens that end an answer."""
+        self.ends = tuple(sorted(getattr(wrapper, "eos_token_ids", ()))) or (self.bos,)  # tokens that end an answer
         self.has_chat_template = bool(getattr(self.inner, "chat_template", None))
 
     def encode(self, text: str) -> list[int]:

@@ -95,7 +95,7 @@ def measure_text(ctx: Context, engine: Engine) -> dict[str, Any]:
     total = sum(1 for _ in documents())
 
     def cut() -> Iterator[tuple[int, ScoredRow]]:
-        """Yield the rows with the numbers of their documents; each row begins with the last token of the one before."""
+        # Each row begins with the last token of the one before.
         for number, text in enumerate(documents()):
             ids = engine.tokenizer.encode_documents([text])[0].astype(np.int32)
             for start in range(0, len(ids) - 1, engine.context_tokens):
@@ -168,7 +168,6 @@ def texts_of_rows(rows: Iterable[Row], tokenizer: AnyTokenizer) -> Iterator[str]
 
 
 def _to_bytes(documents: Iterable[str]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Return the bytes of the first 20 MB of documents."""
     parts, size = [], 0
     for document in documents:
         parts.append(document.encode())

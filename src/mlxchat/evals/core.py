@@ -24,7 +24,7 @@ import numpy as np
 import yaml
 
 from mlxchat.config.schema import CoreConfig
-from mlxchat.data.mixture import open_item
+from mlxchat.data.tokens import open_item
 from mlxchat.engine.batch import common_prefix
 from mlxchat.engine.generate import Engine
 from mlxchat.engine.third_party import AnyTokenizer
@@ -168,10 +168,9 @@ def evaluate_core(
     bundle, most = open_bundle(ctx, config), engine.context_tokens
     chosen = bundle.choose(config.tasks)
     limit = most if config.long_prompts == "cut" or not engine.is_ours else None
-    about = {
-        "max_per_task": max_per_task, "bundle_sha256": bundle.sha256,
-        "long_prompts": "extend" if limit is None else "cut", "context_tokens": most,
-    }  # fmt: skip
+    long_prompts = "extend" if limit is None else "cut"
+    about = {"max_per_task": max_per_task, "bundle_sha256": bundle.sha256, "long_prompts": long_prompts}
+    about |= {"context_tokens": most}
     scores, examples = dict[str, Score](), list[Example]()
     tasks: dict[str, dict[str, Any]] = {}
     for number, task in enumerate(chosen, 1):
@@ -210,10 +209,8 @@ def measure_plain_choice(ctx: Context, engine: Engine, examples: list[Example]) 
     asked = {name: _questions(name, task) for name, task in tasks.items()}
     limit, scores = None if engine.is_ours else engine.context_tokens, {}
     for name, items in asked.items():
-        task = CoreTask(
-            label=name, kind="multiple_choice", data="", num_fewshot=0, delimiter="\nAnswer: ",
-            baseline=tasks[name].chance,
-        )  # fmt: skip
+        plain: dict[str, Any] = {"kind": "multiple_choice", "data": "", "num_fewshot": 0, "delimiter": "\nAnswer: "}
+        task = CoreTask(label=name, baseline=tasks[name].chance, **plain)
         path, about = ctx.work / "plain" / f"{name}.jsonl", {"questions": len(items)}
         score, records = _score(ctx, engine, task, items, path, about, f"questions of {name}", limit)
         examples += [{"task": name, **record} for record in records]
@@ -225,20 +222,17 @@ def _questions(name: str, task: Task) -> list[dict[str, Any]]:
     found = [task[index] for index in range(len(task))]
     if any("choices" not in each for each in found):
         raise ConfigError(f"eval.base_tasks.{name}: a base model needs options to choose from, and this task has none")
+    golds = [each["letters"].index(each["answer"]) for each in found]
     return [
-        {
-            "query": f"Question: {each['question']}", "choices": each["choices"],
-            "gold": each["letters"].index(each["answer"]),
-        }
-        for each in found
-    ]  # fmt: skip
+        {"query": f"Question: {each['question']}", "choices": each["choices"], "gold": gold}
+        for each, gold in zip(found, golds, strict=True)
+    ]
 
 
 def _score(
     ctx: Context, engine: Engine, task: CoreTask, items: list[dict[str, Any]], path: Path, about: dict[str, Any],
     unit: str, limit: int | None, progress: Callable[[int, str], Progress] | None = None,
 ) -> tuple[Score, list[Example]]:  # fmt: skip
-    """Return a model's score on a task, and the records of all examples; see `answer_all` and `answer_examples`."""
     answer = partial(answer_examples, engine, task, items, limit=limit)
     records = answer_all(ctx, path, about, len(items), unit, answer, progress)
     cropped = sum(record["details"]["cropped"] for record in records)
@@ -287,9 +281,8 @@ def _judge(
 ) -> Example:
     """Return an example's record with its verdict; `found`: predicted ids or losses of each sequence."""
     item = items[question.index]
-    details: dict[str, Any] = {
-        "shots": draw_shots(question.index, len(items), task.num_fewshot), "cropped": question.cropped,
-    }  # fmt: skip
+    shots = draw_shots(question.index, len(items), task.num_fewshot)
+    details: dict[str, Any] = {"shots": shots, "cropped": question.cropped}
     if question.gold is None:
         predicted, expected = found[0].astype(int).tolist(), question.sequences[0][question.starts[0] :]
         prompt, wanted = render_prompts(task, item, [])[0], str(item["continuation"])
@@ -347,10 +340,8 @@ def render_prompts(task: CoreTask, item: dict[str, Any], shots: list[dict[str, A
         before = "".join(f"{shot['query']}{delimiter}{shot['choices'][shot['gold']]}\n\n" for shot in shots)
         return [f"{before}{item['query']}{delimiter}{choice}" for choice in item["choices"]]
     if task.kind == "schema":
-        before = "".join(
-            f"{shot['context_options'][shot['gold']]}{delimiter}{shot['continuation']}\n\n" for shot in shots
-        )
-        return [f"{before}{option}{delimiter}{item['continuation']}" for option in item["context_options"]]
+        right = [f"{shot['context_options'][shot['gold']]}{delimiter}{shot['continuation']}\n\n" for shot in shots]
+        return [f"{''.join(right)}{each}{delimiter}{item['continuation']}" for each in item["context_options"]]
     before = "".join(f"{str(shot['context']).strip()}{delimiter}{shot['continuation']}\n\n" for shot in shots)
     without = f"{before}{str(item['context']).strip()}{delimiter}"
     # Stripped, so that its tokens are a prefix of the other's.

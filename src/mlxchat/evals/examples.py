@@ -17,19 +17,13 @@ from mlxchat.runner.progress import Progress
 from mlxchat.store.crash import crash_point
 from mlxchat.store.files import Record, Records
 
-Example = dict[str, Any]
-"""One row of examples.parquet, without its task."""
-Answer = Callable[[dict[int, Example]], Iterator[list[Example]]]
-"""Known examples by index → the others, batch by batch."""
+Example = dict[str, Any]  # one row of examples.parquet, without its task
+Answer = Callable[[dict[int, Example]], Iterator[list[Example]]]  # known examples by index → the others, batch by batch
 EXAMPLES_FILE = "examples.parquet"
 ROLLOUTS_FILE = "rollouts.jsonl"
-_SCHEMA = pa.schema(
-    [
-        ("task", pa.string()), ("index", pa.int32()), ("seed", pa.int32()), ("prompt", pa.string()),
-        ("output", pa.string()), ("expected", pa.string()), ("verdict", pa.bool_()), ("tokens", pa.int32()),
-        ("details", pa.string()),
-    ]
-)  # fmt: skip
+_COLUMNS = {"index": pa.int32(), "seed": pa.int32(), "verdict": pa.bool_(), "tokens": pa.int32()}  # others are texts
+_NAMES = ("task", "index", "seed", "prompt", "output", "expected", "verdict", "tokens", "details")
+_SCHEMA = pa.schema([(name, _COLUMNS.get(name, pa.string())) for name in _NAMES])
 
 
 def answer_all(

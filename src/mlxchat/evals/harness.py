@@ -30,8 +30,7 @@ from mlxchat.model.scoring import continuation
 from mlxchat.store.naming import find
 from mlxchat.store.store import Store
 
-_WINDOW_REQUESTS = 512
-"""Requests that are sorted by length before batching."""
+_WINDOW_REQUESTS = 512  # requests that are sorted by length before batching
 
 
 @register_model("mlxchat")
@@ -91,18 +90,17 @@ class HarnessModel(TemplateLM):
         """Return the answers, decoded in batches; greedy unless the task sets `do_sample`."""
         scheduler = self._engine.scheduler()
         answers: dict[int, str] = {}
-        for request in requests:
-            context, given = request.args
+        for context, given in (each.args for each in requests):
             settings = normalize_gen_kwargs(given, default_max_gen_toks=self._max_gen_toks)
             most = max(1, min(settings["max_gen_toks"], self._engine.context_tokens - 1))
             how = {name: settings[name] for name in ("top_k", "top_p", "seed") if name in settings}
             sampling = Sampling(temperature=settings["temperature"] if settings["do_sample"] else 0.0, **how)
             prompt = self.tok_encode(context)[-(self._engine.context_tokens - most) :]
             until = tuple(settings["until"])
-            id_ = scheduler.submit(
-                Request(prompt=prompt, max_new_tokens=most, sampling=sampling, stop=until, tools=False, reuse=True)
+            request = Request(
+                prompt=prompt, max_new_tokens=most, sampling=sampling, stop=until, tools=False, reuse=True
             )
-            answers[id_] = ""
+            answers[scheduler.submit(request)] = ""
         with tqdm(total=len(requests), disable=disable_tqdm) as bar:
             while not scheduler.idle:
                 for event in scheduler.step():

@@ -20,10 +20,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlxchat.config.parts import load_part
-from mlxchat.data.mixture import open_item
 from mlxchat.data.packing import RowStream, take_validation
 from mlxchat.data.sources import Corpus
-from mlxchat.data.tokens import open_documents
+from mlxchat.data.tokens import open_documents, open_item
 from mlxchat.engine.generate import Engine
 from mlxchat.errors import StepFailed
 from mlxchat.evals.bpb import measure_text, ngram_bits_per_byte, text_loss, texts_of_rows, uniform_bits_per_byte
@@ -113,8 +112,7 @@ def _measure_suite(ctx: Context, engine: Engine, examples: list[dict[str, Any]],
     }  # fmt: skip
 
 
-_Answer = tuple[str, int, dict[str, Any]]
-"""Text, tokens and details."""
+_Answer = tuple[str, int, dict[str, Any]]  # text, tokens and details
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +187,6 @@ class _Asked:
         return [order[start : start + rows] for start in range(0, len(order), rows)]
 
     def _letters(self, batch: list[int], talks: list[dict[str, Any]]) -> list[_Answer]:
-        """Return the letter with the highest logit after each question."""
         prompts, letters = [self.prompts[index] for index in batch], [talk["letters"] for talk in talks]
         logits = self.engine.letter_logits(prompts, letters)
         return [
@@ -198,15 +195,14 @@ class _Asked:
         ]
 
     def _texts(self, batch: list[int], sample: int) -> list[_Answer]:
-        """Return the generated answer to each question."""
         how = self.answering
-        completions = self.engine.complete(
-            [self.prompts[index] for index in batch],
-            max_new_tokens=how.max_new_tokens,
-            temperature=how.temperature,
-            top_k=how.top_k,
-            seed=[_seed_of(how.seed, index, sample) for index in batch],
-        )
+        settings: dict[str, Any] = {
+            "max_new_tokens": how.max_new_tokens,
+            "temperature": how.temperature,
+            "top_k": how.top_k,
+        }
+        seeds = [_seed_of(how.seed, index, sample) for index in batch]
+        completions = self.engine.complete([self.prompts[index] for index in batch], seed=seeds, **settings)
         return [(each.text(self.engine.tokenizer), len(each.ids), {"finished": each.finished}) for each in completions]
 
 

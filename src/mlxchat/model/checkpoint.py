@@ -101,9 +101,15 @@ def needs_model_file(sizes: GPTSizes) -> bool:
 @cache
 def computes_as_published(sizes: GPTSizes) -> bool:
     """Return whether gpt.py computes nanochat's architecture: a tiny model has the logits that nanochat's code has."""
-    small = replace(
-        sizes, num_layers=2, width=32, num_heads=2, num_kv_heads=1, vocab_size=8, vocab_multiple=1, rope_theta=1e4
-    )
+    few: dict[str, Any] = {
+        "num_layers": 2,
+        "width": 32,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "vocab_size": 8,
+        "vocab_multiple": 1,
+    }
+    small = replace(sizes, **few, rope_theta=1e4)
     rng = np.random.RandomState(0)  # the same numbers in every version of NumPy
     with mx.stream(mx.cpu):
         model = GPT(small)
@@ -205,7 +211,6 @@ def model_on(team: Team, role: str = "model") -> GPT:
 
 
 def _take(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> None:
-    """Set this rank's weights to those of rank 0."""
     if team.group.leads:
         return
     place, shape = f"{request['role']} here", request["shape"]

@@ -242,7 +242,5 @@ def check_shapes(
     expected = shapes_of(adapter, model_sizes)
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
-            raise DataError(
-                f"{where}: adapters do not fit {ADAPTER_CONFIG_FILE} and the model: {name} is "
-                f"{found.get(name, 'absent')}, expected {expected.get(name, 'absent')}"
-            )
+            fault = f"{name} is {found.get(name, 'absent')}, expected {expected.get(name, 'absent')}"
+            raise DataError(f"{where}: adapters do not fit {ADAPTER_CONFIG_FILE} and the model: {fault}")

@@ -43,10 +43,8 @@ def select_device(choice: str, dtype: str) -> mx.Dtype:
         try:
             mx.set_default_device(mx.cpu if choice == "cpu" else mx.gpu)
         except ValueError:
-            raise ConfigError(
-                "machine.device is gpu, but MLX finds no GPU. Choose machine=auto or machine=cpu; for NVIDIA, "
-                "install with: make setup DEVICE=cuda13"
-            ) from None
+            advice = "Choose machine=auto or machine=cpu; for NVIDIA, install with: make setup DEVICE=cuda13"
+            raise ConfigError(f"machine.device is gpu, but MLX finds no GPU. {advice}") from None
     return default_dtype() if dtype == "auto" else cast(mx.Dtype, getattr(mx, dtype))
 
 
@@ -81,11 +79,8 @@ def memory_limits(machine: MachineConfig, where: str, info: Mapping[str, Any]) -
     The memory is `machine.memory_limit_bytes`, else what Metal recommends or 95 % of a CUDA device's memory. On a Mac
     all that Metal recommends may be wired, as in mlx-lm, and half of it may stay cached for other shapes.
     """
-    most = 0
-    if where == "metal":
-        most = int(info.get("max_recommended_working_set_size", 0))
-    elif where == "cuda":
-        most = int(0.95 * info.get("total_memory", 0))
+    recommended = int(info.get("max_recommended_working_set_size", 0))
+    most = {"metal": recommended, "cuda": int(0.95 * info.get("total_memory", 0))}.get(where, 0)
     limit = machine.memory_limit_bytes or most
     if not limit:
         return {}

@@ -171,7 +171,6 @@ class Optimizer:
     def _move_stack(
         self, stack: str, parameters: Flat, gradients: mx.array, state: Flat, rates: list[mx.array]
     ) -> tuple[Flat, Flat]:
-        """Return the matrices of a stack, and their moments, after Muon's update."""
         lr_factor, momentum, weight_decay_factor = rates
         lr = self.muon_lr * aspect_factor(gradients) * lr_factor
         shrink, lr = (lr * self.weight_decay * weight_decay_factor)[None], lr[None]
@@ -195,7 +194,6 @@ class Optimizer:
 
 
 def _unstack(stack: mx.array) -> list[mx.array]:
-    """Return the matrices of a stack as views of it."""
     return [matrix.squeeze(0) for matrix in mx.split(stack, len(stack))]
 
 

@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mlxchat.config.schema import Config, ConversationConfig, OptimizerConfig, PreferenceConfig, RLConfig, TeacherConfig
 from mlxchat.model.sizes import GPTSizes, adapter_remedies, flops_per_token, resolve_adapter, sizes_of
@@ -32,9 +32,7 @@ if TYPE_CHECKING:
 SUITE_ANSWER_TOKENS = 512  # of the suite during training, at most
 # What weights, moments and the position in the data depend on.
 _SAME_PRETRAINING = ("model", "architecture", "optimizer.kind", "optimizer.variant", "pretrain.packing")
-_SAME_CONVERSATIONS = (
-    "mixture", "mixture_order", "packing", "batch.row_tokens", "adapter",
-)  # fmt: skip
+_SAME_CONVERSATIONS = ("mixture", "mixture_order", "packing", "batch.row_tokens", "adapter")
 LOOP_METRICS = (
     Metric(
         "skipped_iterations",
@@ -52,8 +50,7 @@ def conversation_metrics(stage: str) -> tuple[Metric, ...]:
     """Return the metrics of midtrain or sft."""
 
     def section(config: Config) -> ConversationConfig:
-        found: ConversationConfig = getattr(config, stage)
-        return found
+        return cast(ConversationConfig, getattr(config, stage))
 
     def has_teacher(step: PlannedStep) -> bool:
         return section(step.config).teacher.is_there
@@ -101,13 +98,9 @@ def _pretraining(config: Config, sizes: GPTSizes) -> Training:
 
 
 def describe(
-    stage: str,
-    section: ConversationConfig,
-    optimizer: OptimizerConfig,
-    sizes: GPTSizes,
-    rows: int,
+    stage: str, section: ConversationConfig, optimizer: OptimizerConfig, sizes: GPTSizes, rows: int,
     teacher: GPTSizes | None,
-) -> Training:
+) -> Training:  # fmt: skip
     """Return what the memory of iterations of `rows` rows of conversations depends on."""
     adapters = resolve_adapter(f"{stage}.adapter", section.adapter, sizes)
     row_tokens = sizes.context_tokens + SUITE_ANSWER_TOKENS
@@ -143,10 +136,8 @@ def problems(config: Config, step: PlannedStep, plan: list[PlannedStep], sizes: 
     if section.teacher.is_there:
         folder = teacher_folder(section.teacher, Path(config.outputs))
         if not (folder / "config.json").is_file() or not any(folder_of_weights(folder).glob("model*.safetensors")):
-            yield (
-                f"{stage}.teacher: {folder} holds no model; expected config.json, model*.safetensors and a tokenizer's "
-                "files"
-            )
+            files = "config.json, model*.safetensors and a tokenizer's files"
+            yield f"{stage}.teacher: {folder} holds no model; expected {files}"
 
 
 def find_extension_problems(step: PlannedStep, plan: list[PlannedStep], same: tuple[str, ...]) -> Iterator[str]:
@@ -271,11 +262,6 @@ def has_corpus(step: PlannedStep) -> bool:
     return "corpus" in step.inputs
 
 
-def has_text(step: PlannedStep) -> bool:
-    """Return True if the step evaluates a text of the user's."""
-    return step.config.eval.text is not None
-
-
 def has_core(step: PlannedStep) -> bool:
     """Return True if the step measures the whole of CORE."""
     core = step.config.eval.core
@@ -296,8 +282,8 @@ def has_chatcore(step: PlannedStep) -> bool:
 TEXT_METRICS = (
     Metric("val_bpb", "minimize", when=has_corpus, needs="pipeline.STEP.corpus"),
     Metric("perplexity", "minimize", when=has_corpus, needs="pipeline.STEP.corpus"),
-    Metric("text_bpb", "minimize", when=has_text, needs="eval.text"),
-    Metric("text_perplexity", "minimize", when=has_text, needs="eval.text"),
+    Metric("text_bpb", "minimize", when=lambda step: step.config.eval.text is not None, needs="eval.text"),
+    Metric("text_perplexity", "minimize", when=lambda step: step.config.eval.text is not None, needs="eval.text"),
 )
 TASK_METRICS = (
     Metric("*", "maximize", names=lambda config: config.suite, when=has_suite, needs="a chat model and the suite"),
@@ -368,7 +354,6 @@ def _predict(step: PlannedStep, store: Store) -> Estimate | None:
 
 
 def _speed(made: Mapping[str, Any]) -> float:
-    """Return the FLOP/s of a finished pretraining; 0: not in its manifest."""
     per_token: float = made.get("derived", {}).get("flops_per_token", 0)
     return per_token * (made.get("tokens_per_second") or 0)
 

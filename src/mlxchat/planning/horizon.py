@@ -92,11 +92,7 @@ def derive_numbers(derived: Hyperparameters, sizes: GPTSizes, micro_tokens: int)
     counts = count_parameters(sizes)
     tokens = derived.num_iterations * derived.batch_tokens
     return {
-        "num_layers": sizes.num_layers,
-        "width": sizes.width,
-        "num_heads": sizes.num_heads,
-        "num_kv_heads": sizes.num_kv_heads,
-        "vocab_size": sizes.vocab_size,
+        **{name: getattr(sizes, name) for name in ("num_layers", "width", "num_heads", "num_kv_heads", "vocab_size")},
         "num_parameters": counts["total"],
         "num_matrix_parameters": counts["matrices"],
         "num_embedding_parameters": counts["embedding"],

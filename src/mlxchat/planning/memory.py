@@ -110,14 +110,9 @@ def find_device(machine: MachineConfig | None = None) -> Device:
         limit = int(total * _MEMORY_SHARE[kind]) // sharing
         where = f"{_MEMORY_SHARE[kind]:.0%} of this machine's {format_bytes(total)}"
         where += f", shared by {sharing} ranks" if sharing > 1 else ""
-    return Device(
-        kind=kind,
-        plain=plain,
-        limit_bytes=limit,
-        limit_is=where,
-        num_lanes=1 if plain else min(machine.blas_threads or available_cores(), bounds.CPU_MOST_LANES),
-        compute_bytes=2 if dtype_name(machine.device, machine.compute_dtype) == "bfloat16" else 4,
-    )
+    lanes = 1 if plain else min(machine.blas_threads or available_cores(), bounds.CPU_MOST_LANES)
+    width = 2 if dtype_name(machine.device, machine.compute_dtype) == "bfloat16" else 4
+    return Device(kind=kind, plain=plain, limit_bytes=limit, limit_is=where, num_lanes=lanes, compute_bytes=width)
 
 
 def _memory_bytes(kind: str) -> int | None:
@@ -210,8 +205,7 @@ class Training:
 
     def on(self, machine: MachineConfig) -> Training:
         """Return the same on the device and ranks of a machine: `find_device`."""
-        team = current_team()
-        ranks = 1 if team is None else team.size
+        ranks = 1 if (team := current_team()) is None else team.size
         return replace(self, device=find_device(machine), recompute=machine.grad_checkpointing, num_ranks=ranks)
 
     @cached_property

@@ -24,7 +24,7 @@ _TASKS = {
     "arithmetic": ("quickstart", "Arithmetic"),
     "first_questions": ("quickstart", "FirstQuestions"),
     "practice": ("quickstart", "Practice"),
-    "first_letter_count": ("spelling", "FirstLetterCount"),
+    "first_letter_count": ("quickstart", "FirstLetterCount"),
     "identity": ("jsonl", "Identity"),
     "jsonl": ("jsonl", "Jsonl"),
     "pairs": ("jsonl", "Pairs"),
@@ -35,8 +35,8 @@ _TASKS = {
     "arc_easy": ("downloads", "ArcEasy"),
     "arc_challenge": ("downloads", "ArcChallenge"),
     "humaneval": ("downloads", "HumanEval"),
-    "spelling_bee": ("spelling", "SpellingBee"),
-    "simple_spelling": ("spelling", "SimpleSpelling"),
+    "spelling_bee": ("quickstart", "SpellingBee"),
+    "simple_spelling": ("quickstart", "SimpleSpelling"),
 }
 CHATCORE_SETS: dict[str, tuple[str, ...]] = {
     "oct2025": ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling_bee"),

@@ -21,8 +21,6 @@ from mlxchat.errors import ConfigError, DataError, suggest
 _T = TypeVar("_T")
 LETTERS = ("A", "B", "C", "D")
 PARTS = ("text", "python", "python_output")  # types of the parts of an answer: {"type", "text"}
-
-
 Conversation = dict[str, Any]
 """{"messages": [{"role", "content"}, ...]}, plus "letters" and "answer" in a categorical task."""
 
@@ -113,8 +111,7 @@ def is_answer(conversation: Conversation, response: str, *, contains: bool = Fal
     answer's words in sequence.
     """
     answer = answer_text(conversation)
-    number = final_number(answer)
-    if number is not None:
+    if (number := final_number(answer)) is not None:
         given = final_number(response)
         return given is not None and _word(given) == _word(number)
     expected, words = _words(answer), _words(response)
@@ -226,7 +223,6 @@ class Task(ABC):
         return float(self.evaluate(conversation, response))
 
     def _indices(self) -> range:
-        """Return the indices of the selected conversations in the whole task."""
         count = self.size if self.size is not None and self.repeats else self._own_size()
         return range(min(count, self.size or count))[self._slice]
 

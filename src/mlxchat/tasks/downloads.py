@@ -105,17 +105,14 @@ class UrlTask(Task):
         super().__post_init__()
         for source in self.needs():
             if not source.url.startswith(("http://", "https://")):
-                raise ConfigError(
-                    f'{self.source_options[0]} of task {self.name} is "{source.url}", expected an address (http://, '
-                    "https://). For a local file, set the task's option path=FILE."
-                )
+                fault = f'{self.source_options[0]} of task {self.name} is "{source.url}", expected an address'
+                raise ConfigError(f"{fault} (http://, https://). For a local file, set the task's option path=FILE.")
 
     def needs(self) -> list[UrlSource]:
         """Return the address as a source, unless the task reads a local file."""
         return [] if self.path is not None else [UrlSource(getattr(self, self.source_options[0]), self.sha256)]
 
     def _file(self) -> Path:
-        """Return the path of the file, downloaded if necessary."""
         return Path(self.path) if self.path is not None else self.fetch()[0]
 
 
@@ -323,9 +320,8 @@ class HumanEval(HubTask):
         from mlxchat.sandbox.programs import find_confinement_problem  # imported only for evaluations
 
         if not self.unconfined and (problem := find_confinement_problem()):
-            raise StepFailed(
-                f"task humaneval: {problem}. Leave the task out, or accept the risk with options: {{unconfined: 1}}"
-            )
+            advice = "Leave the task out, or accept the risk with options: {unconfined: 1}"
+            raise StepFailed(f"task humaneval: {problem}. {advice}")
 
     def _conversation_of(self, row: dict[str, Any]) -> Conversation:
         solution = f"{row['prompt']}\n{row['canonical_solution']}"

@@ -178,7 +178,6 @@ def parse_pair(value: Any) -> Conversation:
 
 
 def _whole(value: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """Return the messages up to one of the answers."""
     answer = value[name]
     if not isinstance(answer, list):
         answer = [{"role": "assistant", "content": answer}]

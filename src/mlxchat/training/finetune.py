@@ -10,10 +10,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlxchat.config.schema import ConversationConfig, FinetuneConfig, TeacherConfig
-from mlxchat.data.mixture import Mixture, open_item
 from mlxchat.data.packing import RowBatches, RowStream, ShuffledConversations, count_rows, take_validation
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.data.tokens import Tokens, open_mixture
+from mlxchat.data.tokens import Mixture, Tokens, open_item, open_mixture
 from mlxchat.errors import DataError
 from mlxchat.evals.bpb import mean_loss
 from mlxchat.model.checkpoint import load_checkpoint, save_adapters, save_checkpoint

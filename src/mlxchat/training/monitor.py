@@ -18,9 +18,9 @@ import mlx.core as mx
 
 from mlxchat.config.schema import ConversationConfig, PretrainConfig
 from mlxchat.config.wording import first_of, format_bytes, format_count
-from mlxchat.data.mixture import open_item
 from mlxchat.data.packing import Batch, BatchSource
 from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.tokens import open_item
 from mlxchat.engine.generate import Engine
 from mlxchat.errors import StepFailed
 from mlxchat.evals.core import evaluate_core

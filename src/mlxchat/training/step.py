@@ -30,8 +30,7 @@ from mlxchat.ops.loss import Logits, cross_entropy_sum, distillation_sum
 from mlxchat.optim.optimizer import Flat, Optimizer, Rates
 from mlxchat.runner.context import Context
 
-Rows = dict[str, np.ndarray[Any, Any]]
-"""Rows of a batch: ids, targets and weights (B, T), and with dropout keys (B, 2)."""
+Rows = dict[str, np.ndarray[Any, Any]]  # rows of a batch: ids, targets and weights (B, T), and with dropout keys (B, 2)
 
 
 class Distillation:
