@@ -21,8 +21,7 @@ from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.stage import read_stage
 from mlxchat.store.store import Store
 from mlxchat.tasks import load_item
-from mlxchat.trackers import Tracker
-from mlxchat.trackers.services import Results
+from mlxchat.trackers import Results, Tracker
 
 WORDS = ("--config-dir", "conf", "experiment=words")
 OWN = ("my_stages", "doubles", "judging", "printing", "letters")

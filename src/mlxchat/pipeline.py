@@ -41,8 +41,7 @@ from mlxchat.store.files import Record, Records, now, write_whole
 from mlxchat.store.fingerprint import plain_of
 from mlxchat.store.naming import LATEST, MODEL, called, links, runs
 from mlxchat.store.store import Store
-from mlxchat.trackers import Tracker, numbers_of
-from mlxchat.trackers.services import Published, Results
+from mlxchat.trackers import Published, Results, Tracker, numbers_of
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def store(served: Path, tmp_path: Path) -> Store:
 @pytest.fixture
 def say(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command) -> Any:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mlxchat.serve.run.run_server", lambda *arguments, **options: 0)
+    monkeypatch.setattr("mlxchat.serve.api.run_server", lambda *arguments, **options: 0)
 
     def run(words: tuple[str, ...], name: str) -> tuple[int, str]:
         named = {"NAME": f"outputs/store/{CHAT}" if name == "STORE" else name, "PLACE": str(tmp_path / "place")}

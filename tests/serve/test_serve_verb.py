@@ -34,7 +34,7 @@ def test_serve_prints_its_address_answers_and_stops(served, start_mlxchat):
 
 def test_model_beyond_memory_is_refused_before_its_weights_are_read(served, command, monkeypatch):
     monkeypatch.setattr("mlxchat.serve.models.find_device", lambda **options: Device(limit_bytes=1000))
-    monkeypatch.setattr("mlxchat.serve.run.run_server", lambda *arguments, **options: 0)
+    monkeypatch.setattr("mlxchat.serve.api.run_server", lambda *arguments, **options: 0)
     code, said = command("serve", "sft", f"outputs={served}", "--port", "0")
     assert code == 2
     assert re.search(rf"^error: {CHAT} .*--bits 4", said, re.MULTILINE), said

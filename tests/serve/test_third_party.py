@@ -73,7 +73,7 @@ def test_own_and_third_party_models_are_served_together(server):
 
 
 def test_serve_accepts_model_folders(folder, tmp_path, monkeypatch, command):
-    monkeypatch.setattr("mlxchat.serve.run.run_server", lambda *arguments, **options: print("served", options["name"]))
+    monkeypatch.setattr("mlxchat.serve.api.run_server", lambda *arguments, **options: print("served", options["name"]))
     code, said = command("serve", f"hf:{folder}", f"outputs={tmp_path}/none")
     assert (code or 0, f"served {NAME}" in said) == (0, True)
     code, said = command("serve", f"hf:{folder}", "--bits", "4", f"outputs={tmp_path}/none")

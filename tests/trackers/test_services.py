@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from mlxchat.config.schema import TrackerConfig
-from mlxchat.trackers import Tracker
-from mlxchat.trackers.services import Published, Results
+from mlxchat.trackers import Published, Results, Tracker
 
 
 def track(kind, outputs, *, run, iterations, is_done):

@@ -9,8 +9,7 @@ from typing import Any
 
 from mlxchat import trackers
 from mlxchat.config.schema import TrackerConfig
-from mlxchat.trackers import Tracker
-from mlxchat.trackers.services import Results, TrackedRun
+from mlxchat.trackers import Results, TrackedRun, Tracker
 
 
 class Notebook:

@@ -329,10 +329,9 @@ def _serve(options: Namespace) -> int:
             f"--host {options.host} can be reached from other machines and requires a key: --api-key KEY or {_KEY}. "
             "Clients send it as Authorization: Bearer KEY"
         )
-    from mlxchat.serve.api import Service, make_app
+    from mlxchat.serve.api import Service, make_app, run_server
     from mlxchat.serve.models import Models, load_scheduler, read_model, read_third_party, rows_that_fit
     from mlxchat.serve.requests import Defaults
-    from mlxchat.serve.run import run_server
     from mlxchat.serve.security import Limits
     from mlxchat.serve.worker import Worker
 

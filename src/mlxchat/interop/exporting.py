@@ -87,12 +87,7 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Return a checkpoint artifact.
-
-    Raises:
-        DataError: a file is missing or damaged.
-        StoreError: the manifest is damaged, or the base of its adapters is missing.
-    """
+    """Return a checkpoint artifact; DataError or StoreError if a file, the manifest or a base is missing or damaged."""
     model, tokenizer, _ = load_checkpoint(folder)
     facts = read_json(folder / "checkpoint.json", f"{folder.name}: checkpoint.json")
     manifest = read_manifest(folder) if (folder / MANIFEST).exists() else {}
@@ -104,11 +99,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def check_export(checkpoint: Checkpoint, target: str, *, bits: int | None, dtype: str | None) -> None:
-    """Check that a format can represent the checkpoint, before anything is written.
-
-    Raises:
-        ConfigError: it cannot; names the alternatives.
-    """
+    """Raise a ConfigError, which names the alternatives, if a format cannot represent the checkpoint."""
     adapters_alone = target in ("mlx-adapter", "peft")
     if adapters_alone and not checkpoint.bases:
         instead = "mlx" if target == "mlx-adapter" else "hf"
@@ -134,11 +125,7 @@ def check_export(checkpoint: Checkpoint, target: str, *, bits: int | None, dtype
 
 
 def check_computation(checkpoint: Checkpoint) -> None:
-    """Check that the model computes what other tools compute with its weights.
-
-    Raises:
-        ConfigError: mlxchat/model/gpt.py was changed, so an export would be another model.
-    """
+    """Raise a ConfigError if gpt.py was changed so that other tools compute another model with the same weights."""
     if not computes_as_published(checkpoint.sizes):
         raise ConfigError(
             f"{checkpoint.folder.name} computes other logits than nanochat's architecture with the same weights, since "
@@ -150,10 +137,7 @@ def check_computation(checkpoint: Checkpoint) -> None:
 def write_hf(checkpoint: Checkpoint, out: Path, *, dtype: str | None = None) -> None:
     """Write a folder of `NanoChatForCausalLM`.
 
-    Args:
-        checkpoint: checked by `check_export`.
-        out: an empty folder.
-        dtype: float32 or bfloat16; None: as imported, or float32.
+    `dtype` is float32 or bfloat16; None: as imported, or float32.
     """
     sizes = checkpoint.sizes
     arrays = {
@@ -221,11 +205,7 @@ def write_nanochat(checkpoint: Checkpoint, out: Path) -> str:
 def write_mlx(checkpoint: Checkpoint, out: Path, *, bits: int | None = None, dtype: str | None = None) -> None:
     """Write a folder for mlx-lm, with a model file for architectures that mlx-lm lacks.
 
-    Args:
-        checkpoint: checked by `check_export`.
-        out: an empty folder.
-        bits: of quantised matrices, 8 or 4; None: not quantised.
-        dtype: of all other numbers, including scales; None: float32.
+    `bits` (8 or 4) quantises the matrices; `dtype` is of all other numbers, including scales; None: float32.
     """
     code = CODES[dtype or "float32"]
     config = config_of(checkpoint.sizes, checkpoint.tokenizer)

@@ -66,10 +66,7 @@ def check_gguf(sizes: GPTSizes) -> None:
 def write_gguf(checkpoint: Checkpoint, out: Path, *, dtype: str = "f32") -> str:
     """Write a model as NAME-TYPE.gguf, and Ollama's Modelfile; return the file's name.
 
-    Args:
-        checkpoint: checked by `check_export`.
-        out: an empty folder.
-        dtype: of matrices, one of TYPES. With q8_0 a matrix whose rows have no whole blocks of 32 is f16.
+    `dtype`, one of TYPES, is of matrices. With q8_0 a matrix whose rows have no whole blocks of 32 is f16.
     """
     import gguf
 

@@ -40,11 +40,7 @@ def pins_of(config: ImportConfig, hash_of: Callable[[Path], str]) -> dict[str, s
 
 
 def model_sizes(config: ImportConfig) -> GPTSizes:
-    """Return the sizes of a model without downloading its weights.
-
-    Raises:
-        DataError: the model does not exist, or its description is damaged.
-    """
+    """Return the sizes of a model without downloading its weights; DataError if there is no sound description."""
     source, files = find(config)
     if isinstance(files, hf.HfFiles):
         return sizes_from_hf(hf.read_config(source), source.where)
@@ -70,12 +66,8 @@ def import_model(
 ) -> tuple[GPTSizes, list[dict[str, Any]]]:
     """Write a third-party model to `out` as a checkpoint; return its sizes and a record of each file.
 
-    `check` is called repeatedly and may raise to end the work.
-    Adapters need the artifact of their `base`.
-
-    Raises:
-        DataError: a file is missing, damaged or invalid, or the disk is full.
-        PassingError: the Hub does not answer.
+    `check` is called repeatedly and may raise to end the work. Adapters need the artifact of their `base`. DataError: a
+    file is missing, damaged or invalid, or the disk is full; PassingError: the Hub does not answer.
     """
     source, files = find(config)
     if isinstance(files, peft.AdapterFiles):

@@ -80,12 +80,9 @@ def ours_from_hf(name: str) -> str | None:
 
 
 def sizes_from_nanochat(model_config: Mapping[str, Any], names: Iterable[str], where: str) -> GPTSizes:
-    """Return the sizes of a nanochat model.
+    """Return the sizes of a nanochat model from the `model_config` of its meta_*.json.
 
-    Args:
-        model_config: of meta_*.json.
-        names: our names of its parameters, which determine the architecture.
-        where: the model's name in messages.
+    `names` are ours of its parameters, which determine the architecture; `where` is the model's name in messages.
     """
     given = list(names)
     found = {prefix for prefix in LATER if any(name.startswith(prefix) for name in given)}
@@ -115,11 +112,7 @@ def nanochat_from_sizes(sizes: GPTSizes) -> dict[str, Any]:
 
 
 def sizes_from_hf(config: Mapping[str, Any], where: str) -> GPTSizes:
-    """Return the sizes of a config.json of `NanoChatForCausalLM`, mlx-lm or mlxchat.
-
-    Raises:
-        DataError: a size is missing, or a setting is unsupported.
-    """
+    """Return the sizes of a config.json of `NanoChatForCausalLM`, mlx-lm or mlxchat; DataError if unsupported."""
     numbers = _numbers({"num_key_value_heads": config.get("num_attention_heads"), **config}, _HF_SIZES, where)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):

@@ -91,12 +91,9 @@ def read_meta(data: bytes, where: str) -> dict[str, Any]:
 
 
 def facts_of(meta: dict[str, Any], files: NanochatFiles, chat: bool | None) -> dict[str, Any]:
-    """Return the contents of checkpoint.json.
+    """Return the contents of checkpoint.json. `chat` None: a chat model unless the meta file is pretraining's.
 
-    Args:
-        meta: of meta_*.json.
-        files: of the checkpoint; only their step is recorded, so that equal files give equal checkpoints.
-        chat: whether it is a chat model; None: unless the meta file is pretraining's.
+    Only the step is recorded of `files`, so that equal files give equal checkpoints.
     """
     if chat is None:
         chat = "device_batch_size" not in meta  # written only by pretraining

@@ -93,13 +93,9 @@ def check_peft(sizes: AdapterConfig, name: str) -> None:
 
 
 def write_peft(adapters: Mapping[str, np.ndarray[Any, Any]], sizes: AdapterConfig, out: Path, *, base: str) -> None:
-    """Write adapters in PEFT's format, for a base exported with `--to hf`.
+    """Write adapters (float32, by our names) in PEFT's format, for a base exported with `--to hf`.
 
-    Args:
-        adapters: by our names, in float32.
-        sizes: of the adapters, checked by `check_peft`.
-        out: an empty folder.
-        base: name of the base, which PEFT uses as a path unless it is given the model.
+    `base` is its name, which PEFT uses as a path unless it is given the model.
     """
     theirs = {_peft_name(name): name for name in adapters}
     alpha = sizes.scale * sizes.rank
@@ -163,15 +159,9 @@ def find_files(source: ModelSource) -> AdapterFiles:
 def import_adapter(
     source: ModelSource, files: AdapterFiles, base: Path | None, out: Path, *, chats: bool | None, check: Check
 ) -> GPTSizes:
-    """Write adapters to `out` as a checkpoint; return the sizes of the model.
+    """Write adapters that were trained on the artifact `base` to `out` as a checkpoint; return the sizes of the model.
 
-    Args:
-        source: of the adapters.
-        files: their names in the source.
-        base: the artifact that they were trained on.
-        out: an existing folder.
-        chats: whether the result is a chat model; None: as its base.
-        check: may raise to end the work.
+    `chats` is whether the result is a chat model; None: as its base.
     """
     if base is None:
         raise DataError("adapters need a base: mlxchat import adapter FOLDER --base REF")

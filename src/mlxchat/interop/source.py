@@ -137,13 +137,8 @@ _READ = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 def outside_folder(reference: str) -> Path:
     """Return the folder of a third-party model, after downloading missing files.
 
-    Args:
-        reference: hf:FOLDER, hf:ORGANISATION/NAME or hf:ORGANISATION/NAME@REVISION.
-
-    Raises:
-        ConfigError: the reference is none of these.
-        DataError: the folder or repository does not exist or has no model.
-        PassingError: the Hub does not answer.
+    `reference` is hf:FOLDER, hf:ORGANISATION/NAME or hf:ORGANISATION/NAME@REVISION, else a ConfigError. DataError:
+    there is no such folder or repository, or it has no model; PassingError: the Hub does not answer.
     """
     what = reference.removeprefix(PREFIX)
     folder = Path(what).expanduser()

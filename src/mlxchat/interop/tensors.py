@@ -121,12 +121,9 @@ def fits(values: Floats, code: str) -> bool:
 
 
 def write_safetensors(path: Path, arrays: Mapping[str, Array], *, made_for: str) -> None:
-    """Write a safetensors file reproducibly.
+    """Write a safetensors file reproducibly, with arrays in their order; uint16 holds the bits of bfloat16.
 
-    Args:
-        path: of the file.
-        arrays: in the order of their numbers in the file; uint16 holds the bits of bfloat16.
-        made_for: pt or mlx, which some readers require.
+    `made_for` is pt or mlx, which some readers require.
     """
     header: dict[str, Any] = {"__metadata__": {"format": made_for}}
     start = 0

@@ -97,11 +97,9 @@ def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def write_state(path: Path, arrays: Mapping[str, Array]) -> None:
-    """Write an ordered dict of tensors as `torch.save` does.
+    """Write an ordered dict of tensors (float32, float16, or uint16 for the bits of bfloat16) as `torch.save` does.
 
-    Args:
-        path: of the .pt file; its stem becomes the archive's top folder, as in PyTorch.
-        arrays: name → float32, float16 or uint16 (the bits of bfloat16), in order.
+    The stem of `path` becomes the archive's top folder, as in PyTorch.
     """
     items = [_plain(name) + _tensor(number, array) for number, (name, array) in enumerate(arrays.items())]
     _write(path, _ORDERED_DICT + b"(" + b"".join(items) + b"u", list(arrays.values()))

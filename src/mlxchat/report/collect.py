@@ -130,11 +130,7 @@ def checkpoint_name(step: StepReport) -> str:
 
 
 def latest_run(outputs: Path) -> Path:
-    """Return the newest run folder that has a plan.
-
-    Raises:
-        StoreError: there is no such folder.
-    """
+    """Return the newest run folder that has a plan; StoreError if there is none."""
     runs = outputs / "runs"
     # Names begin with the time of the start, so the order of names is the order of runs.
     planned = sorted(path.parent for path in runs.glob("*/plan.json")) if runs.is_dir() else []
@@ -144,11 +140,7 @@ def latest_run(outputs: Path) -> Path:
 
 
 def collect(outputs: Path, run: Path) -> RunReport:
-    """Return a run and every artifact of its plan, inputs first; steps without an artifact are marked so.
-
-    Raises:
-        StoreError: `run` has no readable plan.json.
-    """
+    """Return a run and every artifact of its plan, inputs first; StoreError if it has no readable plan.json."""
     plan = mapping(read_json(run / "plan.json"))
     entries = [mapping(entry) for entry in sequence(plan.get("steps"))]
     entries = [entry for entry in entries if text(entry.get("step"))]

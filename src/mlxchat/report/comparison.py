@@ -22,11 +22,7 @@ MOST_CURVES = len(COLOURS)
 
 
 def reports_of_sweep(outputs: Path, folder: Path) -> list[RunReport]:
-    """Return the reports of a sweep's jobs in the order of its table.
-
-    Raises:
-        ConfigError: no job has artifacts.
-    """
+    """Return the reports of a sweep's jobs in the order of its table; ConfigError if no job has artifacts."""
     jobs = [job for job in _state(folder)["jobs"].values() if job.get("steps")]
     if not jobs:
         raise ConfigError(f"{folder}: no job of it has artifacts")

@@ -53,11 +53,7 @@ Block = str | Table | Group | list[Picture]
 
 
 def show_report(outputs: Path, run: Path) -> None:
-    """Write report.md and report.html into a run's folder; print a summary and their path.
-
-    Raises:
-        StoreError: the run has no readable plan, or its folder cannot be written.
-    """
+    """Write report.md and report.html into a run's folder; print a summary and their path."""
     report = collect(outputs, run)
     place = write_document(report.folder, title_of(report), document(report))
     print_summary(report)
@@ -257,10 +253,7 @@ def _table_html(table: Table) -> str:
 def write_document(folder: Path, title: str, blocks: Sequence[Block]) -> Path:
     """Write report.html, report.md and report/*.svg into a folder, each whole; return the path of report.html.
 
-    Pictures of an earlier report that no longer apply are removed.
-
-    Raises:
-        StoreError: the folder cannot be written.
+    Pictures of an earlier report that no longer apply are removed. StoreError: the folder cannot be written.
     """
     pictures = folder / PICTURES
     charts = {f"{chart.name}.svg": chart for chart in _charts(blocks)}

@@ -93,13 +93,7 @@ class Verdict:
 def find_experiments(store: Store, plans: Sequence[Plan], metric: str) -> list[Experiment]:
     """Return the experiments of runs, in the order of their first runs.
 
-    Args:
-        store: holds their artifacts.
-        plans: name and steps of each run, oldest first (`find_runs`).
-        metric: STEP.METRIC.
-
-    Raises:
-        ConfigError: no run has the metric.
+    `plans` are the name and steps of each run, oldest first; `metric` is STEP.METRIC. ConfigError: no run has it.
     """
     step_name, _, number = metric.rpartition(".")
     found: dict[str, Experiment] = {}
@@ -150,15 +144,9 @@ def _settings(store: Store, made: Manifest) -> dict[str, Any]:
 
 
 def judge(experiments: Sequence[Experiment], baseline: str, *, less_is_better: bool) -> list[Verdict]:
-    """Return a verdict on the baseline and on each later experiment.
+    """Return a verdict on the baseline and on each later experiment, which are in the order of their runs.
 
-    Args:
-        experiments: in the order of their runs.
-        baseline: name of one of them, or of a folder of its runs.
-        less_is_better: whether small values are good.
-
-    Raises:
-        ConfigError: no experiment is called so, several are, or it has no result.
+    `baseline` is the name of one, or of a folder of its runs. ConfigError: none or several are called so.
     """
     named = [each for each in experiments if baseline in (each.name, *each.runs) and each.made]
     if len(named) != 1:

@@ -113,11 +113,9 @@ def _vouch(
 
 
 def _confine(orders: dict[str, Any], *, files: int) -> list[str]:
-    """Confine this process; return the names of the protections in force, without those that the system lacks.
+    """Confine this process as ordered; return the names of the protections in force, which the system may lack.
 
-    Args:
-        orders: the protections to try, and their settings.
-        files: greater than every open file descriptor.
+    `files` is greater than every open file descriptor.
     """
     wanted, folder = orders["protections"], orders["folder"]
     if sys.platform != "linux":
@@ -169,9 +167,7 @@ def _go_on_in_child(libc: Any, files: int) -> None:
 def _limit(orders: dict[str, Any], *, others: int) -> None:
     """Set resource limits. macOS cannot limit memory, so there the parent watches it.
 
-    Args:
-        orders: the limits.
-        others: processes and threads of the user besides the program's.
+    `others` are processes and threads of the user besides the program's.
     """
     seconds, memory = int(orders["seconds"]) + 2, orders["memory_bytes"]
     limits = [
@@ -214,11 +210,7 @@ def _enter_namespaces(libc: Any, folder: str, readable: list[str]) -> bool:
 
 
 def _change_root(libc: Any, folder: str, readable: list[str]) -> None:
-    """Change to a read-only root directory with only the files that Python needs, and an empty folder.
-
-    Raises:
-        OSError: the system does not permit it.
-    """
+    """Change to a read-only root with only the files that Python needs, and an empty folder; OSError if refused."""
 
     def check(result: int) -> None:
         if result != 0:

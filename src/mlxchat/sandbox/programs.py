@@ -73,16 +73,10 @@ class Outcome:
 def run_program(
     code: str, *, seconds: float = 5.0, memory_bytes: int = 256 << 20, protections: Iterable[str] = PROTECTIONS
 ) -> Outcome:
-    """Execute a program and return its outcome.
+    """Execute Python source as __main__ and return its outcome.
 
-    Args:
-        code: Python source; it runs as __main__.
-        seconds: limit of wall-clock time.
-        memory_bytes: limit of memory, including the interpreter's own (about 20 MB).
-        protections: those to use if available; for tests.
-
-    Raises:
-        StepFailed: the interpreter does not start, which is not the program's fault.
+    `seconds` limits wall-clock time, `memory_bytes` memory with the interpreter's own (about 20 MB); `protections` are
+    used if available. StepFailed: the interpreter does not start, which is not the program's fault.
     """
     with _own_folder() as folder:
         run = Run(folder, code, seconds, memory_bytes, tuple(protections))
@@ -565,10 +559,8 @@ _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 def make_filter(pid: int, *, writes: bool) -> bytes | None:
     """Return the filter as an array of `struct sock_filter`; None for other machines than x86-64 and ARM64 Linux.
 
-    Args:
-        pid: of the process, in its own namespace.
-        writes: whether files may be opened for writing, created and removed. The filter cannot see their paths, so
-            this needs Landlock.
+    `pid` is the process in its own namespace. `writes` allows opening for writing, creating and removing files; the
+    filter cannot see their paths, so this needs Landlock.
     """
     if platform.system() != "Linux" or platform.machine() not in _MACHINES:
         return None

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import uvicorn
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse
@@ -26,33 +29,29 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from mlxchat import __version__
-from mlxchat.engine.batch import Request as EngineRequest
+from mlxchat.errors import ConfigError, visible
 from mlxchat.serve.answers import (
     STREAM,
+    ChatChoice,
     ChatCompletion,
+    Choice,
     Completion,
     ModelEntry,
     ModelList,
+    TextChoice,
     answers,
+    usage_of,
 )
-from mlxchat.serve.choices import Choice, choices_of, usage_of
-from mlxchat.serve.models import Model, Models
-from mlxchat.serve.requests import (
-    ChatPrompt,
-    ChatRequest,
-    Defaults,
-    Generation,
-    TextRequest,
-    chat_prompt,
-    json_constraint,
-    requests_for,
-    text_prompts,
-)
+from mlxchat.serve.models import Models
+from mlxchat.serve.requests import ChatRequest, Defaults, TextRequest, chat_requests, text_requests
 from mlxchat.serve.runs import run_routes
 from mlxchat.serve.security import Fault, Guard, JsonAnswer, add_fault_handlers
 from mlxchat.serve.worker import Answer, Worker
 
 PAGE = Path(__file__).with_name("page")
+_MOST_CONNECTIONS = 200
+"""Further ones get status 503; macOS allows 256 files by default."""
+_GRACE_SECONDS = 30
 _DISCONNECT_SECONDS = 0.5
 """Interval at which an answer that is not streamed looks for its client."""
 Json = dict[str, Any]
@@ -143,112 +142,54 @@ def openai_routes(service: Service) -> APIRouter:
 
     @routes.post("/chat/completions", response_model=None, responses=answers(ChatCompletion, STREAM))
     async def chat(body: ChatRequest, request: Request) -> Response:
-        model, prompt, requests = await run_in_threadpool(prepare_chat, service, body)
-        answer = service.worker.submit(model, requests)
-        head = _head("chatcmpl", "chat.completion", service, model)
-        own = {"mlxchat": {"truncated_turns": prompt.truncated_turns}} if body.truncation == "auto" else {}
-        if body.stream:
-            return EventStream(answer, _chunks(answer, {**head, "object": "chat.completion.chunk"}, body, own))
-        choices = await collect(request, answer)
-        described = await run_in_threadpool(lambda: [choice.for_chat(index) for index, choice in enumerate(choices)])
-        return JsonAnswer({**head, "choices": described, "usage": usage_of(answer, choices, body.n), **own})
+        return await _respond(service, body, request)
 
     @routes.post("/completions", response_model=None, responses=answers(Completion, STREAM))
     async def complete(body: TextRequest, request: Request) -> Response:
-        model, requests = await run_in_threadpool(_prepare_text, service, body)
-        answer = service.worker.submit(model, requests)
-        head = _head("cmpl", "text_completion", service, model)
-        if body.stream:
-            return EventStream(answer, _chunks(answer, head, body))
-        choices = await collect(request, answer)
-        described = await run_in_threadpool(lambda: [choice.for_text(index) for index, choice in enumerate(choices)])
-        return JsonAnswer({**head, "choices": described, "usage": usage_of(answer, choices, body.n)})
+        return await _respond(service, body, request)
 
     return routes
 
 
-def prepare_chat(service: Service, body: ChatRequest) -> tuple[Model, ChatPrompt, list[EngineRequest]]:
-    """Return model, prompt and choices of a chat request. Call it in a thread: it reads files and encodes text."""
-    model = service.models.find(body.model)
-    if body.top_logprobs and not body.logprobs:
-        raise Fault("top_logprobs needs logprobs=true", param="top_logprobs")
-    most = body.max_completion_tokens or body.max_tokens
-    prompt = chat_prompt(model, body.messages, answer_tokens=most, truncate=body.truncation == "auto")
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    requests = requests_for(
-        model, body, [prompt.ids], service.defaults, max_tokens=most, logprobs=logprobs,
-        constraint=json_constraint(model, body.response_format), skip_blank=model.third_party,
-    )  # fmt: skip
-    return model, prompt, requests
-
-
-def _prepare_text(service: Service, body: TextRequest) -> tuple[Model, list[EngineRequest]]:
-    """Return model and choices of a text completion. Call it in a thread."""
-    model = service.models.find(body.model)
-    prompts = text_prompts(model, body)
-    most = body.max_tokens if body.max_tokens is not None else 128
-    return model, requests_for(model, body, prompts, service.defaults, max_tokens=most)
-
-
-async def _all_choices(answer: Answer) -> list[Choice]:
-    choices = choices_of(answer)
-    async for index, event in answer:
-        choices[index].add(event)
-    return choices
-
-
-async def _chunks(answer: Answer, head: Json, body: Generation, own: Json | None = None) -> AsyncIterator[Json | str]:
-    """Yield the chunks of a stream; those of a chat begin with roles, the first one of them with the fields `own`."""
-    choices = choices_of(answer)
-    usage: Json = {"usage": None} if body.stream_options and body.stream_options.include_usage else {}
-
-    def chunk(index: int, fields: Json) -> Json:
-        return {**head, "choices": [{"index": index, "logprobs": None, "finish_reason": None, **fields}], **usage}
-
-    if own is not None:
-        for index in range(len(choices)):
-            opening = chunk(index, {"delta": {"role": "assistant", "content": ""}})
-            yield {**opening, **(own if index == 0 else {})}
-    async for index, event in answer:
-        choice = choices[index]
-        pieces = choice.text_pieces(event) if own is None else choice.chat_pieces(event)
-        for fields in pieces:
-            yield chunk(index, fields)
-    if usage:
-        yield {**head, "choices": [], "usage": usage_of(answer, choices, body.n)}
-    yield "[DONE]"
-
-
-def _head(prefix: str, kind: str, service: Service, model: Model) -> Json:
-    return {
-        "id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model.name,
-        "system_fingerprint": service.models.fingerprint(model.digest),
+async def _respond(service: Service, body: ChatRequest | TextRequest, request: Request) -> Response:
+    """Return the response to a completion, as a stream or whole."""
+    model = await run_in_threadpool(service.models.find, body.model)
+    own: Json = {}
+    # Threads: they encode text and may compile a JSON schema.
+    if isinstance(body, ChatRequest):
+        requests, dropped = await run_in_threadpool(chat_requests, model, body, service.defaults)
+        prefix, kind, streamed = "chatcmpl", "chat.completion", "chat.completion.chunk"
+        if body.truncation == "auto":
+            own = {"mlxchat": {"truncated_turns": dropped}}
+    else:
+        requests = await run_in_threadpool(text_requests, model, body, service.defaults)
+        prefix, kind, streamed = "cmpl", "text_completion", "text_completion"
+    answer = service.worker.submit(model, requests)
+    head = {
+        "id": f"{prefix}-{uuid.uuid4().hex}", "object": streamed if body.stream else kind, "created": int(time.time()),
+        "model": model.name, "system_fingerprint": service.models.fingerprint(model.digest),
     }  # fmt: skip
+    if body.stream:
+        return EventStream(answer, _chunks(answer, head, body, own))
+    choices = await _collect(request, answer)
+    described = await run_in_threadpool(_describe, choices, chats=isinstance(body, ChatRequest))
+    return JsonAnswer({**head, "choices": described, "usage": usage_of(answer, choices, body.n), **own})
 
 
-class EventStream(EventSourceResponse):
-    """Server-sent events of an answer, which is cancelled when the stream ends or the client disconnects."""
-
-    def __init__(self, answer: Answer, data: AsyncIterator[Json | str]) -> None:
-        """Stream `data` of an answer: objects, sent as JSON, or text."""
-        super().__init__(_encoded(data), sep="\n", ping=15, headers={"X-Accel-Buffering": "no"})
-        self._answer = answer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the stream, then cancel what is left of the answer."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._answer.cancel()
+def _describe(choices: list[Choice], *, chats: bool) -> list[ChatChoice | TextChoice]:
+    return [choice.for_chat(index) if chats else choice.for_text(index) for index, choice in enumerate(choices)]
 
 
-async def collect(request: Request, answer: Answer) -> list[Choice]:
-    """Return the choices of an answer once all have ended; cancel it if the client disconnects first.
+async def _collect(request: Request, answer: Answer) -> list[Choice]:
+    """Return the choices of an answer once all have ended; cancel it with a Fault if the client disconnects."""
 
-    Raises:
-        Fault: the client has disconnected, or the computation failed.
-    """
-    task = asyncio.create_task(_all_choices(answer))
+    async def all_choices() -> list[Choice]:
+        choices = [Choice(answer.model.tokenizer) for _ in answer.requests]
+        async for index, event in answer:
+            choices[index].add(event)
+        return choices
+
+    task = asyncio.create_task(all_choices())
     try:
         while not (await asyncio.wait({task}, timeout=_DISCONNECT_SECONDS))[0]:
             if await request.is_disconnected():
@@ -259,9 +200,86 @@ async def collect(request: Request, answer: Answer) -> list[Choice]:
         answer.cancel()
 
 
-async def _encoded(data: AsyncIterator[Json | str]) -> AsyncIterator[dict[str, str]]:
+async def _chunks(
+    answer: Answer, head: Json, body: ChatRequest | TextRequest, own: Json
+) -> AsyncIterator[dict[str, str]]:
+    """Yield the events of a stream; those of a chat begin with roles, the first one of them with the fields `own`."""
+    choices = [Choice(answer.model.tokenizer) for _ in answer.requests]
+    usage: Json = {"usage": None} if body.stream_options and body.stream_options.include_usage else {}
+
+    def chunk(index: int, fields: Json) -> Json:
+        choice = {"index": index, "logprobs": None, "finish_reason": None, **fields}
+        return {"data": json.dumps({**head, "choices": [choice], **usage, **more})}
+
+    more = own
     try:
-        async for item in data:
-            yield {"data": item if isinstance(item, str) else json.dumps(item)}
+        if isinstance(body, ChatRequest):
+            for index in range(len(choices)):
+                yield chunk(index, {"delta": {"role": "assistant", "content": ""}})
+                more = {}
+        async for index, event in answer:
+            choice = choices[index]
+            pieces = choice.chat_pieces(event) if isinstance(body, ChatRequest) else choice.text_pieces(event)
+            for fields in pieces:
+                yield chunk(index, fields)
+        if usage:
+            yield {"data": json.dumps({**head, "choices": [], "usage": usage_of(answer, choices, body.n)})}
+        yield {"data": "[DONE]"}
     except Fault as fault:  # the status was sent before
         yield {"data": json.dumps(fault.body())}
+
+
+class EventStream(EventSourceResponse):
+    """Server-sent events of an answer, which is cancelled when the stream ends or the client disconnects."""
+
+    def __init__(self, answer: Answer, events: AsyncIterator[dict[str, str]]) -> None:
+        """Stream the events of an answer."""
+        super().__init__(events, sep="\n", ping=15, headers={"X-Accel-Buffering": "no"})
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the stream, then cancel what is left of the answer."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.cancel()
+
+
+# Running it: the first signal lets answers finish, the second one drops them
+
+
+class _Lines(logging.Formatter):
+    """Escapes control characters in log lines and tracebacks, which quote requests and files."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
+def run_server(app: FastAPI, host: str, port: int, *, name: str, key_needed: bool) -> int:
+    """Serve until SIGINT or SIGTERM; return the exit code. ConfigError: the address cannot be bound.
+
+    Answers have 30 s to finish after the first signal; port 0 is any free port.
+    """
+    try:
+        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port} ({error.strerror or error}): choose another --port"
+        ) from None
+    shown = f"[{host}]" if ":" in host else host
+    address = f"http://{shown}:{listening.getsockname()[1]}"
+    key = "; clients send the key as Authorization: Bearer KEY" if key_needed else ""
+    banner = f"{name} at {address}  (page: {address}/, OpenAI: {address}/v1{key}). Ctrl-C stops."
+    logging.basicConfig(level=logging.INFO)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Lines("%(asctime)s %(message)s"))
+    for quiet in ("sse_starlette", "asyncio"):
+        logging.getLogger(quiet).setLevel(logging.WARNING)
+    config = uvicorn.Config(
+        app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE_SECONDS,
+        server_header=False, limit_concurrency=_MOST_CONNECTIONS,
+    )  # fmt: skip
+    print(banner, flush=True)  # further connections wait until the server is started
+    with listening:
+        uvicorn.Server(config).run(sockets=[listening])
+    return 0

@@ -63,11 +63,7 @@ class Model:
         return isinstance(self.tokenizer, ThirdPartyTokenizer)
 
     def render(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Return the prompt ids for the assistant's next message.
-
-        Raises:
-            DataError: a third-party chat template refuses the conversation.
-        """
+        """Return the prompt ids for the assistant's next message; DataError if a third-party template refuses it."""
         if isinstance(self.tokenizer, ThirdPartyTokenizer):
             return self.tokenizer.render(messages)
         return render_for_completion(self.tokenizer, {"messages": messages})
@@ -97,8 +93,7 @@ class Models:
     def find(self, name: str | None) -> Model:
         """Return a model by any name that `mlxchat show` accepts; the default model for None or "default".
 
-        Raises:
-            Fault: no model has that name, or it cannot be read.
+        Fault: no model has that name, or it cannot be read.
         """
         place = self._place(name)
         try:
@@ -124,11 +119,7 @@ class Models:
         return hashlib.sha256(canonical_json({"digest": digest, **self._settings}).encode()).hexdigest()[:16]
 
     def entry(self, name: str) -> dict[str, Any]:
-        """Return OpenAI's entry of one model, with the configuration of its training.
-
-        Raises:
-            Fault: no model has that name.
-        """
+        """Return OpenAI's entry of one model, with the configuration of its training; Fault if it does not exist."""
         place = self._place(name)
         found = next(entry for entry in self.entries() if entry["id"] == self._names.get(place, place.name))
         if place in self._names:
@@ -196,11 +187,7 @@ class Models:
 
 @lru_cache(maxsize=8)
 def read_model(folder: Path) -> Model:
-    """Return a checkpoint's metadata without loading its weights.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """Return a checkpoint's metadata without loading its weights; DataError if it cannot be read."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         facts = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
@@ -213,12 +200,7 @@ def read_model(folder: Path) -> Model:
 
 @lru_cache(maxsize=8)
 def read_third_party(name: str, folder: Path) -> Model:
-    """Return a third-party model's metadata without loading its weights.
-
-    Raises:
-        ConfigError: mlx-lm is not installed.
-        DataError: mlx-lm cannot open it.
-    """
+    """Return a third-party model's metadata without its weights; DataError if mlx-lm cannot open it."""
     tokenizer, context_tokens = load_tokenizer(folder)
     files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".jinja", ".model"))
     # The Hub's cache links to files named by their contents; elsewhere a changed file has a new mtime.
@@ -253,12 +235,9 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def rows_that_fit(model: Model, limits: Limits, *, bits: int | None = None, held_bytes: int = 0) -> int:
-    """Return how many rows of full context fit into memory next to a model's weights, at most `limits.max_rows`.
+    """Return how many rows of full context, at most `limits.max_rows`, fit into memory next to a model's weights.
 
-    `held_bytes` are in use by other models; other arguments are as for `load_scheduler`.
-
-    Raises:
-        ConfigError: not even one row fits.
+    `held_bytes` are in use by other models, `bits` is as for `Engine`. ConfigError: not even one row fits.
     """
     if model.third_party:
         return limits.max_rows  # mlx-lm predicts no memory
@@ -272,13 +251,7 @@ def rows_that_fit(model: Model, limits: Limits, *, bits: int | None = None, held
 
 
 def load_scheduler(model: Model, limits: Limits, *, bits: int | None = None) -> Scheduler:
-    """Load a model's weights and return its scheduler.
-
-    `bits` is as for `Engine`; the log says what the quantisation costs.
-
-    Raises:
-        Fault: it does not fit into memory.
-    """
+    """Load a model's weights, quantised to `bits` if given, and return its scheduler; Fault if it does not fit."""
     if not model.third_party:
         check_model(model.folder)
     held = mx.get_active_memory()  # by other models

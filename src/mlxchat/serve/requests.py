@@ -55,7 +55,7 @@ Stop = Annotated[
     BeforeValidator(_listed, json_schema_input_type=str | list[str]),
 ]
 Prompts = Annotated[
-    list[Any],  # `text_prompts` checks the items
+    list[Any],  # `_text_prompts` checks the items
     Field(min_length=1),
     BeforeValidator(_listed, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
 ]
@@ -79,11 +79,7 @@ class Generation(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_idle_fields(cls, given: Any) -> Any:
-        """Drop null fields and those that change no answer, since some clients send every field; refuse unknown ones.
-
-        Raises:
-            Fault: a field is unknown or not supported.
-        """
+        """Drop null fields and those that change no answer, which some clients send; refuse unknown ones."""
         if not isinstance(given, dict):
             return given
         kept = {}
@@ -185,28 +181,33 @@ class Defaults:
     top_k: int | None = 50
 
 
-@dataclass(frozen=True)
-class ChatPrompt:
-    """A conversation as token ids."""
+def chat_requests(model: Model, body: ChatRequest, defaults: Defaults) -> tuple[list[Request], int]:
+    """Return the engine's requests for a chat, and the number of turns that were dropped; Fault if it is invalid."""
+    if body.top_logprobs and not body.logprobs:
+        raise Fault("top_logprobs needs logprobs=true", param="top_logprobs")
+    most = body.max_completion_tokens or body.max_tokens
+    ids, dropped = chat_prompt(model, body.messages, answer_tokens=most, truncate=body.truncation == "auto")
+    requests = _requests(
+        model, body, [ids], defaults, max_tokens=most, logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        constraint=_json_constraint(model, body.response_format), skip_blank=model.third_party,
+    )  # fmt: skip
+    return requests, dropped
 
-    ids: list[int]
-    truncated_turns: int
-    """Number of oldest turns that were dropped. A turn is a user message with its replies, if any."""
+
+def text_requests(model: Model, body: TextRequest, defaults: Defaults) -> list[Request]:
+    """Return the engine's requests for a text completion; Fault if it is invalid."""
+    most = body.max_tokens if body.max_tokens is not None else 128
+    return _requests(model, body, _text_prompts(model, body), defaults, max_tokens=most)
 
 
-def chat_prompt(model: Model, messages: Sequence[Message], *, answer_tokens: int | None, truncate: bool) -> ChatPrompt:
-    """Return the prompt for the assistant's next message.
+def chat_prompt(
+    model: Model, messages: Sequence[Message], *, answer_tokens: int | None, truncate: bool
+) -> tuple[list[int], int]:
+    """Return the prompt's ids for the assistant's next message, and the number of turns that were dropped.
 
-    Args:
-        model: the model that will answer.
-        messages: system messages are joined to the user message that follows; consecutive messages of one role are
-            joined.
-        answer_tokens: length limit of the answer; None: the rest of the context.
-        truncate: drop the oldest turns until the rest fits into the context. System messages and the last user message
-            always stay.
-
-    Raises:
-        Fault: the model is a base model, the messages are malformed, or they exceed the context.
+    System messages are joined to the user message that follows; consecutive messages of one role are joined.
+    `answer_tokens` is the length limit of the answer; None: the rest of the context. `truncate` drops the oldest turns
+    (a user message with its replies) until the rest fits; system messages and the last user message always stay.
     """
     if not model.converses:
         raise Fault(
@@ -236,15 +237,11 @@ def chat_prompt(model: Model, messages: Sequence[Message], *, answer_tokens: int
             f"the messages have {len(ids)} tokens. Shorten them{advice}.",
             param="messages", code="context_length_exceeded",
         )  # fmt: skip
-    return ChatPrompt(ids, dropped)
+    return ids, dropped
 
 
-def text_prompts(model: Model, body: TextRequest) -> list[list[int]]:
-    """Return the ids of every prompt; text gets a <|bos|>, ids are used unchanged.
-
-    Raises:
-        Fault: a prompt has impossible ids.
-    """
+def _text_prompts(model: Model, body: TextRequest) -> list[list[int]]:
+    """Return the ids of every prompt: text gets a <|bos|>, ids are used unchanged; Fault for impossible ids."""
     tokenizer, valid = model.tokenizer, range(model.tokenizer.vocab_size)
     given = [body.prompt] if isinstance(body.prompt[0], int) else body.prompt
     found: list[list[int]] = []
@@ -258,15 +255,14 @@ def text_prompts(model: Model, body: TextRequest) -> list[list[int]]:
     return found
 
 
-def requests_for(
+def _requests(
     model: Model, body: Generation, prompts: Sequence[list[int]], defaults: Defaults, *,
     max_tokens: int | None, logprobs: int | None = None,
     constraint: Constraint | None = None, skip_blank: bool = False,
 ) -> list[Request]:  # fmt: skip
     """Return the engine's requests: `n` choices for each prompt, each with a different seed.
 
-    Raises:
-        Fault: there are too many choices, a prompt leaves no room in the context, or a biased token does not exist.
+    Fault: there are too many choices, a prompt leaves no room in the context, or a biased token does not exist.
     """
     if (count := len(prompts) * body.n) > _MOST_CHOICES:
         raise Fault(f"the request has {count} choices; at most {_MOST_CHOICES} are accepted", param="n")
@@ -302,12 +298,8 @@ def requests_for(
     return found
 
 
-def json_constraint(model: Model, form: ResponseFormat | None) -> Constraint | None:
-    """Return the JSON constraint of an answer; None for text.
-
-    Raises:
-        Fault: the schema is missing or not supported.
-    """
+def _json_constraint(model: Model, form: ResponseFormat | None) -> Constraint | None:
+    """Return the JSON constraint of an answer, None for text; Fault for a schema that is missing or not supported."""
     if form is None or form.type == "text":
         return None
     if form.type == "json_schema" and form.json_schema is None:

@@ -44,11 +44,7 @@ class Answer:
     """Choices that have not ended."""
 
     async def __aiter__(self) -> AsyncIterator[ChoiceEvent]:
-        """Yield the events until every choice has ended, and count them.
-
-        Raises:
-            Fault: the computation failed, or the server is shutting down.
-        """
+        """Yield the events until every choice has ended, and count them; Fault if the computation failed."""
         metrics, began, left = self.worker.metrics, time.perf_counter(), len(self.requests)
         metrics.prompt_tokens.inc(sum(len(request.prompt) for request in self.requests))
         is_first = True
@@ -123,11 +119,7 @@ class Worker:
         return self._thread.is_alive() and not self._closing
 
     def submit(self, model: Model, requests: list[Request]) -> Answer:
-        """Queue the choices of a request.
-
-        Raises:
-            Fault: the queue is full, or the server is shutting down.
-        """
+        """Queue the choices of a request; Fault if the queue is full or the server is shutting down."""
         if not self.alive:
             raise Fault("the server is shutting down", status=503, retry_after=_RETRY_SECONDS)
         room = self.limits.max_rows + self.limits.max_queue - self.num_choices
