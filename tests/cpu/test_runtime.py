@@ -1,15 +1,19 @@
 """The remedy for MLX's Linux wheel: applied before MLX is imported, reported, and harmless where it fails."""
 
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from kit.commands import clean_environment
+import mlxchat
+from kit.commands import clean_environment, tiny_settings
 from mlxchat.cpu import runtime
+from mlxchat.cpu.lanes import Lanes
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="only MLX's Linux wheel needs it"),
@@ -49,3 +53,62 @@ def test_thin_products(inner, columns, transposed):
     for rows in (1, 2, 3, 4, 6, 33, 64) * 20:
         product = np.asarray(mx.array(x[:rows]) @ matrix)
         np.testing.assert_allclose(product, x[:rows].astype(np.float64) @ b.astype(np.float64), atol=1e-3)
+
+
+# Lanes share BLAS threads, which are restored
+
+
+def lanes_of(count: int) -> Lanes:
+    """Return this number of lanes on any machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "blas_threads", lambda: count)
+        return Lanes()
+
+
+def test_products_have_one_thread_while_several_lanes_compute():
+    before = runtime.blas_threads()
+    if before is None:
+        pytest.skip("no OpenBLAS here")
+    with lanes_of(2).sharing(1):
+        assert runtime.blas_threads() == before
+    with lanes_of(2).sharing(2):
+        assert runtime.blas_threads() == 1
+    assert runtime.blas_threads() == before
+
+
+# The package without `mlxchat/cpu`: the plain path of Metal and CUDA in bfloat16, on this machine's CPU
+
+
+PACKAGE = Path(mlxchat.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("copy")
+    shutil.copytree(PACKAGE, folder / "mlxchat", ignore=shutil.ignore_patterns("cpu", "__pycache__"))
+    for name in ("conf", "stages"):
+        if not (folder / "mlxchat" / name).exists():
+            shutil.copytree(PACKAGE.parents[1] / name, folder / "mlxchat" / name)
+    return folder
+
+
+# Remove the finder of an editable installation, which would take precedence.
+START = """
+import runpy, sys
+sys.path[:0] = sys.argv.pop(1).split(":")
+sys.meta_path[:] = [each for each in sys.meta_path if "editable" not in str(each).lower()]
+"""
+
+
+def run(copy: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("MLXCHAT")}
+    return subprocess.run(
+        [sys.executable, "-c", START + arguments[0], f"{copy}:{Path(__file__).parent}", *arguments[1:]],
+        cwd=cwd, env=environ, capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_pipeline_runs_without_cpu_package(copy, tmp_path):
+    done = run(copy, "runpy.run_module('mlxchat')", *tiny_settings(), "machine.compute_dtype=bfloat16", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -3,6 +3,7 @@
 The short windows of July 2026 are 128 tokens, so that rows of 300 tokens exceed them.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import mlx.core as mx
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 
 from kit import models
+from mlxchat.bench.weights import fill_zero_weights
 from mlxchat.engine.decode import Decoder, Past
 from mlxchat.model.gpt import GPT
-from mlxchat.model.parameters import cast_parameters, flatten_parameters, set_parameters
+from mlxchat.model.lora import packed_copy
+from mlxchat.model.parameters import cast_parameters, flatten_parameters, init_weights, set_parameters
 
 make_model = partial(models.make_model, num_layers=4, scale=0.3)  # windows: short, short, short, long
 BOTH = pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
@@ -69,3 +72,26 @@ def test_bfloat16_decoding_is_near_float32(monkeypatch, architecture):
     # Eight bits of mantissa through four layers; float32 logits within ±15.
     assert np.abs(got - exact).mean() < 1.5 * np.abs(whole - exact).mean() + 0.02
     assert np.abs(whole - exact).mean() < 0.3
+
+
+# Decoding with quantised weights
+
+
+@pytest.fixture
+def wide(model: GPT) -> GPT:
+    """Return a model whose rows have whole groups also if divided over two lanes."""
+    wide = GPT(replace(model.sizes, width=128))
+    init_weights(wide, 0)
+    fill_zero_weights(wide, 1)
+    return wide
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_decoding_uses_the_quantised_weights(path, wide, bits):
+    prompt = list(range(40))
+    decoder = Decoder(packed_copy(wide, bits))
+    decoder.resize([], 1, len(prompt))
+    steps = [np.asarray(decoder.step(mx.array([token]), [True])) for token in prompt]
+    wanted = np.asarray(packed_copy(wide, bits)(mx.array([prompt])))[0]
+    # Float32 through three layers, other orders of summation.
+    np.testing.assert_allclose(np.concatenate(steps), wanted, atol=2e-4)

@@ -2,14 +2,17 @@
 
 import math
 from itertools import product
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from kit.models import composed
-from kit.training import rl_config
+from kit.models import composed, make_model
+from kit.training import optimizer_config, rl_config
 from mlxchat.config.schema import RLConfig
 from mlxchat.rl.loss import PolicyLoss, advantages_of, importance_weights, policy_loss
+from mlxchat.training.finetune import make_optimizer
 
 # Three answers of 4, 2 and 3 sampled tokens; the second token of the last was forced.
 MASK = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 1]], dtype=np.float64)
@@ -147,3 +150,21 @@ def test_importance_weights_are_truncated_and_may_be_per_sequence():
     assert numbers == {"rollout_kl": -0.25, "rollout_capped": 0.5}
     sequence, _ = importance_weights(old, drawn, mask, rl_config(ratio="sequence"))
     np.testing.assert_allclose(sequence, np.exp([[0.25] * 3]))
+
+
+# RL: which parameters learn at which rate
+
+
+@pytest.mark.parametrize("kind", ["muon_oct2025", "adamw"])
+def test_table_lr_frac_scales_embeddings_and_head_only(kind):
+    context: Any = SimpleNamespace(stage="rl", config=SimpleNamespace(optimizer=optimizer_config(kind)))
+    config, model = composed("experiment=smoke").rl, make_model()
+    one, other = (
+        make_optimizer(context, config, model, table_lr_frac=share, clip_gradients=False) for share in (1.0, 0.1)
+    )
+    assert one.muon_lr == other.muon_lr
+    for name, rule in one.adamw_rules.items():
+        share = 1.0 if ".h." in name else 0.1
+        assert other.adamw_rules[name].lr == pytest.approx(share * rule.lr)
+    assert {"transformer.wte.weight", "lm_head.weight"} <= one.adamw_rules.keys()
+    assert other.config.grad_clip is None

@@ -1,19 +1,34 @@
 """One iteration: micro-batches and lanes do not matter, every target counts once, master weights stay float32."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from kit.models import arrays_of, make_model
-from kit.training import NumberedBatches, bits, make_optimizer, make_rows
+from kit.training import NumberedBatches, bits, make_optimizer, make_rows, schedule
+from mlxchat.composition.compose import compose_config
+from mlxchat.config.schema import TeacherConfig
 from mlxchat.data.packing import IGNORED, Batch, mean_batch
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.errors import ConfigError, Interrupted
+from mlxchat.model import forward
+from mlxchat.model.checkpoint import save_checkpoint
+from mlxchat.model.forward import Dropping, draw_keys, dropped, dropping
 from mlxchat.model.gpt import GPT
 from mlxchat.model.parameters import flatten_parameters, set_parameters
 from mlxchat.ops.loss import token_scores
 from mlxchat.optim.optimizer import Flat, Rates
-from mlxchat.training.step import TrainStep
+from mlxchat.planning.inputs import check_inputs
+from mlxchat.planning.memory import check_memory
+from mlxchat.runner.plan import make_plan
+from mlxchat.store.store import Store
+from mlxchat.training.finetune import load_teacher
+from mlxchat.training.step import Distillation, TrainStep
 
 ROW_TOKENS = 16
 RATES = Rates(1.0, 0.9, 1.0)
@@ -174,3 +189,159 @@ def test_recomputing_gives_the_same_bits_with_less_memory(set_lanes, architectur
         outcomes.append((numbers, bits(model)))
     assert outcomes[0] == outcomes[1]
     assert dtype != mx.float32 or peaks[1] < 0.5 * peaks[0]
+
+
+# Dropout: statistics of its masks, what they depend on, and where it acts
+
+
+DROPOUT_ROW_TOKENS, RATE, SEED = 16, 0.2, 9
+
+
+@pytest.fixture
+def batch() -> Batch:
+    return mean_batch(make_rows(6, seed=3))
+
+
+def make_dropping_step(model: GPT, *, micro_rows: int = 6, **options: Any) -> TrainStep:
+    return TrainStep(
+        model, make_optimizer(model), micro_tokens=micro_rows * DROPOUT_ROW_TOKENS, dtype=mx.float32,
+        **{"dropout": RATE, "dropout_seed": SEED, **options},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("rate", [0.001, 0.5, 0.9])
+def test_dropped_share_is_the_rate_and_the_mean_is_kept(rate):
+    """Of 2.1 million numbers: within five standard deviations of a binomial draw."""
+    out = np.asarray(dropped(mx.ones((16, 256, 512)), mx.array(draw_keys(1, 2, rows=16)), rate))
+    deviation = (rate * (1 - rate) / out.size) ** 0.5
+    assert abs((out == 0).mean() - rate) < 5 * deviation
+    assert out.mean(dtype=np.float64) == pytest.approx(1, abs=5 * deviation / (1 - rate) + 1e-7)
+
+
+def reference_loss(model: GPT, batch: Batch, iteration: int) -> float:
+    """Return the loss of the uncompiled model over the whole batch at once."""
+    with dropping(Dropping(RATE, mx.array(draw_keys(SEED, iteration, rows=len(batch.ids))))):
+        hidden = model.hidden(mx.array(batch.ids))
+    logits = np.asarray(model.logits(hidden), dtype=np.float64)
+    logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return -float((np.take_along_axis(logs, batch.targets[..., None], -1)[..., 0] * batch.weights).sum())
+
+
+@pytest.mark.parametrize(("lanes", "micro_rows"), [(1, 6), (2, 4), (3, 6)])
+def test_masks_depend_neither_on_lanes_nor_on_micro_batches(lanes, micro_rows, batch, set_lanes):
+    """They depend on the iteration, of which two give two losses; nothing is compiled again."""
+    set_lanes(lanes)
+    model = make_model()
+    step = make_dropping_step(model, micro_rows=micro_rows)
+    losses = [float(step.gradients(batch, iteration)[0].item()) for iteration in (0, 7, 0)]
+    traces = step.num_traces
+    assert losses[0] == losses[2] != losses[1]
+    for iteration, loss in ((0, losses[0]), (7, losses[1])):
+        assert loss == pytest.approx(reference_loss(model, batch, iteration), rel=1e-5)
+    step.gradients(batch, 8)
+    assert step.num_traces == traces
+
+
+@pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
+def test_dropout_acts_on_the_embedding_and_each_attention_and_mlp(architecture, monkeypatch):
+    """Other keys at any of these places give other states."""
+    model = make_model(architecture, num_layers=3, scale=1.0)
+    ids = mx.array(np.random.default_rng(0).integers(0, 40, (2, 16)))
+    keys, fold = mx.array(draw_keys(0, 0, rows=2)), forward.fold
+
+    def hidden(changed: int | None = None) -> np.ndarray:
+        monkeypatch.setattr(forward, "fold", lambda keys, place: fold(keys, place + 1000 * (place == changed)))
+        with dropping(Dropping(0.3, keys)):
+            return np.asarray(model.hidden(ids))
+
+    whole, num_places = hidden(), 1 + 2 * model.sizes.num_layers
+    assert [(hidden(place) != whole).any() for place in range(num_places + 1)] == [True] * num_places + [False]
+
+
+# Learning from a teacher's distributions: which teachers fit, what is learnt, and that it resumes
+
+
+TEACHER_RATES = Rates(1.0, 0.0, 0.9)
+TEACHER = TeacherConfig(path=None, artifact=None, weight=0.5, temperature=1.0)
+
+
+def make_teacher(vocab_size: int = 280, **sizes: Any) -> GPT:
+    other = {"num_layers": 3, "num_heads": 2, "width": 24, "seed": 11, "scale": 0.4}
+    return make_model(**{**other, "vocab_size": vocab_size, **sizes})
+
+
+@pytest.fixture
+def folder(tokenizer: Tokenizer, tmp_path: Path) -> Path:
+    path = tmp_path / "teacher"
+    path.mkdir()
+    save_checkpoint(path, make_teacher(), tokenizer, {"format": "chat"})
+    return path
+
+
+def load(folder: Path, tokenizer: Tokenizer, **changes: Any) -> Distillation:
+    return load_teacher(replace(TEACHER, **changes), folder, tokenizer, row_tokens=16, dtype=mx.float32)
+
+
+def make_taught_step(student: GPT, distillation: Distillation | None, *, micro_tokens: int = 64) -> TrainStep:
+    return TrainStep(
+        student, make_optimizer(student), micro_tokens=micro_tokens, dtype=mx.float32, distillation=distillation
+    )
+
+
+def batch_of(seed: int, rows: int = 4) -> Any:
+    ids = np.random.default_rng(seed).integers(0, 280, (rows, 17)).astype(np.int32)
+    return mean_batch([(row[:-1], np.where(np.arange(16) % 3 == 0, -1, row[1:]).astype(np.int32)) for row in ids])
+
+
+def expected_parts(student: GPT, teacher: GPT, batch: Any) -> tuple[float, float]:
+    """Return the mean cross-entropy and the mean divergence over what is trained on, in float64."""
+
+    def log_softmax(model: GPT) -> np.ndarray[Any, Any]:
+        logits = np.asarray(model(mx.array(batch.ids)), dtype=np.float64)
+        logits -= logits.max(-1, keepdims=True)
+        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+    q, p = log_softmax(student), log_softmax(teacher)
+    trained = batch.targets >= 0
+    ce = -np.take_along_axis(q, np.maximum(batch.targets, 0)[..., None], -1)[..., 0][trained].mean()
+    return float(ce), float((np.exp(p) * (p - q)).sum(-1)[trained].mean())
+
+
+@pytest.mark.parametrize("micro_tokens", [16, 64])
+def test_step_reports_cross_entropy_and_divergence_at_targets(micro_tokens, folder, tokenizer):
+    student, batch = make_model(), batch_of(0)
+    ce, kl = expected_parts(student, make_teacher(), batch)
+    step = make_taught_step(student, load(folder, tokenizer, weight=0.25), micro_tokens=micro_tokens)
+    loss, norm = step(batch, TEACHER_RATES)
+    assert step.loss_parts == pytest.approx({"ce": ce, "kl": kl}, rel=1e-5)
+    assert loss == pytest.approx(0.75 * ce + 0.25 * kl, rel=1e-5)
+    assert norm > 0
+    alone = make_taught_step(make_model(), None)
+    alone(batch, TEACHER_RATES)
+    assert alone.loss_parts == {}
+
+
+def test_interrupted_distillation_ends_with_the_same_bits(folder, tokenizer, train):
+    options = {"distillation": load(folder, tokenizer), "rates": schedule(warmdown_frac=0.5)}
+    whole = train("whole", 5, **options)
+    with pytest.raises(Interrupted):
+        train("cut", 5, stop_after=3, **options)
+    resumed = train("cut", 5, **options)
+    assert (resumed.bits, resumed.ctx.resumed_from) == (whole.bits, 3)
+    curves = [resumed.curve(name) for name in ("loss", "ce", "kl")]
+    assert curves == [whole.curve(name) for name in ("loss", "ce", "kl")]
+    assert resumed.ctx.metrics["kl"] == whole.ctx.metrics["kl"]
+    for loss, ce, kl in zip(*(curve.values() for curve in curves), strict=True):
+        assert loss == pytest.approx(0.5 * ce + 0.5 * kl, rel=1e-5)
+
+
+def test_unsuitable_teachers_are_refused_before_anything_runs(folder, tmp_path):
+    settings = ["model.depth=2", f"sft.teacher.path={folder}", "machine=cpu", "machine.memory_limit_bytes=20000000"]
+    config, store = compose_config([*settings, f"outputs={tmp_path}"]).config, Store(tmp_path)
+    plan = make_plan(replace(config, targets=["sft"]), store)
+    config.sft.teacher.path = str(tmp_path / "missing")
+    with pytest.raises(ConfigError, match=r"sft\.teacher: .*missing holds no model"):
+        check_inputs(config, plan)
+    config.sft.teacher.path = str(folder)
+    with pytest.raises(ConfigError, match=r"sft needs about .*; no sft\.teacher; "):
+        check_memory(config, plan)
