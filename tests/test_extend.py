@@ -1,4 +1,4 @@
-"""`<stage>.extend=ID` on the command line: plans, refusals and records. For the numbers see test_extension.py."""
+"""`<stage>.extend=ID` on the command line: plans, refusals and records. For the numbers see training/test_loop.py."""
 
 import json
 from collections.abc import Callable
