@@ -33,7 +33,7 @@ from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.optim.muon import orthogonalise
 from mlxchat.report.collect import RunReport, StepReport, collect
 from mlxchat.report.document import standalone
-from mlxchat.report.plots import COLOURS, INK, LINE, SOFT, Picture, bpb_baselines, make_panels, name_axes
+from mlxchat.report.plots import COLOURS, INK, LABEL_LETTERS, LINE, SOFT, Picture, bpb_baselines, one_line
 
 COURSE = Path(__file__).parent / "course"
 TRAININGS = (
@@ -145,9 +145,21 @@ def canvas(height: float) -> tuple[Figure, Axes]:
 
 def framed(count: int, height: float) -> tuple[Figure, list[Axes]]:
     """Return a figure with panels side by side and room around them."""
-    figure, found = make_panels(count, height)
+    figure = Figure(figsize=(9.0, height), facecolor="white")
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.11, wspace=0.08)
-    return figure, found
+    grid = figure.subplots(1, count, squeeze=False, gridspec_kw={"wspace": 0.08})
+    for panel in grid[0]:
+        panel.tick_params(labelsize=9)
+        panel.grid(visible=True, axis="both")
+    return figure, list(grid[0])
+
+
+def name_axes(panel: Axes, title: str, x: str, y: str) -> None:
+    """Set a panel's title and axis labels."""
+    letters = max(LABEL_LETTERS, 90 // len(panel.figure.axes))
+    panel.set_title(one_line(title, letters), loc="left", fontsize=11, fontweight="bold")
+    panel.set_xlabel(one_line(x), fontsize=9.5)
+    panel.set_ylabel(one_line(y), fontsize=9.5)
 
 
 def box(axes: Axes, x: float, y: float, width: float, height: float, colour: str, strength: float = 0.25) -> None:

@@ -7,12 +7,14 @@ import subprocess
 from collections.abc import Callable
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 from kit.artifacts import make_model as artifacts_model
 from kit.artifacts import make_tokenizer, publish
 from kit.commands import Say, run_here
 from mlxchat.bench import generate
+from mlxchat.commands import device_checks
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import Config
 from mlxchat.model.checkpoint import save_checkpoint
@@ -131,3 +133,18 @@ def test_model_is_measured_and_its_result_kept(tmp_path, say):
     ):
         assert told in say("bench", "generate", *arguments, f"outputs={outputs}", code=2)
     assert "bench train takes no model" in say("bench", "train", "talks", f"outputs={outputs}", code=2)
+
+
+# mlxchat doctor --gpu, here on the CPU's plain path in bfloat16
+
+
+@pytest.mark.parametrize(("error", "code", "told"), [(0.0, 0, "ok  losses"), (0.1, 1, "FAIL  losses")])
+def test_losses_are_compared_with_the_cpu(error, code, told, monkeypatch, command):
+    losses = device_checks.losses
+    monkeypatch.setenv("MLXCHAT_CPU", "plain")
+    monkeypatch.setattr(device_checks, "prepare_machine", lambda machine: None)  # it changes limits of this process
+    monkeypatch.setattr(
+        device_checks, "losses", lambda dtype: [loss + error * (dtype == mx.bfloat16) for loss in losses(dtype)]
+    )
+    ended, printed = command("doctor", "--gpu")
+    assert (ended, told in printed) == (code, True), printed

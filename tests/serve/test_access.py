@@ -2,23 +2,27 @@
 
 import json
 import re
+import signal
 import threading
 from collections.abc import Callable
 from typing import Any
 
+import httpx2 as httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import TypeAdapter
 
+from kit.serving import CHAT
+from mlxchat.planning.memory import Device
 from mlxchat.serve import answers
 
-CHAT = "/v1/chat/completions"
+URL = "/v1/chat/completions"
 QUESTION = {"messages": [{"role": "user", "content": "the cat"}], "temperature": 0.0, "max_tokens": 8}
 
 
 def post(server: Any, body: bytes | str, **headers: str) -> Any:
     headers = {"content-type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
-    return server.client.post(CHAT, content=body, headers=headers)
+    return server.client.post(URL, content=body, headers=headers)
 
 
 def test_metrics_count_requests_and_tokens(server):
@@ -68,7 +72,7 @@ def test_key_protects_all_but_page_and_health(start):
             assert guarded.client.get(path).status_code == 401
             assert guarded.client.get(path, headers={"authorization": "Bearer wrong"}).status_code == 401
             assert guarded.client.get(path, headers={"authorization": "Bearer secret"}).status_code == 200
-        assert guarded.client.post(CHAT, json=QUESTION).status_code == 401
+        assert guarded.client.post(URL, json=QUESTION).status_code == 401
         for path in ("/", "/runs", "/page/chat.js", "/health"):
             assert guarded.client.get(path).status_code == 200
 
@@ -94,7 +98,7 @@ def test_cross_site_posts_are_refused_without_cors(server, start):
             (open_one, site, site),
             (open_one, "https://b.io", None),
         ):
-            told = running.client.options(CHAT, headers={**asking, "origin": origin})
+            told = running.client.options(URL, headers={**asking, "origin": origin})
             assert told.headers.get("access-control-allow-origin") == allowed
             status = post(running, body, sec_fetch_site="cross-site", origin=origin).status_code
             assert status == (200 if allowed else 403)
@@ -126,11 +130,56 @@ def test_description_says_what_is_answered(server):
         assert answer.validate_python(response.json(), strict=True) == response.json(), "no other fields"
 
     ask: Callable[..., Any] = server.client.post
-    check(server.chat(logprobs=True, top_logprobs=2, truncation="auto"), f"post {CHAT}")
+    check(server.chat(logprobs=True, top_logprobs=2, truncation="auto"), f"post {URL}")
     check(ask("/v1/completions", json={"prompt": "a", "max_tokens": 2}), "post /v1/completions")
     check(server.client.get("/v1/models"), "get /v1/models")
     check(server.client.get("/v1/models/sft"), "get /v1/models/{name}")
     for body in ({}, {**QUESTION, "temprature": 1}, {**QUESTION, "n": 0}):
-        check(ask(CHAT, json=body), f"post {CHAT}")
+        check(ask(URL, json=body), f"post {URL}")
     wrong = server.client.delete("/v1/models")
     assert (wrong.status_code, wrong.headers["allow"]) == (405, "GET")
+
+
+# mlxchat serve in a new process, and its limits
+
+
+def test_serve_prints_its_address_answers_and_stops(served, start_mlxchat):
+    process = start_mlxchat("serve", f"outputs={served}", "--port", "0", "sft", "--temperature", "0")
+    assert process.stdout is not None
+    try:
+        line: Any = ""
+        while "http://" not in line:
+            line = process.stdout.readline()
+            assert line, "it ended"
+        url = re.search(r"http://127\.0\.0\.1:\d+", line)[0]
+        body = {"messages": [{"role": "user", "content": "the cat"}], "max_tokens": 4}
+        first, second = (httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30).json() for _ in range(2))
+        assert first["choices"] == second["choices"], "the temperature is the one that was asked for"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+        assert "Traceback" not in process.stdout.read()
+    finally:
+        process.kill()
+        process.stdout.close()
+        process.wait()
+
+
+def test_model_beyond_memory_is_refused_before_its_weights_are_read(served, command, monkeypatch):
+    monkeypatch.setattr("mlxchat.serve.models.find_device", lambda **options: Device(limit_bytes=1000))
+    monkeypatch.setattr("mlxchat.serve.api.run_server", lambda *arguments, **options: 0)
+    code, said = command("serve", "sft", f"outputs={served}", "--port", "0")
+    assert code == 2
+    assert re.search(rf"^error: {CHAT} .*--bits 4", said, re.MULTILINE), said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--host", "0.0.0.0"], "error: --host 0.0.0.0 can be reached from other machines and requires a key"),
+        (["--max-rows", "0"], "error: --max-rows is 0, expected a whole number of at least 1"),
+        (["eval"], "error: "),
+    ],
+)
+def test_serve_refuses_invalid_options(served, arguments, message, say, monkeypatch):
+    monkeypatch.delenv("MLXCHAT_API_KEY", raising=False)
+    assert say("serve", f"outputs={served}", *arguments, code=2).startswith(message)

@@ -97,8 +97,7 @@ _HUB_METRICS = {
     "task": ("", "", "accuracy"),
 }
 _TOKENS_OF_CHAT = (
-    "The chat template puts the special tokens in: a prompt begins with `<|bos|>`, an answer ends with "
-    "`<|assistant_end|>`."
+    "The chat template adds the special tokens: `<|bos|>` begins a prompt, `<|assistant_end|>` ends an answer."
 )
 _TOKENS_OF_TEXT = "A text begins with `<|bos|>`. This model continues text; it has not learnt to chat."
 
@@ -158,15 +157,13 @@ def _front_matter(
     from huggingface_hub import ModelCardData
 
     library = {"hf": "transformers", "mlx-adapter": "mlx"}.get(target, target)
-    externals = [
-        (step, item) for step in report.steps for item in map(mapping, sequence(step.manifest.get("externals")))
-    ]
-    datasets = {match[1] for _, item in externals if (match := _DATASET.match(text(item.get("url"))))}
-    models = {
-        match[1]
-        for step, item in externals
-        if step.kind == "checkpoint" and (match := _MODEL.match(text(item.get("url"))))
-    }
+    datasets, models = set(), set()
+    for step in report.steps:
+        for item in map(mapping, sequence(step.manifest.get("externals"))):
+            if match := _DATASET.match(text(item.get("url"))):
+                datasets.add(match[1])
+            elif step.kind == "checkpoint" and (match := _MODEL.match(text(item.get("url")))):
+                models.add(match[1])
     results = list(_eval_results(report, own))
     data = ModelCardData(
         library_name=library,

@@ -145,23 +145,23 @@ def collect(outputs: Path, run: Path) -> RunReport:
     entries = [mapping(entry) for entry in sequence(plan.get("steps"))]
     entries = [entry for entry in entries if text(entry.get("step"))]
     if not entries:
-        raise StoreError(
-            f"{run / 'plan.json'} is absent, unreadable or without steps; expected the plan of a run; "
-            "name a folder of outputs/runs"
-        )
+        wrong = f"{run / 'plan.json'} is absent, unreadable or without steps"
+        raise StoreError(f"{wrong}; expected the plan of a run; name a folder of outputs/runs")
     events = Records(run / "events.jsonl").read()
-    outcome, error = _run_outcome(events)
+    ends = [event for event in events if event.get("event") in ("run_done", "run_failed")]
+    outcome = text(ends[-1]["event"]).removeprefix("run_") if ends else "unfinished"
+    store = Store(outputs)
     return RunReport(
         name=text(plan.get("run")) or run.name,
         experiment=text(plan.get("experiment")) or None,
         started=text(plan.get("started")),
         folder=run,
         outcome=outcome,
-        error=error,
+        error=text(ends[-1].get("error")) if outcome == "failed" else "",
         seconds=_elapsed_seconds(events),
         cost_per_hour=number(plan.get("cost_per_hour")),
         command=text(plan.get("command")),
-        steps=[_read_step(outputs, entry, events) for entry in entries],
+        steps=[_read_step(store, entry, events) for entry in entries],
     )
 
 
@@ -170,7 +170,8 @@ def collect_steps(outputs: Path, name: str, entries: list[dict[str, Any]], folde
 
     `entries` are as in plan.json: step, stage, kind, artifact, rid, inputs. The report belongs in `folder`.
     """
-    return RunReport(name=name, folder=folder, steps=[_read_step(outputs, mapping(entry), []) for entry in entries])
+    store = Store(outputs)
+    return RunReport(name=name, folder=folder, steps=[_read_step(store, mapping(entry), []) for entry in entries])
 
 
 def entries_of_artifacts(outputs: Path, places: list[Path]) -> list[dict[str, Any]]:
@@ -178,6 +179,7 @@ def entries_of_artifacts(outputs: Path, places: list[Path]) -> list[dict[str, An
 
     A step keeps its name; a second artifact of a step of that name gets the start of its id behind it.
     """
+    store = Store(outputs)
     names: dict[str, str] = {}
     entries: list[dict[str, Any]] = []
 
@@ -190,7 +192,7 @@ def entries_of_artifacts(outputs: Path, places: list[Path]) -> list[dict[str, An
         sources: dict[str, str] = {}
         for role, source in mapping(manifest.get("inputs")).items():
             made = mapping(source)
-            found = _find_artifact(outputs / "store", text(made.get("rid")), [text(made.get("artifact"))])
+            found = _find_artifact(store, text(made.get("rid")), [text(made.get("artifact"))])
             sources[role] = visit(found) if found else text(made.get("step"))
         entries.append({"step": name, "stage": text(manifest.get("stage")), "kind": text(manifest.get("kind")),
                         "artifact": place.name, "rid": rid, "inputs": sources})  # fmt: skip
@@ -201,22 +203,19 @@ def entries_of_artifacts(outputs: Path, places: list[Path]) -> list[dict[str, An
     return entries
 
 
-def _read_step(outputs: Path, entry: dict[str, Any], events: list[dict[str, Any]]) -> StepReport:
+def _read_step(store: Store, entry: dict[str, Any], events: list[dict[str, Any]]) -> StepReport:
     name, artifact, key, rid = (text(entry.get(part)) for part in ("step", "artifact", "key", "rid"))
     own = [e for e in events if e.get("step") == name and text(e.get("event")).startswith("step_")]
     named = [text(event.get("artifact")) for event in reversed(own)]
     made: Manifest = {}
     with suppress(StoreError):  # a run that was killed did not note the id
-        made = Store(outputs).made(key, rid) or {}
-    folder = _find_artifact(outputs / "store", text(made.get("rid")) or rid, [*named, artifact])
+        made = store.made(key, rid) or {}
+    folder = _find_artifact(store, text(made.get("rid")) or rid, [*named, artifact])
     manifest = made or (mapping(read_json(folder / "manifest.json")) if folder else {})
     if folder and manifest:
-        artifact = folder.name
-        records = folder
-    else:
-        # What a step has recorded so far is worth showing while it runs.
-        folder = outputs / "work" / key / "out"
-        records = outputs / "work" / key / "ckpt" / "records"
+        artifact, records = folder.name, folder
+    else:  # what a step has recorded so far is worth showing while it runs
+        folder, records = store.work(key) / "out", store.work(key) / "ckpt" / "records"
     outcome, error = _step_outcome([text(event.get("event")) for event in own], bool(manifest)), ""
     if outcome == "failed":
         error = next((message for event in reversed(own) if (message := text(event.get("error")))), "")
@@ -246,36 +245,22 @@ def _read_step(outputs: Path, entry: dict[str, Any], events: list[dict[str, Any]
     )
 
 
-def _find_artifact(store: Path, rid: str, names: Iterable[str]) -> Path | None:
+def _find_artifact(store: Store, rid: str, names: Iterable[str]) -> Path | None:
     """Return the folder of the complete artifact: of one of `names`, or else of this id."""
-    short = rid[:16]  # as in the names of folders
+    folders = (store.outputs / "store" / name for name in names if name and Path(name).name == name)
     # A run that found the artifact of another one keeps that one's name, which may have another label.
-    same = sorted(store.glob(f"*-{short}")) if short.isalnum() else []
-    folders = [*(store / name for name in names if name and Path(name).name == name), *same]
-    return next((folder for folder in folders if (folder / "manifest.json").is_file()), None)
-
-
-# Last events of steps whose artifact is not from this run.
-_NOT_COMPUTED = ("step_cached", "step_failed", "step_interrupted")
+    return next((folder for folder in folders if (folder / "manifest.json").is_file()), store.find(rid))
 
 
 def _step_outcome(events: list[str], is_published: bool) -> str:
     ends = [event for event in events if event != "step_started"]
     last = ends[-1] if ends else ""
     if is_published:
-        return "run" if events and last not in _NOT_COMPUTED else "cached"
+        is_others = last in ("step_cached", "step_failed", "step_interrupted")  # another run made the artifact
+        return "run" if events and not is_others else "cached"
     if last == "step_failed":
         return "failed"
     return "unfinished" if events and events[-1] in ("step_started", "step_interrupted") else "missing"
-
-
-def _run_outcome(events: list[dict[str, Any]]) -> tuple[str, str]:
-    for event in reversed(events):
-        if event.get("event") == "run_done":
-            return "done", ""
-        if event.get("event") == "run_failed":
-            return "failed", text(event.get("error"))
-    return "unfinished", ""
 
 
 def _elapsed_seconds(events: list[dict[str, Any]]) -> float | None:
@@ -294,14 +279,14 @@ def _by_iteration(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _last_samples(records: list[dict[str, Any]]) -> list[Sample]:
     """Return the samples of the last iteration that has any."""
-    found = [(number(record.get("iteration")), record) for record in records if "text" in record]
-    last = max((iteration or 0 for iteration, _ in found), default=0)
-    return [
-        Sample(prompt=text(record.get("prompt")), text=text(record["text"]),
-               iteration=None if iteration is None else int(iteration))
-        for iteration, record in found
-        if (iteration or 0) == last
-    ]  # fmt: skip
+    found = []
+    for record in records:
+        if "text" in record:
+            at = number(record.get("iteration"))
+            iteration = None if at is None else int(at)
+            found.append(Sample(prompt=text(record.get("prompt")), text=text(record["text"]), iteration=iteration))
+    last = max((sample.iteration or 0 for sample in found), default=0)
+    return [sample for sample in found if (sample.iteration or 0) == last]
 
 
 def sequence(value: object) -> list[Any]:

@@ -12,8 +12,8 @@ from mlxchat.config.wording import plural
 from mlxchat.errors import ConfigError
 from mlxchat.report.collect import RunReport, StepReport, checkpoint_name, collect_steps
 from mlxchat.report.document import Block, Group
+from mlxchat.report.experiments import group_seeds, table_of_seeds, why_no_best
 from mlxchat.report.plots import COLOURS, Curve, Picture, draw_curves, slug, smooth
-from mlxchat.report.significance import group_seeds, table_of_seeds, why_no_best
 from mlxchat.report.tables import format_value
 from mlxchat.store.naming import called
 

@@ -1,24 +1,26 @@
-"""Experiments: runs that are equal but for their seeds are one experiment, which is kept, discarded or undecided.
+"""Whether differences over seeds are more than chance, for jobs of sweeps and for experiments.
 
-In the order of their first runs, each experiment is compared with the best one kept before it, as in a search that
-goes on from what was kept (karpathy/autoresearch). The baseline is the first that is kept.
+B. L. Welch (1947), The generalization of "Student's" problem when several different population variances are involved.
+
+Runs that are equal but for their seeds are one experiment, which is kept, discarded or undecided. In the order of their
+first runs, each experiment is compared with the best one kept before it, as in a search that goes on from what was kept
+(karpathy/autoresearch). The baseline is the first that is kept.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import fmean
+from statistics import fmean, variance
 from typing import TYPE_CHECKING, Any
 
 from mlxchat.config.table import Table, escape
 from mlxchat.config.wording import plural
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.report.document import Block
-from mlxchat.report.plots import COLOURS, INK, SOFT, Picture, make_panels, name_axes, one_line
-from mlxchat.report.significance import CONFIDENCE, MOST_SEEDS, Difference, compare_means, standard_error
+from mlxchat.report.plots import COLOURS, HEIGHT, INK, SOFT, WIDTH, Picture, finish, new_axes, one_line
 from mlxchat.store.compare import Plan
 from mlxchat.store.files import Records
 from mlxchat.store.fingerprint import changes, flatten
@@ -32,6 +34,135 @@ if TYPE_CHECKING:
 KEEP, DISCARD, UNDECIDED, CRASH = "keep", "discard", "not decided", "crash"
 _MOST_CHANGES = 3
 _LETTERS = 7  # of a commit
+CONFIDENCE = 0.95
+MOST_SEEDS = 30
+"""Further seeds that are worth a suggestion."""
+
+
+# Statistics
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The difference of two means, new − old, and its confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+    more_seeds: int | None = None
+    """Seeds that both sides need further, if means and scatter stay as they are, until the interval leaves out 0; 0:
+    it does; None: more than are worth it."""
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        """Return the difference with its interval: -0.0213 [-0.0310, -0.0116]."""
+        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+
+
+def compare_means(old: Sequence[float], new: Sequence[float]) -> Difference | None:
+    """Return the difference of the means of two samples; None: one has fewer than two values, so no known scatter."""
+    if min(len(old), len(new)) < 2:
+        return None
+    mean = fmean(new) - fmean(old)
+    half = _half_width(old, new)
+    if abs(mean) > half:
+        return Difference(mean, mean - half, mean + half, 0)
+    enough = (more for more in range(1, MOST_SEEDS + 1) if abs(mean) > _half_width(old, new, more))
+    return Difference(mean, mean - half, mean + half, next(enough, None))
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Return the standard error of the mean of at least two values."""
+    return math.sqrt(variance(values) / len(values)) if len(values) > 1 else None
+
+
+def _mean_of(values: Sequence[float]) -> str:
+    """Return the mean of values and its standard error, if that is known."""
+    error = standard_error(values)
+    return f"{fmean(values):.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def _half_width(old: Sequence[float], new: Sequence[float], more: int = 0) -> float:
+    """Return half the width of Welch's interval, as if each sample had `more` values of the same variance."""
+    sizes = [len(sample) + more for sample in (old, new)]
+    squares = [variance(sample) / size for sample, size in zip((old, new), sizes, strict=True)]
+    total = sum(squares)
+    if total == 0:
+        return 0.0
+    freedom = total**2 / sum(square**2 / (size - 1) for square, size in zip(squares, sizes, strict=True))
+    return student_quantile(0.5 + CONFIDENCE / 2, freedom) * math.sqrt(total)
+
+
+def student_quantile(share: float, freedom: float) -> float:
+    """Return the value below which a `share` of at least 0.5 of Student's t lies; `freedom`: at least 1.
+
+    With t = √freedom · tan a, the density of the angle a is proportional to cos(a)^(freedom − 1).
+    """
+    import numpy as np
+
+    angles = np.linspace(0.0, math.pi / 2, 20_001)
+    density = np.cos(angles) ** (freedom - 1)
+    below = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    angle = np.interp(2 * share - 1, below / below[-1], angles)
+    return math.sqrt(freedom) * math.tan(float(angle))
+
+
+# Jobs of a sweep
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Jobs of a sweep that differ in their seeds only."""
+
+    title: str
+    """The settings that differ from other jobs', as overrides."""
+    values: list[float]
+
+
+def group_seeds(jobs: Iterable[Mapping[str, Any]], metric: str | None, *, less_is_better: bool) -> list[Seeds]:
+    """Return the jobs with a value of a metric by their settings but `seed`, the best mean first; [] without seeds."""
+    groups: dict[str, Seeds] = {}
+    jobs = [job for job in jobs if metric in job["metrics"]]
+    keys = dict.fromkeys(key for job in jobs for key in job["settings"])
+    telling = [key for key in keys if len({str(job["settings"].get(key)) for job in jobs}) > 1]
+    for job in jobs if "seed" in telling else []:
+        pairs = ((key, job["settings"].get(key, "")) for key in telling if key != "seed")
+        title = " ".join(f"{key}={value}" for key, value in pairs) or "all jobs"
+        groups.setdefault(title, Seeds(title, [])).values.append(job["metrics"][metric])
+    return sorted(groups.values(), key=lambda group: fmean(group.values) * (1 if less_is_better else -1))
+
+
+def table_of_seeds(groups: Sequence[Seeds], metric: str) -> Table:
+    """Return a row for each group: mean ± standard error, and the difference from the first group."""
+    rows = []
+    for group in groups:
+        difference = compare_means(groups[0].values, group.values) if group is not groups[0] else None
+        told = "" if difference is None else str(difference)
+        rows.append([group.title, str(len(group.values)), _mean_of(group.values), told])
+    header = ["settings", "seeds", metric, f"difference from the first [{CONFIDENCE:.0%}]"]
+    return Table(header=header, align="lrrr", rows=rows)
+
+
+def why_no_best(groups: Sequence[Seeds]) -> str:
+    """Return why the first group is not known to be better than the second; "": it is."""
+    if len(groups) < 2:
+        return "the jobs differ in their seeds only"
+    difference = compare_means(groups[0].values, groups[1].values)
+    told = f"{groups[0].title} and {groups[1].title}"
+    if difference is None:
+        return f"{told}: give both at least two seeds"
+    if difference.is_decided:
+        return ""
+    more = difference.more_seeds
+    advice = "too close to decide" if more is None else f"about {plural(more, 'more seed')} each would decide"
+    return f"{told} differ by {difference}, which may be chance; {advice}"
+
+
+# Experiments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +191,7 @@ class Experiment:
 
     def __str__(self) -> str:
         """Return the mean and its standard error."""
-        if not self.values:
-            return "-"
-        return f"{self.mean:.4f}" + ("" if self.error is None else f" ± {self.error:.4f}")
+        return _mean_of(self.values) if self.values else "-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,19 +315,12 @@ def _describe_changes(old: Experiment, new: Experiment) -> str:
 
 def table_of_verdicts(verdicts: Sequence[Verdict], metric: str) -> Table:
     """Return a row per experiment: mean ± standard error, difference from the best kept before, verdict, changes."""
-    rows = [
-        [
-            each.experiment.name,
-            str(len(each.experiment.values)),
-            str(each.experiment),
-            "" if each.difference is None else str(each.difference),
-            each.against.name if each.against is not None else "",
-            each.status if each.against is not None else "baseline",
-            each.more_seeds,
-            each.changes,
-        ]
-        for each in verdicts
-    ]
+    rows = []
+    for each in verdicts:
+        one, against = each.experiment, each.against
+        told = "" if each.difference is None else str(each.difference)
+        verdict = ["", "baseline"] if against is None else [against.name, each.status]
+        rows.append([one.name, str(len(one.values)), str(one), told, *verdict, each.more_seeds, each.changes])
     difference = f"difference [{CONFIDENCE:.0%}]"
     header = ["experiment", "seeds", metric, difference, "from", "verdict", "more seeds", "changed"]
     return Table(header=header, align="lrrrllll", rows=rows)
@@ -206,25 +328,17 @@ def table_of_verdicts(verdicts: Sequence[Verdict], metric: str) -> Table:
 
 def describe_verdicts(verdicts: Sequence[Verdict], metric: str) -> dict[str, Any]:
     """Return the verdicts as plain data."""
-    return {
-        "metric": metric,
-        "confidence": CONFIDENCE,
-        "experiments": [
-            {
-                "name": each.experiment.name,
-                "values": [*each.experiment.values],
-                "artifacts": [made["name"] for made in each.experiment.made],
-                "mean": each.experiment.mean if each.experiment.values else None,
-                "stderr": each.experiment.error,
-                "against": each.against.name if each.against is not None else None,
-                "difference": each.difference and [each.difference.mean, each.difference.low, each.difference.high],
-                "more_seeds": each.difference and each.difference.more_seeds,
-                "verdict": each.status,
-                "changes": each.changes,
-            }
-            for each in verdicts
-        ],
-    }
+    found = []
+    for each in verdicts:
+        one, difference = each.experiment, each.difference
+        found.append({
+            "name": one.name, "values": [*one.values], "artifacts": [made["name"] for made in one.made],
+            "mean": one.mean if one.values else None, "stderr": one.error,
+            "against": each.against and each.against.name,
+            "difference": difference and [difference.mean, difference.low, difference.high],
+            "more_seeds": difference and difference.more_seeds, "verdict": each.status, "changes": each.changes,
+        })  # fmt: skip
+    return {"metric": metric, "confidence": CONFIDENCE, "experiments": found}
 
 
 def journal(verdicts: Sequence[Verdict]) -> Iterator[list[str]]:
@@ -267,7 +381,7 @@ def draw_progress(verdicts: Sequence[Verdict], metric: str) -> Picture:
     def draw() -> Figure:
         from matplotlib.ticker import MaxNLocator
 
-        figure, (axes,) = make_panels(1, 3.6)
+        figure, axes = new_axes(HEIGHT, 1.4 * WIDTH)
         for status, (colour, mark) in marks.items():
             at = [number for number, each in enumerate(shown) if each.status == status]
             means = [shown[number].experiment.mean for number in at]
@@ -282,15 +396,10 @@ def draw_progress(verdicts: Sequence[Verdict], metric: str) -> Picture:
                 one_line(one.name, 22), (number, one.mean), xytext=(4, 7), textcoords="offset points", rotation=25,
                 fontsize=8.5, color=INK,
             )  # fmt: skip
-        axes.legend(loc="upper right", fontsize=9)
         axes.margins(x=0.05, y=0.18)
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        name_axes(
-            axes,
-            f"{len(kept) - 1} of {plural(len(shown) - 1, 'experiment')} kept",
-            "experiment",
-            f"{metric} (mean ± error)",
-        )
+        title = f"{len(kept) - 1} of {plural(len(shown) - 1, 'experiment')} kept"
+        finish(figure, axes, title, "experiment", f"{metric} (mean ± error)")
         return figure
 
     said = "; ".join(f"{each.experiment.name} {each.experiment} ({each.status})" for each in shown)

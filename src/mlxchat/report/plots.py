@@ -10,7 +10,6 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from html import escape
@@ -63,10 +62,14 @@ class Picture:
     @cached_property
     def svg(self) -> str:
         """The figure as an SVG element."""
-        with styled():
+        import matplotlib as mpl
+
+        # Ids must be unique because all charts are in one page.
+        with mpl.rc_context({**_STYLE, "svg.hashsalt": self.name}), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)  # a missing glyph
             figure = self.draw()
             figure.set_facecolor("none")
-            return _svg(figure, self.name, self.alt)
+            return _svg(figure, self.alt)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,17 +89,6 @@ class Curve:
         """Return the values of the drawn line."""
         ys = self.points[1]
         return smooth(ys) if self.is_smoothed and len(ys) >= SMOOTH_FROM_POINTS else ys
-
-
-@contextmanager
-def styled() -> Iterator[None]:
-    """Use our style within the context."""
-    import matplotlib as mpl
-
-    with mpl.rc_context(_STYLE), warnings.catch_warnings():
-        # Missing glyphs are not worth a warning.
-        warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
-        yield
 
 
 def smooth(values: Sequence[float]) -> list[float]:
@@ -120,27 +112,6 @@ def one_line(words: str, letters: int = LABEL_LETTERS) -> str:
 def slug(name: str) -> str:
     """Return a name as part of a file's name."""
     return re.sub(r"[^A-Za-z0-9_-]", "-", name)
-
-
-def make_panels(count: int, height: float = 3.1) -> tuple[Figure, list[Axes]]:
-    """Return a figure `height` inches high with `count` empty panels side by side."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.0, height), layout="constrained", facecolor="white")
-    grid: Any = figure.subplots(1, count, squeeze=False, gridspec_kw={"wspace": 0.08})
-    for panel in grid[0]:
-        panel.tick_params(labelsize=9)
-        panel.grid(visible=True, axis="both")
-    return figure, list(grid[0])
-
-
-def name_axes(panel: Axes, title: str, x: str, y: str) -> None:
-    """Set a panel's title and axis labels."""
-    panel.set_title(
-        one_line(title, max(LABEL_LETTERS, 90 // len(panel.figure.axes))), loc="left", fontsize=11, fontweight="bold"
-    )
-    panel.set_xlabel(one_line(x), fontsize=9.5)
-    panel.set_ylabel(one_line(y), fontsize=9.5)
 
 
 def label_log_axis(axis: Axis) -> None:
@@ -172,7 +143,7 @@ def draw_curves(
     def draw() -> Figure:
         from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-        figure, axes = _axes(HEIGHT)
+        figure, axes = new_axes(HEIGHT)
         for curve in curves:
             _draw_curve(curve, axes)
         for at, (label, value) in enumerate(levels):
@@ -190,7 +161,7 @@ def draw_curves(
                 axis.set_major_formatter(FuncFormatter(_tick))
         if from_zero and axes.get_ylim()[0] > 0:
             axes.set_ylim(bottom=0)
-        _finish(figure, axes, title, x, y)
+        finish(figure, axes, title, x, y)
         return figure
 
     return Picture(name=name, title=title, alt=alt, draw=draw)
@@ -219,7 +190,7 @@ def draw_bars(name: str, title: str, alt: str, rows: Bars, *, x: str, labels: Se
 
     def draw() -> Figure:
         thick = 0.84 / len(labels)
-        figure, axes = _axes(104 + len(rows) * max(20, 11 * len(labels) + 8))
+        figure, axes = new_axes(104 + len(rows) * max(20, 11 * len(labels) + 8))
         for position, (_, bars, marks) in enumerate(rows):
             for at, bar in enumerate(bars):
                 if bar is not None:
@@ -237,39 +208,36 @@ def draw_bars(name: str, title: str, alt: str, rows: Bars, *, x: str, labels: Se
         axes.grid(axis="x")
         axes.axvline(0, color=SOFT, linewidth=1)
         axes.margins(x=0.2)
-        _finish(figure, axes, title, x, "")
+        finish(figure, axes, title, x, "")
         return figure
 
     return Picture(name=name, title=title, alt=alt, draw=draw)
 
 
-def _axes(height: float) -> tuple[Figure, Axes]:
+def new_axes(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
+    """Return a figure of this many pixels with one panel."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
+    figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
     return figure, figure.subplots()
 
 
-def _finish(figure: Figure, axes: Axes, title: str, x: str, y: str) -> None:
+def finish(figure: Figure, axes: Axes, title: str, x: str, y: str) -> None:
     """Set title and labels, and a legend above the axes if there are labelled curves."""
     figure.suptitle(one_line(title, 56), x=0.01, ha="left", fontsize=13, fontweight="bold")
     axes.set_xlabel(one_line(x, 60))
     axes.set_ylabel(one_line(y))
     handles, labels = axes.get_legend_handles_labels()
     if labels:
-        across = max(1, int(WIDTH // (42 + 7.6 * max(map(len, labels)))))
+        across = max(1, int(72 * figure.get_figwidth() // (42 + 7.6 * max(map(len, labels)))))
         axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=min(across, len(labels)),
                     handlelength=1.3, columnspacing=1.4, handletextpad=0.5, borderpad=0.2)  # fmt: skip
 
 
-def _svg(figure: Figure, name: str, alt: str) -> str:
-    """Return a figure as an SVG element with the page's colours and fonts and unique ids."""
-    import matplotlib as mpl
-
+def _svg(figure: Figure, alt: str) -> str:
+    """Return a figure as an SVG element with the page's colours and fonts."""
     buffer = io.StringIO()
-    # Ids must be unique because all charts are in one page.
-    with mpl.rc_context({"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     drawn = buffer.getvalue()
     body = drawn[drawn.index('<g id="figure_1">') :]
     # No clipping: a clip path within a closed <details> would hide the picture.

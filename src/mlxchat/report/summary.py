@@ -22,14 +22,10 @@ from mlxchat.evals.scores import Measure, Scores, mapping, number
 from mlxchat.report.collect import STAGE_LABELS, RunReport, StepReport, checkpoint_name
 from mlxchat.report.tables import baseline_label, columns, computing_seconds, metric_table, shown
 
-# Relative change of the validation loss over the last quarter that counts as flat.
-_FLAT = 0.01
-# Validations to fit a line to, at least.
-_FEWEST = 3
-# As published in the DCLM bundle.
-_GPT2_XL_CORE = 0.2565
-# Mean accuracy from which on longer training is not advised.
-_SOLVED = 0.98
+_FLAT = 0.01  # relative change of the validation loss over the last quarter
+_FEWEST = 3  # validations to fit a line to
+_GPT2_XL_CORE = 0.2565  # as published in the DCLM bundle
+_SOLVED = 0.98  # mean accuracy from which on longer training is not advised
 
 
 def answers(report: RunReport) -> list[tuple[str, str]]:
@@ -54,12 +50,10 @@ def facts(report: RunReport) -> list[tuple[str, str]]:
         ("computing time", "" if spent is None else format_seconds(spent)),
         ("cost", format_dollars(spent, report.cost_per_hour)),
     ]
-    scored = [scores for _, scores in _own_scores(report)]
-    for metric, best in (("val_bpb", min), ("core", max), ("chatcore", max), ("mean_centered", max)):
-        measures = [measure for scores in scored if (measure := scores.find(metric))]
-        if measures and not (metric == "mean_centered" and any(scores.find("chatcore") for scores in scored)):
-            measure = best(measures, key=lambda each: each.value)
-            found.append((measure.name, f"{measure.value:.3f}" if metric == "val_bpb" else shown(measure).text))
+    scored = _own_scores(report)
+    if texts := [bpb for _, scores in scored if (bpb := scores.find("val_bpb"))]:
+        found.append((texts[0].name, f"{min(bpb.value for bpb in texts):.3f}"))
+    found += [(measure.name, shown(measure).text) for _, _, measure in _best_means(scored)]
     return [(what, value) for what, value in found if value]
 
 
@@ -117,6 +111,16 @@ def _own_scores(report: RunReport) -> list[tuple[str, Scores]]:
     return [(name, column.scores) for name, column in own or scored if column.scores.measures]
 
 
+def _best_means(scored: list[tuple[str, Scores]]) -> Iterator[tuple[str, Scores, Measure]]:
+    """Yield (checkpoint, scores, measure) of the best CORE, and of the best ChatCORE or mean centred accuracy."""
+    for metric in ("core", "chatcore", "mean_centered"):
+        found = [(name, scores, measure) for name, scores in scored if (measure := scores.find(metric))]
+        if found:
+            yield max(found, key=lambda each: each[2].value)
+        if found and metric == "chatcore":
+            return
+
+
 def _learnt(report: RunReport) -> Iterator[str]:
     for step in report.steps:
         if step.stage == "pretrain" and step.manifest:
@@ -164,15 +168,11 @@ def _target(step: StepReport) -> str:
 
 def _how_well(report: RunReport) -> Iterator[str]:
     scored = _own_scores(report)
-    for metric in ("core", "chatcore", "mean_centered"):
-        found = [(name, scores, measure) for name, scores in scored if (measure := scores.find(metric))]
-        if not found or (metric == "mean_centered" and any(scores.find("chatcore") for _, scores in scored)):
-            continue
-        name, scores, best = max(found, key=lambda each: each[2].value)
+    for name, scores, best in _best_means(scored):
         said = _said(best)
-        if metric == "core":
+        if best.metric == "core":
             yield f"CORE is {said}, after {name} (GPT-2 XL, as published: {_GPT2_XL_CORE})."
-        elif metric == "chatcore":
+        elif best.metric == "chatcore":
             yield f"The best ChatCORE is {said}, after {name}."
         else:
             over = plural(len(scores.tasks), "task")
@@ -193,13 +193,12 @@ def _cost(report: RunReport) -> Iterator[str]:
     if spent is None:
         yield f"None of the {plural(len(report.steps), 'step')} has a result yet."
         return
-    places = join(dict.fromkeys(place for step in report.steps if (place := _hardware(step))))
+    hardware = join(dict.fromkeys(place for step in report.steps if (place := _hardware(step))))
+    places = f" on {hardware}" if hardware else ""
     dollars = format_dollars(spent, report.cost_per_hour)
     memory = max((number(step.manifest.get("peak_memory_bytes")) or 0 for step in report.steps), default=0)
-    yield (
-        f"{format_seconds(spent)} of computing{f' on {places}' if places else ''}{f', {dollars}' if dollars else ''}"
-        f"{f', at most {format_bytes(memory)} of memory' if memory else ''}."
-    )
+    details = [dollars, f"at most {format_bytes(memory)} of memory" if memory else ""]
+    yield ", ".join(filter(None, [f"{format_seconds(spent)} of computing{places}", *details])) + "."
     cached = sum(step.outcome == "cached" for step in report.steps)
     if cached:
         this_run = f"; this run took {format_seconds(report.seconds)}" if report.seconds is not None else ""

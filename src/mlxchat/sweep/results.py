@@ -10,7 +10,7 @@ from typing import Any
 from mlxchat.config.secrets import redact
 from mlxchat.config.table import Table
 from mlxchat.errors import ConfigError, suggest, visible
-from mlxchat.report.significance import group_seeds, table_of_seeds, why_no_best
+from mlxchat.report.experiments import group_seeds, table_of_seeds, why_no_best
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.store.files import write_whole
 from mlxchat.store.manifest import MEASURED, Manifest, read_manifest
