@@ -81,10 +81,7 @@ def test_experiment_sets_its_sizes(composed):
     [
         (["trian", "model=d2"], r'expected mlxchat bench train\|generate.*, got "trian"\. Did you mean "train"\?'),
         (["train", "bench.step=2"], r'there is no "bench\.step" to set\. Did you mean "bench\.steps"\?'),
-        (
-            ["train", "bench.batch_rows=0", "bench.steps=0"],
-            r"(?s)batch_rows is 0.*steps is 0",
-        ),
+        (["train", "bench.batch_rows=0", "bench.steps=0"], r"(?s)batch_rows is 0.*steps is 0"),
     ],
     ids=lambda part: " ".join(part) if isinstance(part, list) else "",
 )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kit import models
-from mlxchat.bench.weights import fill_zero_weights
+from mlxchat.bench.train import fill_zero_weights
 from mlxchat.engine.decode import Decoder, Past
 from mlxchat.model.gpt import GPT
 from mlxchat.model.lora import packed_copy

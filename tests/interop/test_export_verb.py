@@ -117,19 +117,13 @@ def test_transformers_computes_our_logits_prompts_and_masks(export, made, tmp_pa
     ("arguments", "told"),
     [
         (["jul", "--to", "hf", "OUT"], "value embeddings, residual scalars, the smear, the backout.*--to mlx"),
-        (
-            ["oct", "--to", "onnx", "OUT"],
-            "--to: invalid choice: 'onnx'",
-        ),
+        (["oct", "--to", "onnx", "OUT"], "--to: invalid choice: 'onnx'"),
         (["jul", "--to", "gguf", "OUT"], "but not value embeddings.*Use --to mlx"),
         (["jul", "--to", "mlx", "OUT", "--dtype", "q8_0"], "expected float32, bfloat16 with --to mlx"),
         (["oct", "OUT"], "required: --to"),
         (["odd", "--to", "nanochat", "OUT"], r"rope_theta 5000\.0 instead of 10000\.0.*--to mlx or --to hf"),
         (["oct", "--to", "hf", "OUT", "--bits", "4"], "--bits requires --to mlx"),
-        (
-            ["oct", "--to", "nanochat", "OUT", "--dtype", "bfloat16"],
-            "--to nanochat has fixed types",
-        ),
+        (["oct", "--to", "nanochat", "OUT", "--dtype", "bfloat16"], "--to nanochat has fixed types"),
     ],
 )
 def test_invalid_exports_write_nothing(export, tmp_path, arguments, told):

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxchat.bench.weights import fill_zero_weights
+from mlxchat.bench.train import fill_zero_weights
 from mlxchat.config.schema import BenchConfig, Config
 from mlxchat.config.table import Table
 from mlxchat.config.wording import format_bytes, format_count
@@ -45,10 +45,8 @@ def measure_generation(config: Config, given: Path | None = None) -> dict[str, A
     machine can read in that time. 'prompt_mfu' and 'decode_mfu' are shares of the device's peak (null: unknown).
     'peak_bytes' is what MLX held at most, weights included; on a CPU the process.
 
-    `given` is the artifact that is measured; None: random weights of the configuration's sizes.
-
-    Raises:
-        ConfigError: it does not fit into memory.
+    `given` is the artifact that is measured; None: random weights of the configuration's sizes. ConfigError: it does
+    not fit into memory.
     """
     bench, dtype = config.bench, prepare_machine(config.machine)
     longest = max(bench.prompt_tokens) + bench.new_tokens

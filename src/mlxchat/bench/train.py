@@ -10,9 +10,9 @@ from statistics import median
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
-from mlxchat.bench.weights import fill_zero_weights
 from mlxchat.config.schema import AdapterConfig, Config
 from mlxchat.config.table import Table
 from mlxchat.config.wording import format_bytes, format_count
@@ -21,7 +21,7 @@ from mlxchat.errors import ConfigError
 from mlxchat.evals.bpb import mean_loss
 from mlxchat.model.gpt import GPT
 from mlxchat.model.lora import attach_adapters
-from mlxchat.model.parameters import init_weights, trained_parameters
+from mlxchat.model.parameters import flatten_parameters, init_weights, set_parameters, trained_parameters
 from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, resolve_adapter, sizes_of
 from mlxchat.ops.device import describe_device, prepare_machine
 from mlxchat.optim.optimizer import Optimizer, adapter_rule, rates_at
@@ -137,6 +137,18 @@ def _make_model(
     optimizer = Optimizer(model, config.optimizer, width=sizes.width, adapter=rule)
     mx.eval(model.state, optimizer.state)
     return model, optimizer
+
+
+def fill_zero_weights(model: nn.Module, seed: int) -> None:
+    """Replace weights that start at zero by N(0, 1/columns), so that no product is trivial."""
+    parameters = flatten_parameters(model)
+    keys = mx.random.split(mx.random.key(seed), len(parameters))
+    drawn = {
+        name: mx.random.normal(value.shape, key=keys[index]) / value.shape[-1] ** 0.5
+        for index, (name, value) in enumerate(parameters.items())
+        if not mx.any(value != 0).item()
+    }
+    set_parameters(model, drawn)
 
 
 def _time(progress: Progress, what: str, count: int, work: Callable[[int], object]) -> list[float]:

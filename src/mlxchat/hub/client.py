@@ -14,10 +14,8 @@ import shlex
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,8 +39,7 @@ from mlxchat.hub.cache import (
 )
 from mlxchat.store.files import read_json, write_json
 
-# Pauses of 0.5, 1, 2, 4 s between them. huggingface_hub retries inside each of them, too.
-TRIES = 5
+TRIES = 5  # with pauses of 0.5, 1, 2, 4 s between them; huggingface_hub retries inside each of them, too
 FIRST_PAUSE_SECONDS = 0.5
 _PASSING_STATUS = (408, 425, 429)
 _WORKERS = 4
@@ -80,6 +77,10 @@ def fetch_command() -> str:
     """Return a sentence with the command that fetches everything, with the settings of this command line."""
     words = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
     return f"On a machine with network access, run: mlxchat data fetch {shlex.join(words)}".rstrip()
+
+
+def _offline(problem: str) -> DataError:
+    return DataError(f"{problem}, and HF_HUB_OFFLINE is set. {fetch_command()}")
 
 
 class _WrongContent(Exception):
@@ -142,8 +143,7 @@ def list_files(repository: str, *, revision: str = "main", pattern: str = "*", k
     record = _record(repository, kind, f"{commit}.json")
     if (files := _read_listing(record)) is None:  # a commit's files never change: listed once per machine
         if is_offline():
-            where = f"{repository}: this {kind} at revision {revision} is not on this machine"
-            raise DataError(f"{where}, and HF_HUB_OFFLINE is set. {fetch_command()}")
+            raise _offline(f"{repository}: this {kind} at revision {revision} is not on this machine")
         from huggingface_hub.hf_api import RepoFile
 
         def request() -> list[RepoFile]:
@@ -239,8 +239,7 @@ def fetch_files(files: Iterable[HubFile], *, check: Check = lambda: None) -> lis
         total = missing_bytes(missing)
         if is_offline():
             first = ", ".join(file.path for file in missing[:3]) + (" …" if len(missing) > 3 else "")
-            where = f"{what}: {format_bytes(total)} are not on this machine ({first})"
-            raise DataError(f"{where}, and HF_HUB_OFFLINE is set. {fetch_command()}")
+            raise _offline(f"{what}: {format_bytes(total)} are not on this machine ({first})")
         check_space(hub_cache(), total, what)
         _await(_start(partial(_fetch_file, file) for file in missing), check)
     return [file.place for file in files]
@@ -284,22 +283,20 @@ def _bar(*, is_shown: bool = True) -> Any:
 
 def _start(jobs: Iterable[Callable[[], object]]) -> list[Future[object]]:
     """Call jobs in this order in some daemon threads, which end with the process."""
-    waiting = deque((job, Future[object]()) for job in jobs)
-    futures = [future for _, future in waiting]
+    pairs = [(job, Future[object]()) for job in jobs]
+    waiting = iter(pairs)  # shared: each thread takes the next job
 
     def work() -> None:
-        with suppress(IndexError):  # none is left
-            while True:
-                job, future = waiting.popleft()
-                if future.set_running_or_notify_cancel():
-                    try:
-                        future.set_result(job())
-                    except BaseException as error:
-                        future.set_exception(error)
+        for job, future in waiting:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(job())
+                except BaseException as error:
+                    future.set_exception(error)
 
-    for _ in range(min(_WORKERS, len(futures))):
+    for _ in range(min(_WORKERS, len(pairs))):
         threading.Thread(target=work, name="fetch", daemon=True).start()
-    return futures
+    return [future for _, future in pairs]
 
 
 def _await(futures: list[Future[object]], check: Check) -> None:
@@ -324,11 +321,15 @@ def fetch_url(url: str, *, sha256: str | None = None, check: Check = lambda: Non
     """
     place = url_place(url)
 
+    def is_there() -> bool:
+        known = find_content(url, None)
+        return known is not None and sha256 in (None, known) and has_content(place, known)
+
     def fetch() -> None:
         from huggingface_hub.file_download import http_get
 
         with FileLock(place.with_name("fetch.lock")):
-            if _has(place, sha256):
+            if is_there():
                 return
             part = place.with_name(f"{place.name}.part")
             with part.open("wb") as file:
@@ -343,29 +344,19 @@ def fetch_url(url: str, *, sha256: str | None = None, check: Check = lambda: Non
             about = {"url": url, "revision": None, "sha256": found, "bytes": place.stat().st_size}
             write_json(place.with_name("source.json"), about)
 
-    if not _has(place, sha256):
+    if not is_there():
         if is_offline():
-            raise DataError(f"{url} is not on this machine, and HF_HUB_OFFLINE is set. {fetch_command()}")
+            raise _offline(f"{url} is not on this machine")
         place.parent.mkdir(parents=True, exist_ok=True)
         _await(_start([partial(_retried, fetch, url, "file")]), check)
     return place
 
 
-def _has(place: Path, sha256: str | None) -> bool:
-    """Return whether a plain download is complete, unaltered and has this sha256; None: any."""
-    known = _sha256_of(place)
-    return known is not None and sha256 in (None, known) and has_content(place, known)
-
-
 def find_content(url: str, sha256: str | None) -> str | None:
     """Return the sha256 of what `fetch_url` returns: `sha256` if given, else that of the download; None: unknown."""
-    return sha256 or _sha256_of(url_place(url))
-
-
-def _sha256_of(place: Path) -> str | None:
-    """Return the recorded sha256 of a plain download; None: it was not completed."""
-    found = read_json(place.with_name("source.json")) if place.exists() else None
-    return str(found["sha256"]) if found else None
+    place = url_place(url)
+    known = read_json(place.with_name("source.json")) if sha256 is None and place.exists() else None
+    return str(known["sha256"]) if known else sha256
 
 
 def url_place(url: str) -> Path:

@@ -29,14 +29,8 @@ from mlxchat.store.manifest import MANIFEST, Manifest, check_manifest, find_dama
 from mlxchat.store.store import Store
 
 # The commit deletes older weights of these names, because loaders would read them as part of the model.
-_FORMER = [
-    "model*.safetensors",
-    "model*.safetensors.index.json",
-    "model_*.pt",
-    "meta_*.json",
-    "adapter*.safetensors",
-    "adapter_config.json",
-]
+_FORMER = ["model*.safetensors", "model*.safetensors.index.json", "model_*.pt", "meta_*.json"]
+_FORMER += ["adapter*.safetensors", "adapter_config.json"]
 
 
 @dataclass(frozen=True)
@@ -144,9 +138,8 @@ def import_from(store: Store, place: Place, wanted: Sequence[str]) -> tuple[list
     """
     store.prepare()
     base = store.outputs / "work" / f".import-{hashlib.sha256(place.url.encode()).hexdigest()[:16]}"
-    folder = store.outputs / "locks"
-    with locks.hold(folder / "import.lock", {"step": "import"}):
-        with locks.hold(folder / "gc.lock", {"step": "import"}):
+    with locks.hold(store.outputs / "locks" / "import.lock", {"step": "import"}):
+        with locks.hold(store.outputs / "locks" / "gc.lock", {"step": "import"}):
             pass  # as for steps, gc cannot begin after this
         store.forget()
         known: list[Path] = []

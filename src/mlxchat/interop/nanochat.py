@@ -17,11 +17,7 @@ from typing import Any
 
 from mlxchat.data.vocabulary import HF_FILE, PICKLED_FILE
 from mlxchat.errors import DataError
-from mlxchat.interop.names import (
-    COMPILED_PREFIX,
-    check_tensors,
-    sizes_from_nanochat,
-)
+from mlxchat.interop.names import COMPILED_PREFIX, check_tensors, sizes_from_nanochat
 from mlxchat.interop.source import ModelSource, read_json
 from mlxchat.interop.tensors import Tensor
 from mlxchat.model.sizes import GPTSizes

@@ -26,14 +26,7 @@ from mlxchat.report.collect import (
     text,
 )
 from mlxchat.report.document import Block, Group, fenced, render_markdown
-from mlxchat.report.tables import (
-    all_settings,
-    artifact_table,
-    core_table,
-    known,
-    metric_table,
-    source_table,
-)
+from mlxchat.report.tables import all_settings, artifact_table, core_table, known, metric_table, source_table
 from mlxchat.store.catalog import read_catalog
 from mlxchat.store.store import Store
 

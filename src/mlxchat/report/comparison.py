@@ -127,10 +127,7 @@ def scaling_chart(points: Mapping[str, tuple[float, float]]) -> Picture | None:
     exponent, at_centre = np.polyfit(np.log(xs) - centre, np.log(ys), 1)
     label = f"{np.exp(at_centre):.3f} · (FLOPs / {np.exp(centre):.2g})^({exponent:.3f})".replace("-", "−")
     fitted = [float(np.exp(at_centre + exponent * (np.log(x) - centre))) for x in (xs[0], xs[-1])]
-    curves = [
-        Curve(points=(xs, ys), has_line=False),
-        Curve(points=([xs[0], xs[-1]], fitted), label=label, colour=1),
-    ]
+    curves = [Curve(points=(xs, ys), has_line=False), Curve(points=([xs[0], xs[-1]], fitted), label=label, colour=1)]
     return draw_curves(
         "scaling", "Held-out bits per byte against FLOPs", f"{len(xs)} pretrainings; fitted: {label}.", curves,
         x="FLOPs of pretraining", y="bits per byte", is_log=True,

@@ -103,7 +103,11 @@ def sample_groups(report: RunReport) -> list[tuple[str, str, list[Sample]]]:
         if step.samples:
             iteration = step.samples[0].iteration
             of = f"of {checkpoint_name(step)}" if iteration is None else f"at iteration {iteration:,}"
-            groups.append((step.name, f"Samples {of}", [_excerpt(sample) for sample in step.samples[:SAMPLES_SHOWN]]))
+            shown = []
+            for sample in step.samples[:SAMPLES_SHOWN]:
+                body = sample.text.removeprefix(sample.prompt).strip("\n")
+                shown.append(replace(sample, prompt=cut(sample.prompt.strip("\n")), text=cut(body)))
+            groups.append((step.name, f"Samples {of}", shown))
     return groups
 
 
@@ -111,11 +115,6 @@ def cut(body: str, most: int = _SAMPLE_CHARACTERS) -> str:
     """Return a text, or its beginning and how much is left out."""
     rest = len(body) - most
     return body if rest <= 0 else f"{body[:most]} … ({plural(rest, 'character')} more)"
-
-
-def _excerpt(sample: Sample) -> Sample:
-    body = sample.text.removeprefix(sample.prompt).strip("\n")
-    return replace(sample, prompt=cut(sample.prompt.strip("\n")), text=cut(body))
 
 
 def _question(row: dict[str, Any]) -> str:

@@ -193,8 +193,9 @@ def _cost(report: RunReport) -> Iterator[str]:
     if spent is None:
         yield f"None of the {plural(len(report.steps), 'step')} has a result yet."
         return
-    hardware = join(dict.fromkeys(place for step in report.steps if (place := _hardware(step))))
-    places = f" on {hardware}" if hardware else ""
+    devices = [device for step in report.steps if (device := mapping(step.manifest.get("device"))).get("name")]
+    named = (f"{each['name']} ({each.get('backend')}, {each.get('cores')} cores)" for each in devices)
+    places = f" on {join(dict.fromkeys(named))}" if devices else ""
     dollars = format_dollars(spent, report.cost_per_hour)
     memory = max((number(step.manifest.get("peak_memory_bytes")) or 0 for step in report.steps), default=0)
     details = [dollars, f"at most {format_bytes(memory)} of memory" if memory else ""]
@@ -203,12 +204,6 @@ def _cost(report: RunReport) -> Iterator[str]:
     if cached:
         this_run = f"; this run took {format_seconds(report.seconds)}" if report.seconds is not None else ""
         yield f"{cached} of {plural(len(report.steps), 'step')} came from the cache{this_run}."
-
-
-def _hardware(step: StepReport) -> str:
-    """Return a phrase such as "Apple M3 Max (metal, 16 cores)"; empty if unknown."""
-    device = mapping(step.manifest.get("device"))
-    return f"{device['name']} ({device.get('backend')}, {device.get('cores')} cores)" if device.get("name") else ""
 
 
 def _next(report: RunReport) -> Iterator[str]:

@@ -164,7 +164,9 @@ def _clear_best(measured: list[Measure], chances: list[float]) -> float | None:
 
     Beyond: by more than two standard errors of the difference. With one value, or all alike, nothing is best.
     """
-    best = _direction(measured[0])
+    first = measured[0]
+    # As the stage declares the metric; None: neither more nor less is better.
+    best = best_of("eval", first.metric) if not first.is_share else None if first.metric == "form" else max
     if best is None or len({each.conditions for each in measured}) > 1 or len({each.value for each in measured}) < 2:
         return None
     top: float = best(each.value for each in measured)
@@ -175,13 +177,6 @@ def _clear_best(measured: list[Measure], chances: list[float]) -> float | None:
             return None
         others.append((chances[-1], 0.0))
     return top if all(abs(top - value) > 2 * math.hypot(error, other) for value, other in others) else None
-
-
-def _direction(measure: Measure) -> Callable[..., float] | None:
-    """Return min or max as the stage declares the metric; None: neither is better."""
-    if measure.is_share:
-        return None if measure.metric == "form" else max
-    return best_of("eval", measure.metric)
 
 
 def _metric_notes(chosen: list[Column]) -> Iterator[str]:

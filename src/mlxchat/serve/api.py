@@ -122,7 +122,7 @@ def make_app(
             allow_headers=["Authorization", "Content-Type"],
         )  # fmt: skip
     app.add_middleware(
-        Guard, count=metrics.count_request, api_key=api_key, loopback_only=loopback_only, cors=cors,
+        Guard, requests=metrics.requests, api_key=api_key, loopback_only=loopback_only, cors=cors,
     )  # fmt: skip
     return app
 

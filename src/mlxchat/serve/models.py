@@ -105,7 +105,9 @@ class Models:
     def entries(self) -> list[dict[str, Any]]:
         """Return OpenAI's entry of every model, the default first, with provenance in the extra field `mlxchat`."""
         found = [summary for summary in read_catalog(self.store) if "damaged" not in summary]
-        judges = _judges(found)
+        scored = (summary for summary in found if summary.get("kind") == "scores")
+        # Id of a checkpoint → its latest evaluation.
+        judges = {made["rid"]: each for each in scored if (made := (each.get("inputs") or {}).get("checkpoint"))}
         entries = [
             self._own_entry(summary, judges.get(summary["rid"], {}))
             for summary in reversed(found)
@@ -207,12 +209,6 @@ def read_third_party(name: str, folder: Path) -> Model:
     facts = [(path.name, path.resolve().name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     digest = hashlib.sha256(canonical_json(facts).encode()).hexdigest()
     return Model(name, folder, tokenizer, context_tokens, tokenizer.has_chat_template, digest)
-
-
-def _judges(found: list[Summary]) -> dict[str, Summary]:
-    """Return id of a checkpoint → its latest evaluation."""
-    scored = (summary for summary in found if summary.get("kind") == "scores")
-    return {made["rid"]: summary for summary in scored if (made := (summary.get("inputs") or {}).get("checkpoint"))}
 
 
 @lru_cache(maxsize=10_000)

@@ -9,13 +9,14 @@ import hmac
 import ipaddress
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from prometheus_client import Counter
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -137,8 +138,8 @@ class Guard:
     """Outermost middleware: checks key, Host header, origin, content type and size of each request."""
 
     app: ASGIApp
-    count: Callable[[str, int], None]
-    """Called with the route and the status of every response."""
+    requests: Counter
+    """Counts the responses by route and status."""
     api_key: str | None
     loopback_only: bool
     """Refuse Host headers other than this machine's (DNS rebinding)."""
@@ -168,7 +169,7 @@ class Guard:
             else:
                 await self.app(scope, _bounded(receive), sending)
         finally:
-            self.count(getattr(scope.get("route"), "path", "other"), status)
+            self.requests.labels(getattr(scope.get("route"), "path", "other"), str(status)).inc()
 
     def _refusal(self, scope: Scope) -> Fault | None:
         headers = Headers(scope=scope)

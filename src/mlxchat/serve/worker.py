@@ -242,7 +242,14 @@ class Worker:
         if not isinstance(error, Fault):
             _log.error("an answer failed: %s: %s", type(error).__name__, error)
             error = Fault(f"the computation failed: {type(error).__name__}: {error}", status=500)
-        self._call(lambda: self._end(answer, error))
+
+        def end() -> None:
+            answer.left = 0
+            self.answers.discard(answer)
+            self.failures += 1
+            answer.events.put_nowait(error)
+
+        self._call(end)
 
     def _deliver(self, found: list[tuple[Answer, int, Event]]) -> None:
         """Pass events to the event loop's thread."""
@@ -262,12 +269,6 @@ class Worker:
 
         self._call(deliver)
 
-    def _end(self, answer: Answer, error: Exception) -> None:
-        answer.left = 0
-        self.answers.discard(answer)
-        self.failures += 1
-        answer.events.put_nowait(error)
-
     def _call(self, function: Callable[[], None]) -> None:
         assert self._loop is not None
         if not self._loop.is_closed():
@@ -281,31 +282,18 @@ class Metrics:
         """Report the state of a worker."""
         self._worker, self.registry = worker, CollectorRegistry()
         into: dict[str, Any] = {"registry": self.registry}
-        self.requests = Counter(
-            "mlxchat_requests", "Answered requests by route and status.", ["route", "status"], **into
-        )
+        self.requests = Counter("mlxchat_requests", "Requests by route and status.", ["route", "status"], **into)
         self.prompt_tokens = Counter("mlxchat_prompt_tokens", "Prompt tokens.", **into)
-        self.first_token = Histogram(
-            "mlxchat_time_to_first_token_seconds", "Time from a request to its first token.", buckets=_SECONDS, **into
-        )
+        told = "Time from a request to its first token."
+        self.first_token = Histogram("mlxchat_time_to_first_token_seconds", told, buckets=_SECONDS, **into)
         self.registry.register(self)
-
-    def count_request(self, route: str, status: int) -> None:
-        """Count an answered request."""
-        self.requests.labels(route, str(status)).inc()
 
     def collect(self) -> Iterator[Metric]:
         """Yield counters and gauges of the worker."""
         worker, running = self._worker, min(self._worker.num_choices, len(self._worker._choices))
-        for name, help_, count in (
-            ("mlxchat_generated_tokens", "Sampled tokens.", worker.tokens_generated),
-            ("mlxchat_failures", "Answers whose computation failed.", worker.failures),
-            ("mlxchat_reused_prompt_tokens", "Prompt tokens found in the KV cache.", worker.num_reused),
-        ):
-            yield CounterMetricFamily(name, help_, count)
-        for name, help_, value in (
-            ("mlxchat_rows_running", "Choices that run.", running),
-            ("mlxchat_rows_waiting", "Choices that wait for a row.", worker.num_choices - running),
-            ("mlxchat_models_loaded", "Models in memory.", len(worker.loaded)),
-        ):
-            yield GaugeMetricFamily(name, help_, value)
+        yield CounterMetricFamily("mlxchat_generated_tokens", "Sampled tokens.", worker.tokens_generated)
+        yield CounterMetricFamily("mlxchat_failures", "Answers whose computation failed.", worker.failures)
+        yield CounterMetricFamily("mlxchat_reused_prompt_tokens", "Prompt tokens in the KV cache.", worker.num_reused)
+        yield GaugeMetricFamily("mlxchat_rows_running", "Choices that run.", running)
+        yield GaugeMetricFamily("mlxchat_rows_waiting", "Choices that wait.", worker.num_choices - running)
+        yield GaugeMetricFamily("mlxchat_models_loaded", "Models in memory.", len(worker.loaded))
