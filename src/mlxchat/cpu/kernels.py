@@ -81,12 +81,6 @@ def rational_tanh(x: mx.array) -> mx.array:
     return x * _polynomial(square, _TANH_OVER) / _polynomial(square, _TANH_UNDER)
 
 
-def square_of_positive(x: mx.array) -> mx.array:
-    """Return max(x, 0)². The absolute value vectorises inside `mx.compile` with any compiler."""
-    positive = (x + mx.abs(x)) * 0.5
-    return positive * positive
-
-
 def _polynomial(x: mx.array, coefficients: tuple[float, ...]) -> mx.array:
     """Return sum(c[i] × x**i) by Estrin's scheme."""
     terms: list[mx.array | float] = list(coefficients)
@@ -96,6 +90,21 @@ def _polynomial(x: mx.array, coefficients: tuple[float, ...]) -> mx.array:
         x = x * x
     assert isinstance(terms[0], mx.array)
     return terms[0]
+
+
+# Loops that MLX fuses
+
+square = mx.compile(lambda x: x * x)
+multiply_rows = mx.compile(lambda x, factor: x * factor)
+rotate_halves = mx.compile(lambda halves, swapped, cos, sin, factor: (halves * cos + swapped * sin) * factor)
+# max(x, 0)² and its gradient; the absolute value vectorises with any compiler.
+square_of_positive = mx.compile(lambda x: mx.square((x + mx.abs(x)) * 0.5))
+_squared_relu_gradient = mx.compile(lambda x, cotangent: (x + mx.abs(x)) * cotangent)
+_norm_gradient = mx.compile(lambda gradient, out, along, reciprocal: (gradient - out * along) * reciprocal)
+_across = mx.compile(lambda gradient, out, along: gradient - out * along)
+_softmax_gradient = mx.compile(lambda weights, d_weights, inner: weights * (d_weights - inner) * EXP_UNIT)
+# exp × the derivative of the soft cap
+_slope = mx.compile(lambda exponentials, tanh: exponentials * (1 - tanh * tanh))
 
 
 # Sums and norms
@@ -162,7 +171,8 @@ def _rms_norm_vjp(x: mx.array, cotangents: tuple[mx.array, mx.array], outputs: t
     """Return r (g − y mean(g y)), computed from the output, which the next product keeps anyway; x is not kept."""
     gradient, (out, reciprocal) = cotangents[0], outputs
     along = sum_rows(multiply_rows(gradient, out)) * (1 / out.shape[-1])
-    return _norm_gradient(gradient, out, along[..., None], reciprocal[..., None]).astype(x.dtype)
+    slope = _norm_gradient(gradient, out, along[..., None], reciprocal[..., None])
+    return cast(mx.array, slope.astype(x.dtype))
 
 
 @differentiable
@@ -196,31 +206,6 @@ def _rotated_norm_vjp(
 
 def reciprocal_root(sum_of_squares: mx.array, count: int) -> mx.array:
     return mx.rsqrt(sum_of_squares * (1 / count) + RMS_NORM_EPSILON)
-
-
-@mx.compile
-def square(x: mx.array) -> mx.array:
-    return x * x
-
-
-@mx.compile
-def multiply_rows(x: mx.array, factor: mx.array) -> mx.array:
-    return x * factor
-
-
-@mx.compile
-def _norm_gradient(gradient: mx.array, out: mx.array, along: mx.array, reciprocal: mx.array) -> mx.array:
-    return (gradient - out * along) * reciprocal
-
-
-@mx.compile
-def _across(gradient: mx.array, out: mx.array, along: mx.array) -> mx.array:
-    return gradient - out * along
-
-
-@mx.compile
-def rotate_halves(halves: mx.array, swapped: mx.array, cos: mx.array, sin: mx.array, factor: mx.array) -> mx.array:
-    return (halves * cos + swapped * sin) * factor
 
 
 # Products. The gradients of matrices are computed before that of the input is used (MLX would compute them last and
@@ -261,20 +246,12 @@ def frozen_linear(x: mx.array, layer: FrozenLinear) -> mx.array:
 
 @differentiable
 def _squared_relu(x: mx.array) -> mx.array:
-    return _fused_squared_relu(x)
+    return square_of_positive(x)
 
 
 @_squared_relu.vjp
 def _squared_relu_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
-    return _squared_relu_gradient(x, cotangent)
-
-
-_fused_squared_relu = mx.compile(square_of_positive)
-
-
-@mx.compile
-def _squared_relu_gradient(x: mx.array, cotangent: mx.array) -> mx.array:
-    return (x + mx.abs(x)) * cotangent
+    return cast(mx.array, _squared_relu_gradient(x, cotangent))
 
 
 # Attention
@@ -300,7 +277,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, mask: Mask | int, scale: fl
     visible = _visible(mask, tokens, k.shape[2])
     weights = masked_exp(q @ k[:, :, None].swapaxes(-1, -2), visible.astype(mx.float32))
     out = multiply_rows(weights @ v[:, :, None], (1 / sum_rows(weights))[..., None])
-    return out.reshape(batch, heads, tokens, width).swapaxes(1, 2).astype(dtype)
+    return cast(mx.array, out.reshape(batch, heads, tokens, width).swapaxes(1, 2).astype(dtype))
 
 
 def _visible(mask: Mask, tokens: int, keys: int) -> mx.array:
@@ -391,11 +368,6 @@ def _sum_groups(gradient: mx.array) -> mx.array:
 masked_exp = mx.compile(masked_exp_of_units)
 
 
-@mx.compile
-def _softmax_gradient(weights: mx.array, d_weights: mx.array, inner: mx.array) -> mx.array:
-    return weights * (d_weights - inner) * EXP_UNIT
-
-
 # Sampling, by NumPy: MLX's argmax takes 7 ns per number on a CPU, its partition 40 and its running sum 30
 
 
@@ -458,8 +430,7 @@ def cross_entropy_sum(
 ) -> mx.array:
     """The gradient in a logit is factor × (p − 1 at the target) × (1 − tanh²) with p = exp / sum.
 
-    The target's term is subtracted by index, and factors of rows are applied to thin matrices, so the wide matrix of
-    slopes needs few passes.
+    The target's term is subtracted by index, factors of rows are applied to thin matrices: few passes over wide ones.
     """
 
     def loss_and_gradients(x: mx.array, weight: mx.array) -> Found:
@@ -492,12 +463,6 @@ def cross_entropy_sum(
 
 _cap = mx.compile(lambda logits: SOFT_CAP * rational_tanh(logits * (1 / SOFT_CAP)))
 _tanh = mx.compile(rational_tanh)
-
-
-@mx.compile
-def _slope(exponentials: mx.array, tanh: mx.array) -> mx.array:
-    """Return exp × (1 − tanh²), where the second factor is the derivative of the soft cap."""
-    return exponentials * (1 - tanh * tanh)
 
 
 # The optimizer

@@ -160,24 +160,18 @@ def apply_batch(
 ) -> tuple[float, float]:
     """As `TrainStep.__call__`, distributed to lanes, with MLX's memory limited to the predicted peak.
 
-    Without the limit MLX allocates memory for a hundred operations ahead: up to 40 % of a step's peak. It exceeds the
-    limit by a few percent.
+    Without the limit, which it exceeds by a few percent, MLX allocates for a hundred operations ahead: up to 40 % more.
     """
     rows, row_tokens = batch.ids.shape
     own_rows = -(-rows // step.num_ranks)
     micro_rows = min(own_rows, step.micro_rows(row_tokens))
     with on_lanes(micro_rows) as lanes:
         training = Training(
-            sizes=step.model.sizes,
-            optimizer=step.optimizer.config,
-            rows=rows,
-            row_tokens=row_tokens,
-            device=Device(num_lanes=len(lanes), compute_bytes=step.dtype.size),
-            recompute=step.recompute,
+            sizes=step.model.sizes, optimizer=step.optimizer.config, rows=rows, row_tokens=row_tokens,
+            device=Device(num_lanes=len(lanes), compute_bytes=step.dtype.size), recompute=step.recompute,
             teacher=None if step.distillation is None else step.distillation.teacher.sizes,
-            adapters=adapters_of(step.model),
-            num_ranks=step.num_ranks,
-        )
+            adapters=adapters_of(step.model), num_ranks=step.num_ranks,
+        )  # fmt: skip
         wanted = mx.get_active_memory() + round(_LIMIT * training.step_bytes(micro_rows))
         limit = mx.set_memory_limit(wanted)
         mx.set_memory_limit(min(limit, wanted))

@@ -10,6 +10,7 @@ their delimiters, and <|assistant_end|>, and 0 for everything else, including a 
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from bisect import bisect_left
@@ -107,7 +108,8 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """Write FILES."""
-        (folder / vocab.RANKS_FILE).write_text(vocab.spell_ranks(self.ranks), encoding="ascii")
+        lines = [f"{base64.b64encode(token).decode()} {self.ranks[token]}\n" for token in self._ordered()]
+        (folder / vocab.RANKS_FILE).write_text("".join(lines), encoding="ascii")
         (folder / vocab.HF_FILE).write_text(json.dumps(self._to_hf(), ensure_ascii=False), encoding="utf-8")
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",

@@ -155,12 +155,6 @@ def _check_ranks(ranks: dict[Any, Any], where: str) -> None:
         raise DataError(f"{where} is damaged: ranks must be 0 … n − 1, of n different tokens with all 256 bytes")
 
 
-def spell_ranks(ranks: Mapping[bytes, int]) -> str:
-    """Return the text of a .tiktoken file, as `read_ranks` reads it."""
-    ordered = sorted(ranks.items(), key=lambda item: item[1])
-    return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ordered)
-
-
 def read_pattern(folder: Path) -> str:
     """Return the split pattern of a tokenizer's folder; it is required, as a default could be wrong without notice."""
     path = folder / CONFIG_FILE

@@ -204,8 +204,7 @@ class Order:
 def distill(order: Order, *, dry_run: bool) -> int:
     """Collect the missing answers, write the file, print a summary and return the exit code.
 
-    If the teacher refuses or does not answer, the disk fails or a signal stops the run, an error is raised after the
-    file is written from the answers so far.
+    If the teacher refuses, the disk fails or a signal stops the run, the file of the answers so far is written first.
     """
     answers = Answers(order.cache, order.teacher, order.model)
     requests = order.requests()
@@ -388,20 +387,14 @@ def provenance_place(out: Path) -> Path:
 def _write(order: Order, chosen: Chosen, counts: dict[str, int]) -> None:
     data = "".join(chosen.lines).encode()
     record = {
-        "mlxchat": __version__,
-        "teacher": {"url": public_url(order.teacher), "model": order.model},
-        "models": sorted(one_line(model) for model in chosen.models),
-        "questions": order.source,
+        "mlxchat": __version__, "teacher": {"url": public_url(order.teacher), "model": order.model},
+        "models": sorted(one_line(model) for model in chosen.models), "questions": order.source,
         "sampling": {"system": order.system, "samples": order.samples, "body": order.body},
-        "kept": {"only_correct": order.only_correct, "conversations": order.conversations},
-        "written": now(),
-        "complete": not chosen.counts["not answered"],
-        "counts": {"kept": len(chosen.lines), **chosen.counts, **counts},
-        "tokens": chosen.tokens,
-        "prices": asdict(order.prices),
-        "cost": order.prices.of(*chosen.tokens),
+        "kept": {"only_correct": order.only_correct, "conversations": order.conversations}, "written": now(),
+        "complete": not chosen.counts["not answered"], "counts": {"kept": len(chosen.lines), **chosen.counts, **counts},
+        "tokens": chosen.tokens, "prices": asdict(order.prices), "cost": order.prices.of(*chosen.tokens),
         "sha256": hashlib.sha256(data).hexdigest(),
-    }
+    }  # fmt: skip
     try:
         write_whole(order.out, data)
         write_whole(provenance_place(order.out), json.dumps(record, indent=1, ensure_ascii=False) + "\n")

@@ -167,10 +167,8 @@ class Team:
     def call(self, function: Shared, request: dict[str, Any] | None = None, arrays: Given | None = None) -> Any:
         """Call `function(team, request, arrays)` on every rank; return rank 0's result.
 
-        Args:
-            function: a module-level function of mlxchat; it must run the same collectives on every rank.
-            request: JSON data.
-            arrays: sent to all ranks, bit for bit.
+        It is a module-level function of mlxchat, which runs the same collectives on every rank. `request` is JSON data;
+        `arrays` arrive bit for bit.
         """
         given = {name: mx.array(value) for name, value in (arrays or {}).items()}
         if self.size > 1:

@@ -245,8 +245,7 @@ def answer_examples(
 ) -> Iterator[list[Example]]:  # fmt: skip
     """Yield the results of a task's examples per batch; completely known batches are skipped.
 
-    Batches do not depend on `known`, so resuming gives identical results. `limit`: longest prompt in tokens,
-    others are cut; None: no limit.
+    Batches do not depend on `known`, so resuming gives identical results. Prompts above `limit` tokens are cut.
     """
     kind: ScoreKind = "likeliest" if task.kind == "language_modeling" else "losses"
     for start in range(0, len(items), _WINDOW_EXAMPLES):

@@ -73,23 +73,13 @@ def config_of(sizes: GPTSizes, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the contents of config.json, as mlx-lm expects them."""
     own = {"model_file": MODEL_FILE, "sizes": sizes.for_model_file()} if needs_model_file(sizes) else {}
     return {
-        "model_type": "nanochat",
-        "architectures": ["NanoChatForCausalLM"],
-        "hidden_size": sizes.width,
-        "intermediate_size": 4 * sizes.width,
-        "num_hidden_layers": sizes.num_layers,
-        "num_attention_heads": sizes.num_heads,
-        "num_key_value_heads": sizes.num_kv_heads,
-        "vocab_size": sizes.vocab_size,
-        "max_position_embeddings": sizes.context_tokens,
-        "rope_theta": sizes.rope_theta,
-        "rms_norm_eps": RMS_NORM_EPSILON,
-        **_features(sizes),
-        **own,
-        "bos_token_id": tokenizer.bos,
-        "eos_token_id": tokenizer.assistant_end,
-        "tie_word_embeddings": False,
-    }
+        "model_type": "nanochat", "architectures": ["NanoChatForCausalLM"], "hidden_size": sizes.width,
+        "intermediate_size": 4 * sizes.width, "num_hidden_layers": sizes.num_layers,
+        "num_attention_heads": sizes.num_heads, "num_key_value_heads": sizes.num_kv_heads,
+        "vocab_size": sizes.vocab_size, "max_position_embeddings": sizes.context_tokens, "rope_theta": sizes.rope_theta,
+        "rms_norm_eps": RMS_NORM_EPSILON, **_features(sizes), **own, "bos_token_id": tokenizer.bos,
+        "eos_token_id": tokenizer.assistant_end, "tie_word_embeddings": False,
+    }  # fmt: skip
 
 
 def needs_model_file(sizes: GPTSizes) -> bool:
@@ -102,13 +92,8 @@ def needs_model_file(sizes: GPTSizes) -> bool:
 def computes_as_published(sizes: GPTSizes) -> bool:
     """Return whether gpt.py computes nanochat's architecture: a tiny model has the logits that nanochat's code has."""
     few: dict[str, Any] = {
-        "num_layers": 2,
-        "width": 32,
-        "num_heads": 2,
-        "num_kv_heads": 1,
-        "vocab_size": 8,
-        "vocab_multiple": 1,
-    }
+        "num_layers": 2, "width": 32, "num_heads": 2, "num_kv_heads": 1, "vocab_size": 8, "vocab_multiple": 1,
+    }  # fmt: skip
     small = replace(sizes, **few, rope_theta=1e4)
     rng = np.random.RandomState(0)  # the same numbers in every version of NumPy
     with mx.stream(mx.cpu):
@@ -164,15 +149,11 @@ def _read_description(folder: Path) -> tuple[GPTSizes, dict[str, Any]]:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         facts = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
         sizes = GPTSizes(
-            vocab_size=config["vocab_size"],
-            num_layers=config["num_hidden_layers"],
-            num_heads=config["num_attention_heads"],
-            num_kv_heads=config["num_key_value_heads"],
-            width=config["hidden_size"],
-            context_tokens=config["max_position_embeddings"],
-            rope_theta=config["rope_theta"],
-            **{name: config[name] for name in _FEATURES if name in config},
-        )
+            vocab_size=config["vocab_size"], num_layers=config["num_hidden_layers"],
+            num_heads=config["num_attention_heads"], num_kv_heads=config["num_key_value_heads"],
+            width=config["hidden_size"], context_tokens=config["max_position_embeddings"],
+            rope_theta=config["rope_theta"], **{name: config[name] for name in _FEATURES if name in config},
+        )  # fmt: skip
     except Exception as error:  # a foreign file may raise any error
         raise DataError(f"{folder}: not a readable checkpoint ({type(error).__name__}: {error})") from None
     return sizes, {name: value for name, value in facts.items() if name != ADAPTER_KEY}

@@ -62,8 +62,7 @@ class GPTSizes:
     def windows(self) -> list[int | None]:
         """For each layer the number of earlier tokens that a token attends to; None: all.
 
-        In nanochat of July 2026 long windows have the length of the context, which limits them in longer inputs.
-        October 2025 has no windows.
+        In nanochat of July 2026 long windows have the context's length, which limits them in longer inputs.
         """
         long = None if self.architecture == "oct2025" else self.context_tokens
         short = self.short_window or -(-self.context_tokens // 4 // 128) * 128  # nanochat's kernel has tiles of 128
@@ -101,15 +100,11 @@ def sizes_of(model: ModelConfig, architecture: ArchitectureConfig, vocab_size: i
     num_heads = count_heads(width, model.head_width)
     of_others = ("name", "whole_heads", "dropout")
     return GPTSizes(
-        vocab_size=vocab_size,
-        num_layers=model.depth,
-        num_heads=num_heads,
-        num_kv_heads=model.num_kv_heads or num_heads,
-        width=width,
-        context_tokens=model.context_tokens,
+        vocab_size=vocab_size, num_layers=model.depth, num_heads=num_heads,
+        num_kv_heads=model.num_kv_heads or num_heads, width=width, context_tokens=model.context_tokens,
         architecture=architecture.name,
         **{key: value for key, value in vars(architecture).items() if key not in of_others},
-    )
+    )  # fmt: skip
 
 
 def count_parameters(sizes: GPTSizes) -> dict[str, int]:

@@ -38,8 +38,7 @@ def orthogonalise(matrices: mx.array, num_iterations: int, dtype: mx.Dtype) -> m
 def polar_express(matrices: mx.array, num_iterations: int, dtype: mx.Dtype) -> mx.array:
     """Return for each matrix (S, R, C) of any scale the nearest one whose singular values are 1.
 
-    At most 5 iterations of Polar Express in `dtype`, after its rows were scaled to their mean norm (MuonEq, arXiv
-    2603.28254).
+    At most 5 iterations of Polar Express in `dtype`, on rows scaled to their mean norm (MuonEq, arXiv 2603.28254).
     """
     x = matrices.astype(dtype)
     row_norms = _norm(x, (-1,))

@@ -25,14 +25,9 @@ Flat = dict[str, mx.array]
 
 # Prefix of parameter names → group of AdamW.
 _GROUPS = {
-    "transformer.wte.": "embedding",
-    "lm_head.": "head",
-    "value_embeds.": "value_embeddings",
-    "resid_lambdas": "residual_scalars",
-    "x0_lambdas": "input_scalars",
-    "smear_": "smear",
-    "backout_lambda": "smear",
-}
+    "transformer.wte.": "embedding", "lm_head.": "head", "value_embeds.": "value_embeddings",
+    "resid_lambdas": "residual_scalars", "x0_lambdas": "input_scalars", "smear_": "smear", "backout_lambda": "smear",
+}  # fmt: skip
 # Constants of nanochat.
 _TABLES = ("embedding", "head", "value_embeddings")  # groups whose rates scale with (width / 768)^-0.5
 _REFERENCE_WIDTH = 768
@@ -68,8 +63,7 @@ def adapter_rule(config: AdapterConfig, width: int) -> AdamWRule:
 class Optimizer:
     """Rules and moments of all trained parameters of a model.
 
-    `state` holds arrays by name: count; first.<parameter> and second.<parameter> of AdamW; momentum.<stack> and
-    variance.<stack> of Muon.
+    `state` has count, first.<parameter> and second.<parameter> of AdamW, momentum.<stack> and variance.<stack> of Muon.
     """
 
     def __init__(
@@ -78,9 +72,8 @@ class Optimizer:
     ) -> None:  # fmt: skip
         """Assign a rule to each trained parameter: a matrix of a block, or one of AdamW's groups; all moments are zero.
 
-        Rates of tables scale with (width / 768)^-0.5, all rates with `lr_frac` (nanochat's init_lr_frac), and all but
-        the smear's with `batch_lr_scale`. `weight_decay` is Muon's, None: the configuration's; `adapter` is the rule of
-        all parameters if these are adapters.
+        Rates of tables scale with (width / 768)^-0.5, all with `lr_frac` (nanochat's init_lr_frac), all but the smear's
+        with `batch_lr_scale`. `weight_decay` is Muon's, None: the configuration's; `adapter` is the rule of adapters.
         """
         self.config = config
         self.weight_decay = config.weight_decay if weight_decay is None else weight_decay

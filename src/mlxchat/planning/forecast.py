@@ -107,15 +107,10 @@ def describe(
     answers = any(task_class(item.task).kind == "generative" for item in section.suite.values())
     remedies = (f"no {stage}.teacher",) if teacher is not None else adapter_remedies(stage, adapters)
     return Training(
-        sizes=sizes,
-        optimizer=optimizer,
-        rows=max(1, rows),
-        row_tokens=section.batch.row_tokens,
-        adapters=adapters,
-        teacher=teacher,
-        sampling=Decoding(sizes=sizes, row_tokens=row_tokens) if answers else None,
+        sizes=sizes, optimizer=optimizer, rows=max(1, rows), row_tokens=section.batch.row_tokens, adapters=adapters,
+        teacher=teacher, sampling=Decoding(sizes=sizes, row_tokens=row_tokens) if answers else None,
         remedies=(*remedies, f"a smaller {stage}.batch.row_tokens"),
-    )
+    )  # fmt: skip
 
 
 def problems(config: Config, step: PlannedStep, plan: list[PlannedStep], sizes: GPTSizes | None) -> Iterator[str]:
@@ -220,16 +215,12 @@ def describe_rl(config: RLConfig, optimizer: OptimizerConfig, sizes: GPTSizes, r
     adapters = resolve_adapter("rl.adapter", config.adapter, sizes)
     rows = config.questions_per_iteration * config.samples_per_question
     return Training(
-        sizes=sizes,
-        optimizer=optimizer,
-        rows=rows,
-        row_tokens=row_tokens,
-        adapters=adapters,
+        sizes=sizes, optimizer=optimizer, rows=rows, row_tokens=row_tokens, adapters=adapters,
         further_weights=int(config.kl_coefficient > 0),
         sampling=Decoding(sizes=sizes, row_tokens=row_tokens, bits=config.rollout_bits),
         sampled_rows=min(rows, DECODED_ROWS),
         remedies=(*adapter_remedies("rl", adapters), "a smaller rl.max_new_tokens"),
-    )
+    )  # fmt: skip
 
 
 def describe_pairs(config: PreferenceConfig, optimizer: OptimizerConfig, sizes: GPTSizes) -> Training:
@@ -238,14 +229,10 @@ def describe_pairs(config: PreferenceConfig, optimizer: OptimizerConfig, sizes: 
     sampled_tokens = sizes.context_tokens + config.max_new_tokens
     is_sampled = not all(task_class(item.task).is_paired for item in (config.data, config.validation))
     return Training(
-        sizes=sizes,
-        optimizer=optimizer,
-        rows=2 * config.pairs_per_iteration,
-        row_tokens=config.row_tokens,
-        adapters=adapters,
-        sampling=Decoding(sizes=sizes, row_tokens=sampled_tokens) if is_sampled else None,
+        sizes=sizes, optimizer=optimizer, rows=2 * config.pairs_per_iteration, row_tokens=config.row_tokens,
+        adapters=adapters, sampling=Decoding(sizes=sizes, row_tokens=sampled_tokens) if is_sampled else None,
         remedies=(*adapter_remedies("preference", adapters), "a smaller preference.row_tokens"),
-    )
+    )  # fmt: skip
 
 
 def eval_memory(config: Config, stage: str, sizes: GPTSizes) -> Decoding:
@@ -362,25 +349,12 @@ def _speed(made: Mapping[str, Any]) -> float:
 # NVIDIA: the white papers and data sheets, without sparsity; float32 is TF32, MLX's default there. Apple: M1 from its
 # announcements, M2 as cores × 128 ALUs × 2 × 1.398 GHz, half precision at the rate of float32.
 _PEAKS = {
-    "h200 nvl": (836.0, 418.0),
-    "h200": (989.4, 494.7),
-    "h100 nvl": (835.0, 417.5),
-    "h100 pcie": (756.0, 378.0),
-    "h100": (989.4, 494.7),
-    "a100": (312.0, 156.0),
-    "l40s": (362.0, 183.0),
-    "l4": (121.0, 60.0),
-    "rtx 4090": (165.2, 82.6),
-    "rtx 5090": (209.5, 104.8),
-    "m1 ultra": (21.0, 21.0),
-    "m1 max": (10.4, 10.4),
-    "m1 pro": (5.2, 5.2),
-    "m1": (2.6, 2.6),
-    "m2 ultra": (27.2, 27.2),
-    "m2 max": (13.6, 13.6),
-    "m2 pro": (6.8, 6.8),
+    "h200 nvl": (836.0, 418.0), "h200": (989.4, 494.7), "h100 nvl": (835.0, 417.5), "h100 pcie": (756.0, 378.0),
+    "h100": (989.4, 494.7), "a100": (312.0, 156.0), "l40s": (362.0, 183.0), "l4": (121.0, 60.0),
+    "rtx 4090": (165.2, 82.6), "rtx 5090": (209.5, 104.8), "m1 ultra": (21.0, 21.0), "m1 max": (10.4, 10.4),
+    "m1 pro": (5.2, 5.2), "m1": (2.6, 2.6), "m2 ultra": (27.2, 27.2), "m2 max": (13.6, 13.6), "m2 pro": (6.8, 6.8),
     "m2": (3.6, 3.6),
-}
+}  # fmt: skip
 
 
 def peak_flops(dtype: mx.Dtype, device_name: str | None = None) -> float | None:

@@ -72,7 +72,8 @@ def _make_part(name: str, part: RewardConfig, task: Task) -> Part:
         return lambda conversation, text, num_tokens: float(pattern.search(text) is not None)
     if part.kind == "length":
         free, most = part.free_tokens or 0, part.most_tokens or 0
-        return lambda conversation, text, num_tokens: overlong_penalty(num_tokens, free_tokens=free, most_tokens=most)
+        # 0 up to `free` tokens, −1 from `most` on, linear in between (DAPO, arXiv 2503.14476, eq. 13).
+        return lambda conversation, text, num_tokens: -min(1.0, max(0, num_tokens - free) / (most - free))
     if part.kind == "exact":
         return lambda conversation, text, num_tokens: task.reward(conversation, text)
     title, function = f"rl.rewards.{name}: {part.function}", load_part(part.function or "")
@@ -87,11 +88,6 @@ def _make_part(name: str, part: RewardConfig, task: Task) -> Part:
         return value
 
     return call
-
-
-def overlong_penalty(num_tokens: int, *, free_tokens: int, most_tokens: int) -> float:
-    """Return 0 up to `free_tokens`, −1 from `most_tokens` on, linear in between (DAPO, arXiv 2503.14476, eq. 13)."""
-    return -min(1.0, max(0, num_tokens - free_tokens) / (most_tokens - free_tokens))
 
 
 class Group(NamedTuple):
@@ -208,8 +204,7 @@ class PolicyScores:
 class Rollouts(BatchSource):
     """A source of batches for `fit` that samples its own data. Its position is the number of updates.
 
-    The next rows are sampled with the weights after this update, so none are prepared. Sampling counts as work, not as
-    waiting for data.
+    The next rows are sampled with the weights after this update, so none are prepared. Sampling is no wait for data.
     """
 
     def __init__(
@@ -247,14 +242,10 @@ class Rollouts(BatchSource):
         if part.rollout_log_probs is not None and part.old_log_probs is not None:
             importance, _ = importance_weights(part.old_log_probs, part.rollout_log_probs, part.mask, config)
         loss = policy_loss(
-            part.mask if config.train_unfinished else part.mask * part.finished[:, None],
-            part.advantages,
-            config,
-            log_probs=log_probs,
-            old_log_probs=part.old_log_probs,
-            ref_log_probs=part.ref_log_probs,
+            part.mask if config.train_unfinished else part.mask * part.finished[:, None], part.advantages, config,
+            log_probs=log_probs, old_log_probs=part.old_log_probs, ref_log_probs=part.ref_log_probs,
             importance=importance,
-        )
+        )  # fmt: skip
         if log_probs is not None:
             self._log({"iteration": iteration + 1, "policy_loss": loss.value, **loss.numbers})
         return part.batch(loss.weights, padding=self.engine.tokenizer.assistant_end)
@@ -294,8 +285,7 @@ class Rollouts(BatchSource):
     def _sample_groups(self, first: int, seed: int) -> tuple[list[Group], list[Group]]:
         """Return the groups to train on, and all that were sampled for them.
 
-        The questions after place `first` of the order replace those whose group has no signal, in `resample_rounds`
-        rounds at most (DAPO's dynamic sampling).
+        Later questions replace those whose group has no signal, in `resample_rounds` rounds at most (DAPO).
         """
         groups = self._sample_questions(first, self._config.questions_per_iteration, seed)
         asked = list(groups)

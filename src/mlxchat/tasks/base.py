@@ -55,8 +55,7 @@ def content_text(content: str | list[dict[str, str]]) -> str:
 def calculator_parts(answer: str, *, keep_empty: bool = False) -> list[dict[str, str]]:
     """Return the parts of an answer in GSM8K's notation: each <<12+7=19>> becomes a python and a python_output part.
 
-    The output is the text after the last =, or empty. With `keep_empty`, empty texts between calls are kept, as in
-    nanochat.
+    The output is the text after the last =, or empty. `keep_empty` keeps empty texts between calls, as nanochat does.
     """
     parts = []
     for piece in _CALL.split(answer):
@@ -106,9 +105,8 @@ def is_right_by_nanochat(conversation: Conversation, response: str) -> bool:
 def is_answer(conversation: Conversation, response: str, *, contains: bool = False) -> bool:
     """Return True if a response equals a conversation's answer after normalisation.
 
-    Numbers are compared by value (4, 4.0; 1000, 1,000), words without letter case and surrounding punctuation. If the
-    answer has a number after ####, only that number is compared. `contains` accepts a response that contains the
-    answer's words in sequence.
+    Numbers are compared by value (4, 4.0; 1000, 1,000), words without letter case and surrounding punctuation; of an
+    answer with a number after ####, only that number. `contains` accepts the answer's words anywhere in sequence.
     """
     answer = answer_text(conversation)
     if (number := final_number(answer)) is not None:

@@ -32,8 +32,7 @@ T = TypeVar("T")
 def read_lines(path: Path, parse: Callable[[Any], T], forms: str) -> list[T]:
     """Return what the lines of a .jsonl file in UTF-8 stand for; empty lines are skipped.
 
-    `parse` takes a line's JSON value, and raises ValueError with what is wrong. Wrong lines are named in a DataError,
-    with the accepted `forms`.
+    `parse` takes a line's JSON value; its ValueErrors become one DataError, with the lines and the accepted `forms`.
     """
     try:
         lines = path.read_bytes().split(b"\n")
