@@ -228,7 +228,7 @@ def pipeline(course: Course) -> Picture:
         return figure
 
     edges = "; ".join(f"{step.name} reads {', '.join(step.inputs.values())}" for step in run.steps if step.inputs)
-    return Picture(name="pipeline", title="", alt=f"The steps of the pipeline. {edges}.", draw=drawing)
+    return Picture(name="pipeline", alt=f"The steps of the pipeline. {edges}.", draw=drawing)
 
 
 def tokens(course: Course) -> Picture:
@@ -266,7 +266,7 @@ def tokens(course: Course) -> Picture:
         return figure
 
     said = "; ".join(f"{len(ids)} tokens of a vocabulary of {name}" for name, ids, _ in cut)
-    return Picture(name="tokens", title="", alt=f"“{text}” has {size} bytes. {said}.", draw=drawing)
+    return Picture(name="tokens", alt=f"“{text}” has {size} bytes. {said}.", draw=drawing)
 
 
 def attention(course: Course) -> Picture:
@@ -313,7 +313,7 @@ def attention(course: Course) -> Picture:
         f"token reads a later one. In layer 0 the last token gives {100 * first[-1]:.0f}% of its weight to itself. "
         f"Beside it a sliding window, in which a token sees itself and the {window} before it."
     )
-    return Picture(name="attention", title="", alt=alt, draw=drawing)
+    return Picture(name="attention", alt=alt, draw=drawing)
 
 
 def losses(course: Course) -> Picture:
@@ -342,7 +342,7 @@ def losses(course: Course) -> Picture:
         f"Bars of the loss of each token of “The population of France is 68 million.”: {nats.mean():.2f} nats on "
         f"average, most for “{words[worst]}” with {nats[worst]:.2f}; {guess:.2f} if all tokens were equally likely."
     )
-    return Picture(name="loss", title="", alt=alt, draw=drawing)
+    return Picture(name="loss", alt=alt, draw=drawing)
 
 
 def optimizer(course: Course) -> Picture:
@@ -372,7 +372,7 @@ def optimizer(course: Course) -> Picture:
     ends = ", ".join(f"{name} from {ys[0]:g} to {ys[-1]:.2g}" for name, (_, ys) in rates.items())
     alt = f"Left, the learning rate of each stage: {ends}. Right, singular values: those of the gradient fall from "
     alt += f"{values['gradient'][0]:.1f} steeply, most of Muon's step are about 1."
-    return Picture(name="optimizer", title="", alt=alt, draw=drawing)
+    return Picture(name="optimizer", alt=alt, draw=drawing)
 
 
 def pretraining(course: Course) -> Picture:
@@ -400,7 +400,7 @@ def pretraining(course: Course) -> Picture:
         f"Left, the training loss falls from {loss_ys[0]:.2f} to {loss_ys[-1]:.2f} nats per token in {len(loss_xs)} "
         f"iterations. Right, held-out text ends at {ys[-1]:.2f} bits per byte; for comparison {told}."
     )
-    return Picture(name="pretraining", title="", alt=alt, draw=drawing)
+    return Picture(name="pretraining", alt=alt, draw=drawing)
 
 
 def encode(tokenizer: Tokenizer, mixture: Mixture, count: int) -> Tokens:
@@ -471,7 +471,7 @@ def mixture(course: Course) -> Picture:
     told = ", ".join(f"{name} {100 * shares[name][1]:.0f}%" for name in order)
     alt = f"Shares of the midtraining mixture's tokens: {told}. Beside it seven rows of 256 tokens, each filled with "
     alt += f"{min(map(_conversations, rows))} to {max(map(_conversations, rows))} conversations of several tasks."
-    return Picture(name="mixture", title="", alt=alt, draw=drawing)
+    return Picture(name="mixture", alt=alt, draw=drawing)
 
 
 def _conversations(row: list[tuple[str, int, bool]]) -> int:
@@ -534,7 +534,7 @@ def mask(course: Course) -> Picture:
         f"A conversation as tokens. Only the assistant's are trained on: {answer}. Below, {len(rows)} packed rows, in "
     )
     alt += f"which {100 * share:.0f}% of the tokens are targets."
-    return Picture(name="mask", title="", alt=alt, draw=drawing)
+    return Picture(name="mask", alt=alt, draw=drawing)
 
 
 def rewards(course: Course) -> Picture:
@@ -554,7 +554,7 @@ def rewards(course: Course) -> Picture:
 
     told = ", ".join(f"{title.lower()} from {ys[0]:.2f} to {ys[-1]:.2f}" for title, _, _, ys in found)
     alt = f"Curves over {found[0][2][-1]:.0f} iterations: {told}."
-    return Picture(name="rewards", title="", alt=alt, draw=drawing)
+    return Picture(name="rewards", alt=alt, draw=drawing)
 
 
 def evaluation(course: Course) -> Picture:
@@ -595,7 +595,7 @@ def evaluation(course: Course) -> Picture:
     told = "; ".join(f"{name}: " + ", ".join(f"{task} {100 * found[task].value:.0f}%" for task in tasks)
                      for name, found in scores.items())  # fmt: skip
     alt = f"Left, accuracies with standard errors beside chance. {told}. Right, pass@k for 1, 4 and 8 right of 16."
-    return Picture(name="evaluation", title="", alt=alt, draw=drawing)
+    return Picture(name="evaluation", alt=alt, draw=drawing)
 
 
 def sampling(course: Course) -> Picture:
@@ -625,7 +625,7 @@ def sampling(course: Course) -> Picture:
     told = ", ".join(f"{100 * found[order[0]]:.0f}% at temperature {t:g}" for t, found in chances.items())
     alt = f"Left, chances of the next token after “The capital of”: “{words[0]}” has {told}. Right, positions computed "
     alt += "for a text: without a cache they grow with the square of its length, with one in proportion."
-    return Picture(name="sampling", title="", alt=alt, draw=drawing)
+    return Picture(name="sampling", alt=alt, draw=drawing)
 
 
 def seeds(course: Course) -> Picture:
@@ -657,7 +657,7 @@ def seeds(course: Course) -> Picture:
     told = ", ".join(f"seed {seed} {before:.4f} and {after:.4f}" for seed, (before, after) in enumerate(pairs, 1))
     alt = f"Bits per byte without and with value embeddings: {told}. Right, the gain of each pair, and their mean with "
     alt += "its interval of 95%, which includes zero."
-    return Picture(name="seeds", title="", alt=alt, draw=drawing)
+    return Picture(name="seeds", alt=alt, draw=drawing)
 
 
 if __name__ == "__main__":

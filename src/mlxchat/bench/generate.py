@@ -68,19 +68,12 @@ def measure_generation(config: Config, given: Path | None = None) -> dict[str, A
                 results.append(_measure(model, rows, tokens, bench, config.seed, bandwidth, peak))
                 progress.update(len(results), measuring=f"{rows} × {tokens}")
     return {
-        "results": results,
-        "memory_bytes_per_second": bandwidth,
-        "peak_gflops": peak / 1e9 if peak else None,
-        "weight_bytes_per_step": model.weight_bytes,
-        "model": config.model.name if given is None else given.name,
-        "architecture": sizes.architecture,
-        "num_parameters": model.num_parameters,
-        "bench": asdict(bench),
-        "seed": config.seed,
-        "dtype": str(dtype).removeprefix("mlx.core."),
-        "device": describe_device(),
+        "results": results, "memory_bytes_per_second": bandwidth, "peak_gflops": peak / 1e9 if peak else None,
+        "weight_bytes_per_step": model.weight_bytes, "model": config.model.name if given is None else given.name,
+        "architecture": sizes.architecture, "num_parameters": model.num_parameters, "bench": asdict(bench),
+        "seed": config.seed, "dtype": str(dtype).removeprefix("mlx.core."), "device": describe_device(),
         "versions": versions(),
-    }
+    }  # fmt: skip
 
 
 def print_tables(record: dict[str, Any]) -> None:

@@ -149,28 +149,16 @@ def write_hf(checkpoint: Checkpoint, out: Path, *, dtype: str | None = None) -> 
     stop = checkpoint.tokenizer.special_ids[checkpoint.stop_token]
     common = {"bos_token_id": checkpoint.tokenizer.bos, "eos_token_id": stop}
     config = {
-        "architectures": [HF_ARCHITECTURE],
-        "model_type": "nanochat",
-        "vocab_size": sizes.vocab_size,
-        "hidden_size": sizes.width,
-        "intermediate_size": 4 * sizes.width,
-        "num_hidden_layers": sizes.num_layers,
-        "num_attention_heads": sizes.num_heads,
-        "num_key_value_heads": sizes.num_kv_heads,
-        "max_position_embeddings": sizes.context_tokens,
-        "hidden_act": "relu2",
-        "rms_norm_eps": RMS_NORM_EPSILON,
+        "architectures": [HF_ARCHITECTURE], "model_type": "nanochat", "vocab_size": sizes.vocab_size,
+        "hidden_size": sizes.width, "intermediate_size": 4 * sizes.width, "num_hidden_layers": sizes.num_layers,
+        "num_attention_heads": sizes.num_heads, "num_key_value_heads": sizes.num_kv_heads,
+        "max_position_embeddings": sizes.context_tokens, "hidden_act": "relu2", "rms_norm_eps": RMS_NORM_EPSILON,
         "rope_parameters": {"rope_type": "default", "rope_theta": sizes.rope_theta},
-        "final_logit_softcapping": SOFT_CAP,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "initializer_range": 0.02,
-        "tie_word_embeddings": False,
-        "use_cache": True,
-        **common,
+        "final_logit_softcapping": SOFT_CAP, "attention_bias": False, "attention_dropout": 0.0,
+        "initializer_range": 0.02, "tie_word_embeddings": False, "use_cache": True, **common,
         "pad_token_id": None,  # else transformers would not train this row of the embedding
         "dtype": next((each.name for each in FLOATS.values() if types == {np.dtype(each.numpy)}), "float32"),
-    }
+    }  # fmt: skip
     _write_json(out / "config.json", config)
     _write_json(out / "generation_config.json", {**common, "pad_token_id": stop})
     _write_tokenizer(checkpoint, out)

@@ -24,13 +24,9 @@ SOFT_CAP = 15.0
 """Soft cap of the logits in both architectures."""
 HF_ARCHITECTURE = "NanoChatForCausalLM"
 _HF_PARTS = {
-    "attn.c_q": "self_attn.q_proj",
-    "attn.c_k": "self_attn.k_proj",
-    "attn.c_v": "self_attn.v_proj",
-    "attn.c_proj": "self_attn.o_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
+    "attn.c_q": "self_attn.q_proj", "attn.c_k": "self_attn.k_proj", "attn.c_v": "self_attn.v_proj",
+    "attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+}  # fmt: skip
 _OUR_PARTS = {theirs: ours for ours, theirs in _HF_PARTS.items()}
 _HF_TABLES = {"transformer.wte.weight": "model.embed_tokens.weight", "lm_head.weight": "lm_head.weight"}
 _OUR_TABLES = {theirs: ours for ours, theirs in _HF_TABLES.items()}
@@ -38,21 +34,13 @@ _OUR_LAYER = re.compile(r"transformer\.h\.(\d+)\.(\w+\.\w+)\.weight")
 _HF_LAYER = re.compile(r"model\.layers\.(\d+)\.(\w+\.\w+)\.weight")
 # nanochat's name of a size → ours, in nanochat's order.
 _NANOCHAT_SIZES = {
-    "sequence_len": "context_tokens",
-    "vocab_size": "vocab_size",
-    "n_layer": "num_layers",
-    "n_head": "num_heads",
-    "n_kv_head": "num_kv_heads",
-    "n_embd": "width",
-}
+    "sequence_len": "context_tokens", "vocab_size": "vocab_size", "n_layer": "num_layers", "n_head": "num_heads",
+    "n_kv_head": "num_kv_heads", "n_embd": "width",
+}  # fmt: skip
 _HF_SIZES = {
-    "max_position_embeddings": "context_tokens",
-    "vocab_size": "vocab_size",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "hidden_size": "width",
-}
+    "max_position_embeddings": "context_tokens", "vocab_size": "vocab_size", "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads", "hidden_size": "width",
+}  # fmt: skip
 LATER = ("value_embeds.", "resid_lambdas", "x0_lambdas", "smear_gate.", "smear_lambda", "backout_lambda")
 """Beginnings of the parameters that only July 2026 has."""
 
@@ -92,13 +80,10 @@ def sizes_from_nanochat(model_config: Mapping[str, Any], names: Iterable[str], w
             f"{where} is from a version of nanochat between October 2025 and July 2026 (it has "
             f"{', '.join(sorted(found))}, not {missing}). Only these two architectures are supported."
         )
-    architecture = "jul2026" if found else "oct2025"
-    known = {"window_pattern", *_NANOCHAT_SIZES}
-    unknown = sorted(model_config.keys() - known)
-    if unknown:
+    if unknown := sorted(model_config.keys() - {"window_pattern", *_NANOCHAT_SIZES}):
         raise DataError(f"{where}: model_config has {', '.join(unknown)}, which no known nanochat writes")
     numbers = _numbers(model_config, _NANOCHAT_SIZES, where)
-    features = architecture_values(architecture)
+    features = architecture_values("jul2026" if found else "oct2025")
     pattern = model_config.get("window_pattern", features["window_pattern"] if not found else "L")
     if not isinstance(pattern, str) or not pattern or set(pattern.upper()) - {"S", "L"}:
         raise DataError(f"{where}: window_pattern is {pattern!r}, expected letters S and L")
@@ -213,11 +198,9 @@ def _checked(values: Mapping[str, Any], where: str) -> GPTSizes:
 
 
 _WORDS = {
-    "value_embeddings": "value embeddings",
-    "residual_scalars": "residual scalars",
-    "smear": "the smear",
+    "value_embeddings": "value embeddings", "residual_scalars": "residual scalars", "smear": "the smear",
     "backout": "the backout",
-}
+}  # fmt: skip
 # Fields of an architecture that do not affect computation within the context.
 _NO_COMPUTATION = ("architecture", "window_pattern")
 

@@ -74,12 +74,10 @@ def sizes_from_peft(
     assert isinstance(alpha, int | float)
     targets = dict.fromkeys(name.rpartition(".")[0] for name in names.values())
     sizes = AdapterConfig(
-        kind="dora" if config.get("use_dora") is True else "lora",
-        rank=rank,
+        kind="dora" if config.get("use_dora") is True else "lora", rank=rank, targets=list(targets),
         scale=float(alpha) / (math.sqrt(rank) if config.get("use_rslora") is True else rank),
-        targets=list(targets),
         dropout=float(dropout) if isinstance(dropout, int | float) and 0 <= dropout < 1 else 0.0,
-    )
+    )  # fmt: skip
     return sizes, names
 
 
@@ -100,18 +98,11 @@ def write_peft(adapters: Mapping[str, np.ndarray[Any, Any]], sizes: AdapterConfi
     theirs = {_peft_name(name): name for name in adapters}
     alpha = sizes.scale * sizes.rank
     config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": sizes.rank,
-        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
-        "lora_dropout": sizes.dropout,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": sizes.rank,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha, "lora_dropout": sizes.dropout,
         "target_modules": sorted(hf_from_ours(f"{name}.weight").removesuffix(".weight") for name in sizes.targets),
-        "use_dora": sizes.kind == "dora",
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
+        "use_dora": sizes.kind == "dora", "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+    }  # fmt: skip
     (out / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     arrays = {name: _as_peft(theirs[name], adapters[theirs[name]]) for name in sorted(theirs)}
     write_safetensors(out / PEFT_FILE, arrays, made_for="pt")

@@ -112,12 +112,8 @@ def write_tensor(path: Path, values: np.ndarray[Any, np.dtype[np.int32]]) -> Non
 
 def write_encoding(path: Path, pattern: str, ranks: Mapping[bytes, int], special_ids: Mapping[str, int]) -> None:
     """Write the tiktoken.Encoding that nanochat pickles as tokenizer.pkl."""
-    state = {
-        "name": "rustbpe",
-        "pat_str": pattern,
-        "mergeable_ranks": dict(sorted(ranks.items(), key=lambda item: item[1])),
-        "special_tokens": dict(special_ids),
-    }
+    merges = dict(sorted(ranks.items(), key=lambda item: item[1]))
+    state = {"name": "rustbpe", "pat_str": pattern, "mergeable_ranks": merges, "special_tokens": dict(special_ids)}
     path.write_bytes(b"\x80\x03ctiktoken.core\nEncoding\n)\x81" + _plain(state) + b"b.")
 
 

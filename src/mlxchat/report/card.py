@@ -7,6 +7,7 @@ YAML), everything else is escaped as in the report.
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,6 +93,9 @@ _HUB_METRICS = {
 _TOKENS_OF_CHAT = (
     "The chat template adds the special tokens: `<|bos|>` begins a prompt, `<|assistant_end|>` ends an answer."
 )
+_TEXT_PROMPT = 'ids = tokenizer("<|bos|>The sky is", return_tensors="pt").input_ids'
+_CHAT_PROMPT = """messages = [{"role": "user", "content": "Why is the sky blue?"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt").input_ids"""
 _TOKENS_OF_TEXT = "A text begins with `<|bos|>`. This model continues text; it has not learnt to chat."
 
 
@@ -113,7 +117,7 @@ def render_card(
         escape(_what_it_is(own, chats)),
         "\n".join(f"- {escape(note)}" for note in notes),
         "## How to use it",
-        _fenced(_instructions(target, chats, how, repository)),
+        f"```\n{textwrap.dedent(_instructions(target, chats, how, repository))}\n```",
         _TOKENS_OF_CHAT if chats else _TOKENS_OF_TEXT,
     ]  # fmt: skip
     is_without_calculator = chats and target in ("hf", "mlx", "mlx-adapter", "gguf")
@@ -159,16 +163,11 @@ def _front_matter(
                 models.add(match[1])
     results = list(_eval_results(report, own))
     data = ModelCardData(
-        library_name=library,
-        language=language[0] if len(language) == 1 else list(language),
-        license=license,
-        pipeline_tag="text-generation",
+        library_name=library, language=language[0] if len(language) == 1 else list(language), license=license,
         tags=["nanochat", "mlxchat", *(["conversational"] if chats else []), *({"mlx"} & {library})],
-        datasets=sorted(datasets) or None,
-        base_model=sorted(models) or None,
-        model_name=own.artifact if results else None,
-        eval_results=results or None,
-    )
+        pipeline_tag="text-generation", datasets=sorted(datasets) or None, base_model=sorted(models) or None,
+        model_name=own.artifact if results else None, eval_results=results or None,
+    )  # fmt: skip
     return f"---\n{data.to_yaml()}\n---\n"
 
 
@@ -208,23 +207,9 @@ def _what_it_is(step: StepReport, chats: bool) -> str:
 
 def _instructions(target: str, chats: bool, how: Mapping[str, str], repository: str | None) -> str:
     """Return how to use it, from the repository if it goes to one; nanochat and adapters are for folders alone."""
-    words = _HOW[target].format(**{"prompt": _prompt(chats), **how})
+    words = _HOW[target].format(**{"prompt": _CHAT_PROMPT if chats else _TEXT_PROMPT, **how})
     if repository is None:
         return words
     if target in ("nanochat", "mlx-adapter"):
         return f"    hf download {repository} --local-dir FOLDER\n\n{words}"
     return words.replace("FOLDER", repository)
-
-
-def _prompt(chats: bool) -> str:
-    if not chats:
-        return 'ids = tokenizer("<|bos|>The sky is", return_tensors="pt").input_ids'
-    return (
-        'messages = [{"role": "user", "content": "Why is the sky blue?"}]\n'
-        '    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt").input_ids'
-    )
-
-
-def _fenced(words: str) -> str:
-    lines = [line.removeprefix("    ") for line in words.splitlines()]
-    return "\n".join(["```", *lines, "```"])

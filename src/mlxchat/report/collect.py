@@ -84,12 +84,11 @@ class StepReport:
         """Metric → (iterations, values): a long training has some hundred thousand numbers, looked at once."""
         found: dict[str, tuple[list[float], list[float]]] = {}
         for record in self.records:
-            iteration = number(record.get("iteration"))
-            for name, value in record.items() if iteration is not None else ():
-                if (known := number(value)) is not None and iteration is not None:
-                    xs, ys = found.setdefault(name, ([], []))
-                    xs.append(iteration)
-                    ys.append(known)
+            known = {name: value for name, each in record.items() if (value := number(each)) is not None}
+            for name, value in known.items() if "iteration" in known else ():
+                xs, ys = found.setdefault(name, ([], []))
+                xs.append(known["iteration"])
+                ys.append(value)
         return {text(name): points for name, points in found.items()}
 
 
@@ -131,9 +130,8 @@ def checkpoint_name(step: StepReport) -> str:
 
 def latest_run(outputs: Path) -> Path:
     """Return the newest run folder that has a plan; StoreError if there is none."""
-    runs = outputs / "runs"
     # Names begin with the time of the start, so the order of names is the order of runs.
-    planned = sorted(path.parent for path in runs.glob("*/plan.json")) if runs.is_dir() else []
+    planned = sorted(path.parent for path in (outputs / "runs").glob("*/plan.json"))
     if not planned:
         raise StoreError(Store(outputs).lacking("runs"))
     return planned[-1]
@@ -151,18 +149,14 @@ def collect(outputs: Path, run: Path) -> RunReport:
     ends = [event for event in events if event.get("event") in ("run_done", "run_failed")]
     outcome = text(ends[-1]["event"]).removeprefix("run_") if ends else "unfinished"
     store = Store(outputs)
+    times = [datetime.fromisoformat(text(event["time"])).timestamp() for event in events if "time" in event]
     return RunReport(
-        name=text(plan.get("run")) or run.name,
-        experiment=text(plan.get("experiment")) or None,
-        started=text(plan.get("started")),
-        folder=run,
-        outcome=outcome,
+        name=text(plan.get("run")) or run.name, experiment=text(plan.get("experiment")) or None, folder=run,
+        started=text(plan.get("started")), command=text(plan.get("command")), outcome=outcome,
         error=text(ends[-1].get("error")) if outcome == "failed" else "",
-        seconds=_elapsed_seconds(events),
-        cost_per_hour=number(plan.get("cost_per_hour")),
-        command=text(plan.get("command")),
+        seconds=max(times) - min(times) if len(times) > 1 else None, cost_per_hour=number(plan.get("cost_per_hour")),
         steps=[_read_step(store, entry, events) for entry in entries],
-    )
+    )  # fmt: skip
 
 
 def collect_steps(outputs: Path, name: str, entries: list[dict[str, Any]], folder: Path) -> RunReport:
@@ -224,25 +218,15 @@ def _read_step(store: Store, entry: dict[str, Any], events: list[dict[str, Any]]
         scores.setdefault("checkpoint", mapping(entry.get("inputs")).get("checkpoint"))
     samples = Records(records / "samples.jsonl").read()
     return StepReport(
-        name=name,
-        stage=text(entry.get("stage")),
-        kind=text(entry.get("kind")),
-        artifact=artifact,
-        key=key,
-        rid=text(manifest.get("rid")) or rid,
+        name=name, stage=text(entry.get("stage")), kind=text(entry.get("kind")), artifact=artifact, key=key,
+        rid=text(manifest.get("rid")) or rid, reason=text(entry.get("reason")), outcome=outcome, error=error,
         inputs={text(role): text(step) for role, step in mapping(entry.get("inputs")).items()},
-        outcome=outcome,
-        reason=text(entry.get("reason")),
-        error=error,
-        manifest=manifest,
         records=_by_iteration(Records(records / "metrics.jsonl").read()),
         samples=_last_samples([*samples, *map(mapping, sequence(scores.get("samples")))]),
-        scores=read_scores(scores) if scores else None,
-        compression=mapping(read_json(folder / "compression.json")),
-        model=mapping(read_json(folder / "config.json")),
-        num_parameters=num_parameters(folder),
-        folder=folder if manifest else None,
-    )
+        scores=read_scores(scores) if scores else None, compression=mapping(read_json(folder / "compression.json")),
+        model=mapping(read_json(folder / "config.json")), num_parameters=num_parameters(folder),
+        manifest=manifest, folder=folder if manifest else None,
+    )  # fmt: skip
 
 
 def _find_artifact(store: Store, rid: str, names: Iterable[str]) -> Path | None:
@@ -261,11 +245,6 @@ def _step_outcome(events: list[str], is_published: bool) -> str:
     if last == "step_failed":
         return "failed"
     return "unfinished" if events and events[-1] in ("step_started", "step_interrupted") else "missing"
-
-
-def _elapsed_seconds(events: list[dict[str, Any]]) -> float | None:
-    times = [datetime.fromisoformat(text(event["time"])).timestamp() for event in events if "time" in event]
-    return max(times) - min(times) if len(times) > 1 else None
 
 
 def _by_iteration(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -77,9 +77,8 @@ def document(report: RunReport) -> list[Block]:
         blocks.append(Group("troubles", ["\n".join(["> **Incomplete**", *(f"> - {escape(each)}" for each in faults)])]))
     if found := facts(report):
         blocks.append(Group("facts", ["\n".join(f"* {escape(what)} **{escape(value)}**" for what, value in found)]))
-    blocks.append(
-        Group("answers", ["\n".join(f"- **{question}** {_sentences(said)}" for question, said in answers(report))])
-    )
+    told = "\n".join(f"- **{question}** {_sentences(said)}" for question, said in answers(report))
+    blocks.append(Group("answers", [told]))
     if metrics := metric_table(report):
         blocks += ["## Scores", metrics]
     blocks += _telling(report)
@@ -87,9 +86,8 @@ def document(report: RunReport) -> list[Block]:
         blocks += ["## Curves", curves]
     blocks += ["## Pipeline", timing_table(report), "## Details"]
     if metrics and (charts := score_charts(report)):
-        pictures: list[Block] = [charts]
-        if core := core_table(report):
-            pictures += ["### CORE, task by task", core]
+        core = core_table(report)
+        pictures: list[Block] = [charts, "### CORE, task by task", core] if core else [charts]
         blocks.append(Group("fold", pictures, "Scores in pictures"))
     return [*blocks, *_steps(report), Group("fold", [*_environment(report)], "Environment and artifacts")]
 
@@ -110,11 +108,8 @@ def _card(example: Example, name: str) -> Group:
     last = example.expected.strip().rpartition("\n")[2]
     last = last if example.verdict == "wrong form" else last.removeprefix("#### ")
     expected = f", expected {escape(last)}" if last else ""
-    words: list[Block] = [
-        f"**{name}:** {escape(example.task)}, **{example.verdict}**{expected}",
-        Group("prompt", [fenced(example.prompt)]),
-        fenced(f"→ {example.output}"),
-    ]
+    said = f"**{name}:** {escape(example.task)}, **{example.verdict}**{expected}"
+    words: list[Block] = [said, Group("prompt", [fenced(example.prompt)]), fenced(f"→ {example.output}")]
     return Group(f"card {'right' if example.is_right else 'wrong'}", words)
 
 
@@ -139,14 +134,10 @@ def _steps(report: RunReport) -> Iterator[Block]:
 
 
 def _heading(step: StepReport) -> str:
-    memory = number(step.manifest.get("peak_memory_bytes"))
-    found = [
-        f"{step.name} ({STAGE_LABELS[step.stage]})" if step.stage in STAGE_LABELS else step.name,
-        step.outcome,
-        "" if step.seconds is None else format_seconds(step.seconds),
-        format_bytes(memory) if memory else "",
-    ]
-    return " · ".join(part for part in found if part)
+    memory, seconds = number(step.manifest.get("peak_memory_bytes")), step.seconds
+    name = f"{step.name} ({STAGE_LABELS[step.stage]})" if step.stage in STAGE_LABELS else step.name
+    costs = ["" if seconds is None else format_seconds(seconds), format_bytes(memory) if memory else ""]
+    return " · ".join(filter(None, [name, step.outcome, *costs]))
 
 
 def _environment(report: RunReport) -> Iterator[Block]:
@@ -157,10 +148,8 @@ def _environment(report: RunReport) -> Iterator[Block]:
     if sources := source_table(report):
         yield from ("### Data", sources)
     yield from ("### Artifacts", artifact_table(report))
-    yield (
-        f"Written by mlxchat from {escape(report.folder.name)}. Every number comes from a manifest, metrics.jsonl or "
-        "scores.json of this run's artifacts."
-    )
+    files = "a manifest, metrics.jsonl or scores.json of this run's artifacts"
+    yield f"Written by mlxchat from {escape(report.folder.name)}. Every number comes from {files}."
 
 
 def fenced(words: str) -> str:

@@ -10,6 +10,7 @@ first runs, each experiment is compared with the best one kept before it, as in 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -172,11 +173,11 @@ class Experiment:
     name: str
     settings: Mapping[str, Any]
     """All that led to the artifacts but seeds: dotted keys, stages and the contents of code and data."""
-    made: Sequence[Manifest]
+    made: list[Manifest]
     """One manifest per artifact; empty: its runs have failed."""
-    values: Sequence[float]
+    values: list[float]
     """The metric of each."""
-    runs: Sequence[str]
+    runs: list[str]
     """Names of the runs' folders."""
 
     @cached_property
@@ -242,13 +243,11 @@ def find_experiments(store: Store, plans: Sequence[Plan], metric: str) -> list[E
             continue
         settings = _settings(store, made)
         group = f"{name} {sorted(settings.items(), key=str)}"
-        before = found.get(group, Experiment(name=name, settings=settings, made=[], values=[], runs=[]))
-        values, manifests = [*before.values], [*before.made]
-        if made["rid"] not in [each["rid"] for each in before.made]:
-            values.append(float(value))
-            manifests.append(made)
-        runs = [*before.runs, run]
-        found[group] = Experiment(name=name, settings=settings, made=manifests, values=values, runs=runs)
+        one = found.setdefault(group, Experiment(name=name, settings=settings, made=[], values=[], runs=[]))
+        one.runs.append(run)
+        if made["rid"] not in [each["rid"] for each in one.made]:
+            one.values.append(float(value))
+            one.made.append(made)
     if not any(each.made for each in found.values()):
         made_by = ((step["step"], store.made(step["key"], step["rid"])) for _, steps in plans for step in steps)
         known = {f"{name}.{key}" for name, made in made_by if made is not None for key in made["metrics"]}
@@ -307,10 +306,9 @@ def _judge(new: Experiment, best: Experiment, baseline: Experiment, *, less_is_b
 def _describe_changes(old: Experiment, new: Experiment) -> str:
     if not new.made:
         return ""
-    changed = changes(old.settings, new.settings, "default")
-    shown = [f"{key} {before} → {after}" for key, (before, after) in [*changed.items()][:_MOST_CHANGES]]
-    further = len(changed) - len(shown)
-    return ", ".join(shown) + (f", {further} more" if further > 0 else "")
+    changed = [f"{key} {a} → {b}" for key, (a, b) in changes(old.settings, new.settings, "default").items()]
+    further = len(changed) - _MOST_CHANGES
+    return ", ".join(changed[:_MOST_CHANGES]) + (f", {further} more" if further > 0 else "")
 
 
 def table_of_verdicts(verdicts: Sequence[Verdict], metric: str) -> Table:
@@ -358,10 +356,9 @@ def journal(verdicts: Sequence[Verdict]) -> Iterator[list[str]]:
 def report_experiments(verdicts: Sequence[Verdict], metric: str) -> list[Block]:
     """Return the report of experiments: what was kept, the picture of the progress, the table."""
     kept = [each for each in verdicts if each.status == KEEP]
-    count = {
-        status: sum(each.status == status for each in verdicts[1:]) for status in (KEEP, DISCARD, UNDECIDED, CRASH)
-    }
-    told = ", ".join(f"{number} {status}" for status, number in count.items() if number) or "no experiment"
+    count = Counter(each.status for each in verdicts[1:])
+    order = [status for status in (KEEP, DISCARD, UNDECIDED, CRASH) if count[status]]
+    told = ", ".join(f"{count[status]} {status}" for status in order) or "no experiment"
     first, last = kept[0].experiment, kept[-1].experiment
     return [
         f"# Experiments since {escape(first.name)}",
@@ -403,4 +400,4 @@ def draw_progress(verdicts: Sequence[Verdict], metric: str) -> Picture:
         return figure
 
     said = "; ".join(f"{each.experiment.name} {each.experiment} ({each.status})" for each in shown)
-    return Picture(name="progress", title="Progress", alt=f"Experiments in their order: {said}.", draw=draw)
+    return Picture(name="progress", alt=f"Experiments in their order: {said}.", draw=draw)

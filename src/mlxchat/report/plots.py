@@ -25,11 +25,9 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-# In pixels: two charts fit side by side on a screen, one on a phone.
-WIDTH, HEIGHT = 460.0, 265.0
+WIDTH, HEIGHT = 460.0, 265.0  # pixels: two charts fit side by side on a screen, one on a phone
 LABEL_LETTERS = 34
-# Curves from this length on are smoothed.
-SMOOTH_FROM_POINTS = 30
+SMOOTH_FROM_POINTS = 30  # shorter curves are drawn as they are
 INK, SOFT, LINE, PANEL = "#1f2328", "#59636e", "#d8dde3", "#f6f8fa"
 # Okabe and Ito's palette, safe for colour blindness.
 COLOURS = ("#0072b2", "#b94a00", "#00825f", "#b5478f", "#8a6a00", "#5b5fc7")
@@ -55,7 +53,6 @@ class Picture:
 
     name: str
     """File name without suffix."""
-    title: str
     alt: str
     draw: Callable[[], Figure]
 
@@ -147,9 +144,8 @@ def draw_curves(
         for curve in curves:
             _draw_curve(curve, axes)
         for at, (label, value) in enumerate(levels):
-            axes.axhline(
-                value, color=SOFT, linewidth=1.2, linestyle=(0, (4 - at, 3)), label=one_line(f"{label} {value:.4g}")
-            )
+            told = one_line(f"{label} {value:.4g}")
+            axes.axhline(value, color=SOFT, linewidth=1.2, linestyle=(0, (4 - at, 3)), label=told)
         if is_log:
             axes.set_xscale("log")
             axes.set_yscale("log")
@@ -164,7 +160,7 @@ def draw_curves(
         finish(figure, axes, title, x, y)
         return figure
 
-    return Picture(name=name, title=title, alt=alt, draw=draw)
+    return Picture(name=name, alt=alt, draw=draw)
 
 
 def _draw_curve(curve: Curve, axes: Axes) -> None:
@@ -175,10 +171,9 @@ def _draw_curve(curve: Curve, axes: Axes) -> None:
     if len(curve.errors) == len(ys):
         low, high = ([y + sign * error for y, error in zip(ys, curve.errors, strict=True)] for sign in (-1, 1))
         axes.fill_between(xs, low, high, color=colour, alpha=0.16, linewidth=0)
-    is_dotted = not curve.has_line or len(xs) < SMOOTH_FROM_POINTS
-    line = "-" if curve.has_line else "none"
-    label = one_line(curve.label) or "_"
-    axes.plot(xs, drawn, linestyle=line, marker="o" if is_dotted else "", label=label, **style)
+    style["linestyle"] = "-" if curve.has_line else "none"
+    marker = "" if curve.has_line and len(xs) >= SMOOTH_FROM_POINTS else "o"
+    axes.plot(xs, drawn, marker=marker, label=one_line(curve.label) or "_", **style)
 
 
 Bars = list[tuple[str, list[tuple[float, float] | None], list[float]]]
@@ -211,7 +206,7 @@ def draw_bars(name: str, title: str, alt: str, rows: Bars, *, x: str, labels: Se
         finish(figure, axes, title, x, "")
         return figure
 
-    return Picture(name=name, title=title, alt=alt, draw=draw)
+    return Picture(name=name, alt=alt, draw=draw)
 
 
 def new_axes(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
@@ -245,8 +240,8 @@ def _svg(figure: Figure, alt: str) -> str:
     body = re.sub(r' id="(?!m[0-9a-f]{10})[^"]*"', "", body)
     body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
     body = re.sub("<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), body)
-    body = re.sub("#[0-9a-f]{6}\\b", lambda match: f"var(--{_VARIABLES[match[0]]})" if match[0] in _VARIABLES else
-                  match[0], body)  # fmt: skip
+    for colour, variable in _VARIABLES.items():
+        body = body.replace(colour, f"var(--{variable})")
     box = f'viewBox="0 0 {72 * figure.get_figwidth():g} {72 * figure.get_figheight():g}"'
     return f'<svg class="chart" {box} role="img" aria-label="{escape(visible(alt))}">\n{body}'
 
@@ -301,8 +296,10 @@ def score_charts(report: RunReport) -> list[Picture]:
 
 
 def bpb_baselines(report: RunReport, step: StepReport) -> dict[str, float]:
-    """Return label → bits per byte of the baselines for a step's validation curve."""
-    # Only an evaluation of this checkpoint on its own corpus measures the same text.
+    """Return label → bits per byte of the baselines on the text of a step's validation.
+
+    Only an evaluation of this checkpoint on its own corpus measures the same text.
+    """
     corpus = step.inputs.get("corpus")
     for other in report.evals:
         same = checkpoint_name(other) == step.name and corpus and other.inputs.get("corpus") == corpus

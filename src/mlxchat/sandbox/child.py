@@ -83,14 +83,9 @@ def main(verdict: int) -> None:
 
 
 def _vouch(
-    verdict: int,
-    answers: int,
-    begun: _thread.LockType,
-    done: _thread.LockType,
-    watched: int,
-    frames: Callable[[], dict[int, types.FrameType]],
-    code: types.CodeType,
-) -> None:
+    verdict: int, answers: int, begun: _thread.LockType, done: _thread.LockType, watched: int,
+    frames: Callable[[], dict[int, types.FrameType]], code: types.CodeType,
+) -> None:  # fmt: skip
     """Prove, in a second thread, that the main thread has returned from the program.
 
     The question exists only in this thread's frame. A program may release the lock `done` itself, but then the main
@@ -169,15 +164,13 @@ def _limit(orders: dict[str, Any], *, others: int) -> None:
 
     `others` are processes and threads of the user besides the program's.
     """
-    seconds, memory = int(orders["seconds"]) + 2, orders["memory_bytes"]
-    limits = [
-        ("RLIMIT_CPU", seconds), ("RLIMIT_FSIZE", orders["file_bytes"]), ("RLIMIT_NOFILE", 64), ("RLIMIT_CORE", 0),
-    ]  # fmt: skip
+    memory = orders["memory_bytes"]
+    limits = {"CPU": int(orders["seconds"]) + 2, "FSIZE": orders["file_bytes"], "NOFILE": 64, "CORE": 0}
     if sys.platform == "linux":
-        limits += [("RLIMIT_AS", memory), ("RLIMIT_DATA", memory), ("RLIMIT_MSGQUEUE", 0), ("RLIMIT_MEMLOCK", 0)]
-    limits.append(("RLIMIT_NPROC", orders["processes"] + others))
-    for name, value in limits:
-        number = getattr(resource, name)
+        limits |= {"AS": memory, "DATA": memory, "MSGQUEUE": 0, "MEMLOCK": 0}
+    limits["NPROC"] = orders["processes"] + others
+    for name, value in limits.items():
+        number = getattr(resource, f"RLIMIT_{name}")
         most = resource.getrlimit(number)[1]
         allowed = value if most == resource.RLIM_INFINITY else min(value, most)
         with contextlib.suppress(ValueError, OSError):

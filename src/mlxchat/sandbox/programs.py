@@ -14,7 +14,6 @@ secret, which a second thread requests once the main thread has returned from th
 from __future__ import annotations
 
 import base64
-import contextlib
 import hmac
 import json
 import os
@@ -27,10 +26,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 from mlxchat.errors import StepFailed
@@ -78,12 +78,14 @@ def run_program(
     `seconds` limits wall-clock time, `memory_bytes` memory with the interpreter's own (about 20 MB); `protections` are
     used if available. StepFailed: the interpreter does not start, which is not the program's fault.
     """
-    with _own_folder() as folder:
-        run = Run(folder, code, seconds, memory_bytes, tuple(protections))
-        outcome = run.follow()
-        if outcome.passed and not folder.is_dir():
-            return Outcome(False, "failed", outcome.output, outcome.seconds, outcome.protections)
-        return outcome
+    folder = Path(tempfile.mkdtemp(prefix="mlxchat-program-")).resolve()
+    try:
+        outcome = _Run(folder, code, seconds, memory_bytes, tuple(protections)).follow()
+        is_whole = folder.is_dir() or not outcome.passed
+        return outcome if is_whole else replace(outcome, passed=False, status="failed")
+    finally:
+        with suppress(OSError):
+            _remove(folder)
 
 
 @cache
@@ -105,16 +107,6 @@ def find_confinement_problem() -> str:
         "this machine cannot confine programs written by models: that needs Landlock and seccomp (Linux 5.13, x86-64 "
         f"or ARM64) or sandbox-exec (macOS); in force here: {', '.join(found)}"
     )
-
-
-@contextmanager
-def _own_folder() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="mlxchat-program-")).resolve()
-    try:
-        yield folder
-    finally:
-        with suppress(OSError):
-            _remove(folder)
 
 
 def _remove(folder: Path) -> None:
@@ -149,7 +141,7 @@ def _is_folder(path: Path) -> bool:
 
 
 @dataclass
-class Run:
+class _Run:
     """One execution: the process and its pipes."""
 
     folder: Path
@@ -179,7 +171,7 @@ class Run:
         finally:
             os.close(writing)
         began = time.monotonic()
-        watch = Watch(process.pid)
+        watch = _Watch(process.pid)
         try:
             status = self._watch(process, reading, watch)
         finally:
@@ -203,10 +195,9 @@ class Run:
         )  # fmt: skip
         self.question, self.secret = secrets.token_hex(16).encode(), secrets.token_hex(16).encode()
         filters: dict[str, str | None] = {}
-        for pid in (process.pid, _PID_IN_NAMESPACE):
-            for writes in (True, False):
-                lines = make_filter(pid, writes=writes)
-                filters[f"{pid}, {writes=}"] = base64.b64encode(lines).decode() if lines else None
+        for pid, writes in product((process.pid, _PID_IN_NAMESPACE), (True, False)):
+            lines = make_filter(pid, writes=writes)
+            filters[f"{pid}, {writes=}"] = base64.b64encode(lines).decode() if lines else None
         orders = {
             "code": self.code, "parent": os.getpid(), "folder": str(self.folder),
             "seconds": self.seconds, "memory_bytes": self.memory_bytes, "file_bytes": _MOST_FILE_BYTES,
@@ -216,7 +207,7 @@ class Run:
         self.orders = json.dumps(orders).encode() + b"\n"
         return process
 
-    def _watch(self, process: subprocess.Popen[bytes], verdict: int, watch: Watch) -> str:
+    def _watch(self, process: subprocess.Popen[bytes], verdict: int, watch: _Watch) -> str:
         """Serve the pipes until the process ends or must be killed; return the status."""
         assert process.stdin is not None
         assert process.stdout is not None
@@ -244,7 +235,7 @@ class Run:
                     self.received += part
                     if self.in_force is None and b"\n" in self.received:
                         self._begin()
-                        with contextlib.suppress(OSError):
+                        with suppress(OSError):
                             os.write(sending, self.question)
                         deadline = self.ready_at + self.seconds
                     if not self._is_expected(answered):
@@ -252,7 +243,7 @@ class Run:
                     if self.in_force is not None and not answered and bytes(self.received) == self.question:
                         answered = True
                         self.received.clear()
-                        with contextlib.suppress(OSError):
+                        with suppress(OSError):
                             os.write(sending, self.secret)
                     elif not part:
                         return self._verdict(answered, process, printed)
@@ -272,7 +263,7 @@ class Run:
     def _is_folder_full(self) -> bool:
         """Return whether the folder has too many entries or bytes.
 
-        `Watch.written` does not count folders, symlinks and empty files, and may not work for root. A tmpfs in a
+        `_Watch.written` does not count folders, symlinks and empty files, and may not work for root. A tmpfs in a
         namespace is not visible from here; then the folder is empty.
         """
         waiting, entries, used = [str(self.folder)], 0, 0
@@ -294,7 +285,7 @@ class Run:
 
     def _verdict(self, answered: bool, process: subprocess.Popen[bytes], printed: int) -> str:
         """Return the status of a program whose verdict pipe is closed."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with suppress(subprocess.TimeoutExpired):
             process.wait(1.0)  # for its return code
         self._drain(printed)
         if self.printed_bytes > _MOST_OUTPUT_BYTES:
@@ -340,18 +331,18 @@ class Run:
         while self.printed_bytes <= _MOST_OUTPUT_BYTES and (part := _read(printed)):
             self._keep(part)
 
-    def _end(self, process: subprocess.Popen[bytes], watch: Watch) -> None:
+    def _end(self, process: subprocess.Popen[bytes], watch: _Watch) -> None:
         """Kill the process group and descendants that left it."""
-        if self.in_force is None or not self.confined:
+        if not self.confined:
             watch.look()
-        with contextlib.suppress(ProcessLookupError, PermissionError):
+        with suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        if self.in_force is None or not self.confined:
+        if not self.confined:
             watch.kill()
         for pipe in (process.stdin, process.stdout):
             assert pipe is not None
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 pipe.close()
 
     def _text(self) -> str:
@@ -404,7 +395,7 @@ def _read(pipe: int) -> bytes:
         return b""
 
 
-class Watch:
+class _Watch:
     """A process and all its observed descendants, including those that left its group and session.
 
     Descent cannot be seen once a parent has ended, so the process table is read several times a second.
@@ -430,10 +421,7 @@ class Watch:
         return sum(resident for pid, (_, resident, _) in table.items() if pid in self._known)
 
     def written(self) -> int | None:
-        """Return the bytes that the first process has written to any file or pipe.
-
-        None: unknown, as for root without the capability CAP_SYS_PTRACE.
-        """
+        """Return the bytes that the first process has written; None: unknown, as for root without CAP_SYS_PTRACE."""
         try:
             lines = (_PROC / str(self._root) / "io").read_text().splitlines()
         except OSError:
@@ -452,7 +440,7 @@ class Watch:
                 return
             for pid in left:
                 if table[pid][2] == self._known[pid]:
-                    with contextlib.suppress(ProcessLookupError, PermissionError):
+                    with suppress(ProcessLookupError, PermissionError):
                         os.kill(pid, signal.SIGKILL)
             time.sleep(0.01)
 
@@ -463,7 +451,7 @@ def _processes() -> dict[int, tuple[int, int, str]]:
     if (_PROC / "self").is_dir():
         for place in _PROC.iterdir():
             if place.name.isdigit():
-                with contextlib.suppress(OSError, IndexError, ValueError):
+                with suppress(OSError, IndexError, ValueError):
                     fields = (place / "stat").read_text().rpartition(")")[2].split()
                     if fields[0] not in "ZX":
                         resident = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")

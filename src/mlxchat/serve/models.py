@@ -162,20 +162,14 @@ class Models:
         """Return the entry of a checkpoint; `judge` is the summary of its latest evaluation, if any."""
         name, stage, folders = summary["folder"], summary["stage"], self.store.outputs / "store"
         asked = summary if stage == "pretrain" else judge or summary
+        inputs = {role: made.get("artifact") for role, made in (summary.get("inputs") or {}).items() if made}
         own = {
-            "digest": summary["tree"],
-            "fingerprint": self.fingerprint(summary["tree"]),
-            "step": summary["step"],
-            "stage": stage,
-            "label": name.removeprefix(f"{stage}-").rpartition("-")[0],
-            "parameters": _num_parameters(folders / name),
-            "run": summary.get("run"),
-            "converses": stage != "pretrain",
-            "inputs": {role: made.get("artifact") for role, made in (summary.get("inputs") or {}).items() if made},
-            "metrics": _numbers(summary["metrics"]),
-            "scores": _numbers(judge.get("metrics", {})),
+            "digest": summary["tree"], "fingerprint": self.fingerprint(summary["tree"]), "step": summary["step"],
+            "stage": stage, "label": name.removeprefix(f"{stage}-").rpartition("-")[0], "run": summary.get("run"),
+            "parameters": _num_parameters(folders / name), "converses": stage != "pretrain", "inputs": inputs,
+            "metrics": _numbers(summary["metrics"]), "scores": _numbers(judge.get("metrics", {})),
             "prompts": _prompts(folders / asked["folder"] / "samples.jsonl"),
-        }
+        }  # fmt: skip
         return _entry(name, "mlxchat", summary["published"], own)
 
     def _third_party_entry(self, model: Model) -> dict[str, Any]:

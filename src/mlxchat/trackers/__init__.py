@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -124,12 +123,8 @@ class Tracker:
             outputs=folder.parent.parent.resolve(), settings=settings or {}, tags=list(config.tags),
             is_continued=self._journal.is_continued,
         )  # fmt: skip
-        self._thread = threading.Thread(
-            target=self._work,
-            args=(run, open_service or partial(_open_service, config.kind)),
-            name="tracker",
-            daemon=True,
-        )
+        arguments = (run, open_service or self._open)
+        self._thread = threading.Thread(target=self._work, args=arguments, name="tracker", daemon=True)
         self._thread.start()
 
     def log(self, step: str, record: dict[str, Any]) -> None:
@@ -137,18 +132,17 @@ class Tracker:
         iteration = record.get("iteration")
         if self._thread is None or self._is_broken or not isinstance(iteration, int):
             return
-        if step not in self._begun:
-            self._begun.add(step)
+        records = [record]
+        if step not in self._begun and self._records is not None:
             with suppress(OSError):
-                for past in Records(self._records(step)).read() if self._records is not None else ():
-                    if isinstance(past.get("iteration"), int) and past["iteration"] < iteration:
-                        self._pass(step, past)
-        self._pass(step, record)
-
-    def _pass(self, step: str, record: dict[str, Any]) -> None:
-        iteration, numbers = record["iteration"], numbers_of(record, without="iteration")
-        if self._journal.is_new(step, iteration) and numbers:
-            self._waiting.put((step, iteration, numbers))
+                past = Records(self._records(step)).read()
+                earlier = [each for each in past if isinstance(each.get("iteration"), int)]
+                records = [*(each for each in earlier if each["iteration"] < iteration), record]
+        self._begun.add(step)
+        for each in records:
+            numbers = numbers_of(each, without="iteration")
+            if self._journal.is_new(step, each["iteration"]) and numbers:
+                self._waiting.put((step, each["iteration"], numbers))
 
     def finish(self, results: Results | None = None) -> None:
         """End the tracked run with its results; wait up to `FINISH_SECONDS` for the service."""
@@ -173,6 +167,11 @@ class Tracker:
             self._complain(f"{error}{remedy}")
         except BaseException as error:  # some services end the process if they are refused; here only the thread ends
             self._complain(f"{type(error).__name__}: {error}")
+
+    def _open(self, run: TrackedRun) -> Service:
+        part: Any = load_part(self._kind) if is_own(self._kind) else _SERVICES[self._kind]
+        service: Service = part(run)
+        return service
 
     def _complain(self, problem: str) -> None:
         if not self._is_broken:
@@ -353,9 +352,3 @@ class TensorBoardService:
 
 
 _SERVICES = {"wandb": WandbService, "trackio": TrackioService, "tensorboard": TensorBoardService}
-
-
-def _open_service(kind: str, run: TrackedRun) -> Service:
-    part: Any = load_part(kind) if is_own(kind) else _SERVICES[kind]
-    service: Service = part(run)
-    return service
