@@ -20,7 +20,7 @@ def run(ctx: Context) -> None:
     from mlxchat.errors import DataError
     from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
     from mlxchat.model.sizes import count_parameters
-    from mlxchat.store.bases import is_adapter
+    from mlxchat.store.catalog import is_adapter
 
     folder = ctx.inputs["checkpoint"]
     if not is_adapter(folder):

@@ -1,4 +1,4 @@
-"""Mistakes in settings are refused before anything runs, with a hint and exit code 2."""
+"""Mistakes in settings are refused before anything runs, with a hint and exit code 2, settings of 0.2 too."""
 
 import re
 from collections.abc import Callable
@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from kit.commands import run_here
+from kit.commands import Say, run_here
 from mlxchat.composition.compose import compose_config
+from mlxchat.composition.overrides import known_keys
+from mlxchat.config.replaced import SETTINGS, VERBS, find_replacement
+from mlxchat.config.schema import Config
+from mlxchat.config.verbs import VERBS as PRESENT
 
 Refuse = Callable[..., str]
 
@@ -111,9 +115,7 @@ FAULTS = {
         (GLOBAL + "sft:\n  num_epoch: 2\n", r': there is no "sft.num_epoch" to set. Did you mean "sft.num_epochs"\?'),
         (GLOBAL + "defaults:\n  - rl: dapo\n", ": another group is chosen with `override /rl: dapo`"),
     ],
-    "mixture": [
-        ("mine:\n  size: many\n", ": sft.mixture.mine.size: Value 'many' .* Integer"),
-    ],
+    "mixture": [("mine:\n  size: many\n", ": sft.mixture.mine.size: Value 'many' .* Integer")],
 }
 
 
@@ -138,3 +140,34 @@ def test_overrides_may_omit_brackets_and_plus():
         "rl.rewards.right={kind: exact}": "+rl.rewards={right: {kind: exact}}",
     }
     assert compose_config(list(pairs)).config == compose_config(list(pairs.values())).config
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["optimizer.momentum_end=0.9"], "Instead: optimizer.momentum.start, end, final, warmup_iterations."),
+        (["retry.attempts=3"], "Instead: downloads retry by themselves"),
+        (["code=ignore", "plan"], "Instead: changed code is named"),
+        (["sft.adapter.beta1=0.3"], "Instead: a constant now"),
+        (["leaderboard"], "Instead: mlxchat compare --sort"),
+        (["data", "ls"], "Instead: hf cache ls."),
+    ],
+)
+def test_what_is_gone_is_told_with_its_replacement(say: Say, words: list[str], told: str):
+    printed = say(*words, code=2)
+    assert "gone since version 0.3" in printed
+    assert told in printed
+
+
+def test_only_what_is_gone_is_called_so():
+    assert not [key for key in known_keys(Config) if find_replacement(key)]
+    assert not [verb for verb in PRESENT if find_replacement(verb)]
+    assert not find_replacement("optimizer.matrx_lr")
+
+
+def test_changelog_has_the_table():
+    rows = [f"| {', '.join(f'`{key}`' for key in keys.split())} | {text} |" for keys, text in SETTINGS.items()]
+    rows += [f"| verb `{verb}` | {text} |" for verb, text in VERBS.items()]
+    table = "\n".join(["| gone | instead |", "|---|---|", *rows])
+    assert table in Path(__file__).parents[1].joinpath("CHANGELOG.md").read_text(encoding="utf-8")
+    assert len(rows) > 40

@@ -24,7 +24,7 @@ GROUPS = {folder.name for folder in CONF.iterdir() if folder.is_dir()} - {"setti
 # Options that a page adds itself.
 OWN = {"town", "my_mixture", "words", "verse", "me", "reverse", "alphabet"}
 # A setting that code on the page adds, a file to replace by one of yours, no setting of a run, a shell's variable.
-# test_own_project.py plans the files of its page, whose commands need its folder conf.
+# test_own_parts.py plans the files of its page, whose commands need its folder conf.
 NOT_HERE = (
     "architecture.activation",
     "path/to/tokenizer.json",

@@ -1,6 +1,7 @@
 """Users' stages, tasks, evaluations, trackers and groups: the example of docs/guides/own_parts.md."""
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,3 +143,19 @@ def test_own_tracker_gets_records_and_results(example):
     tracker.log("pretrain", {"iteration": 3, "loss": 1.5})
     tracker.finish(Results(numbers={"pretrain": {"loss": 1.5}}))
     assert (example / "outputs" / "printed.txt").read_text() == "pretrain 3 ['loss']\nfinished ['pretrain']\n"
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "guides" / "own_project.md").read_text(encoding="utf-8")
+
+
+def test_files_of_the_page_are_planned(tmp_path, say, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, text in re.findall(r"`(conf/[\w/]+\.yaml)`[^\n]*\n\n```yaml\n(.*?)```", PAGE, re.S):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(text)
+    Path("texts").mkdir()
+    Path("texts/chronicle.txt").write_text("Ada Merl is the baker of Quellbrunn.\n\n\nShe lives in Mill Lane.")
+    asked = json.dumps({"question": "Who is the baker of Quellbrunn?", "answer": "Ada Merl"})
+    for name in ("conversations", "questions"):
+        Path(f"{name}.jsonl").write_text(f"{asked}\n" * 20)
+    assert "eval_sft" in say("plan", "-cd", "conf", "experiment=town")

@@ -88,9 +88,5 @@ class Artifact:
 
 
 def open_artifact(name: str, outputs: str | Path = "outputs") -> Artifact:
-    """Return an artifact by any name that `mlxchat show` accepts: sft, RUN/STEP, STEP@N, an id, a folder of the store.
-
-    Raises:
-        StoreError: there is no such artifact, or several.
-    """
+    """Return an artifact by any name that `mlxchat show` accepts (sft, RUN/STEP, STEP@N, an id); else a StoreError."""
     return Artifact(resolve(Store(Path(outputs)), name))

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except MlxchatError as error:
         if os.environ.get("MLXCHAT_DEBUG"):
             raise
-        from mlxchat.config.secrets import redact
+        from mlxchat.errors import redact
 
         lines = redact(str(error)).splitlines() or [type(error).__name__]
         # A signal is no error.
@@ -54,11 +54,7 @@ def _print_fault(kind: type[BaseException], error: BaseException, trace: Traceba
 
 
 def dispatch(arguments: list[str]) -> int:
-    """Run a command line and return its exit code.
-
-    Raises:
-        MlxchatError: whatever is wrong.
-    """
+    """Run a command line and return its exit code, or raise an MlxchatError."""
     if arguments and arguments[0] in ("--version", "-V"):
         print(f"mlxchat {__version__}")
         return 0

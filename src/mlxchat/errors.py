@@ -14,9 +14,10 @@ MlxchatError            one clear message, no traceback, exit code 2
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
 
 class MlxchatError(Exception):
@@ -91,3 +92,41 @@ def visible(text: Any) -> str:
 def _written_out(found: re.Match[str]) -> str:
     code = ord(found[0])
     return f"\\x{code:02x}" if code < 0x20 else f"\\u{code:04x}"
+
+
+# HF_TOKEN, WANDB_API_KEY, AWS_SECRET_ACCESS_KEY, DB_PASSWORD, but not TOKENIZERS_PARALLELISM.
+_NAME = re.compile(r"(^|_)(TOKEN|(API|ACCESS|PRIVATE)_?KEY)$|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
+# Shorter values occur in other text by chance.
+_SHORTEST = 6
+
+T = TypeVar("T")
+
+
+def redact(value: T) -> T:
+    """Return text or plain nested data in which every secret of the environment is replaced by the variable's name."""
+    secrets = _secrets()
+    return _replace(value, secrets) if secrets else value  # type: ignore[return-value]  # of the same type
+
+
+def _secrets() -> dict[str, str]:
+    """Return secret → replacement, the longest first, since one may contain another."""
+    found: dict[str, str] = {}
+    for name, value in os.environ.items():
+        if _NAME.search(name) and len(value.strip()) >= _SHORTEST:
+            from urllib.parse import quote
+
+            for form in (value, value.strip(), quote(value.strip(), safe="")):
+                found.setdefault(form, f"<{name}>")
+    return dict(sorted(found.items(), key=lambda item: -len(item[0])))
+
+
+def _replace(value: object, secrets: Mapping[str, str]) -> object:
+    if isinstance(value, str):
+        for secret, name in secrets.items():
+            value = value.replace(secret, name)
+        return value
+    if isinstance(value, Mapping):
+        return {_replace(key, secrets): _replace(item, secrets) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)([_replace(item, secrets) for item in value])
+    return value

@@ -20,9 +20,8 @@ from mlxchat.artifact import Artifact
 from mlxchat.composition.compose import Composed, compose_config, split_options
 from mlxchat.composition.sections import config_of, executor_of
 from mlxchat.config.schema import Config, ExecutorConfig
-from mlxchat.config.secrets import redact
 from mlxchat.distributed.ranks import current_team
-from mlxchat.errors import ConfigError, StepFailed, StoreError, visible
+from mlxchat.errors import ConfigError, StepFailed, StoreError, redact, visible
 from mlxchat.hub.cache import is_offline
 from mlxchat.hub.client import endpoint, fetch_command
 from mlxchat.ops.machine import device_kind, dtype_name
@@ -31,13 +30,10 @@ from mlxchat.planning.memory import check_memory
 from mlxchat.runner.executors import check_installed
 from mlxchat.runner.keys import find_unknown
 from mlxchat.runner.leader import Execution, lead
-from mlxchat.runner.plan import PlannedStep, entries_of, make_plan
-from mlxchat.runner.process import stop_on_signals
-from mlxchat.runner.reasons import format_plan
+from mlxchat.runner.plan import PlannedStep, entries_of, format_plan, make_plan
+from mlxchat.runner.process import Environment, stop_on_signals
 from mlxchat.runner.run import Run, complete
-from mlxchat.store.crash import crash_point
-from mlxchat.store.environment import Environment
-from mlxchat.store.files import Record, Records, now, write_whole
+from mlxchat.store.files import Record, Records, crash_point, now, write_whole
 from mlxchat.store.fingerprint import plain_of
 from mlxchat.store.naming import LATEST, MODEL, called, links, runs
 from mlxchat.store.store import Store
@@ -78,10 +74,7 @@ def compose(*overrides: str) -> Pipeline:
 def run_pipeline(composed: Composed, plan: list[PlannedStep] | None = None, **options: Any) -> Path | None:
     """Complete the targets of a configuration; return the run's folder, or None if everything was done.
 
-    Args:
-        composed: the configuration and its command line.
-        plan: plan of its targets from `plan_to_run`; None: make it here. Updated with each step's result.
-        options: of PipelineRun.
+    `plan` is from `plan_to_run` (None: made here) and gets each step's result; `options` are those of PipelineRun.
     """
     store = Store(Path(composed.config.outputs))
     plan = plan_to_run(composed.config, store) if plan is None else plan
@@ -123,8 +116,7 @@ class PipelineRun(Execution):
             plan: plan of its targets from `plan_to_run`. Updated with each step's result.
             store: store of its artifacts.
             is_verb: run by a verb such as import: no report, and it does not become the latest run.
-            job: part of a sweep that it runs, such as job3. It is appended to the run's name, and the run does not
-                become the latest one: the names RUN, latest and STEP never mean a job.
+            job: part of a sweep that it runs, such as job3, which is appended to its name; never the latest run.
             say: prints a line.
             on_record: called with a step's name and each record of its metrics.jsonl.
         """
@@ -141,10 +133,8 @@ class PipelineRun(Execution):
         except OSError as error:
             raise StoreError(f"{error.filename or self.store.outputs} cannot be written ({error.strerror})") from None
         # Stable over all attempts of a run: keys with names of inputs instead of contents.
-        ids = [
-            step.key_with(step.inputs | {role: each["tree"] for role, each in step.artifacts.items()})
-            for step in self.plan
-        ]
+        given = [{role: each["tree"] for role, each in step.artifacts.items()} for step in self.plan]
+        ids = [step.key_with(step.inputs | trees) for step, trees in zip(self.plan, given, strict=True)]
         config = self.composed.config
         self.tracker = Tracker(
             config.tracker, folder, ids=ids, settings=redact(plain_of(config)), say=self.say,
@@ -216,10 +206,7 @@ def plan_of(config: Config, store: Store) -> list[PlannedStep]:
 
 
 def plan_to_run(config: Config, store: Store) -> list[PlannedStep]:
-    """Return the plan of a configuration that is about to run, with all external data pinned.
-
-    Downloads URLs without a checksum, since the key holds their sha256.
-    """
+    """Return the plan of a configuration to run, with all external data pinned: URLs without a checksum are fetched."""
     plan = plan_of(config, store)
     unknown = {place: what for step in plan if not step.done for place, what in find_unknown(step.externals).items()}
     if not unknown:
@@ -260,18 +247,12 @@ def _make_folder(
     folder = store.outputs / "runs" / name
     folder.mkdir(parents=True)
     crash_point("run.folder")
+    experiment = None if is_verb else composed.choices.get("experiment")  # verbs compose the default one without use
     record: dict[str, Any] = {
-        "run": folder.name,
-        # verbs compose the default experiment without using it
-        "experiment": None if is_verb else composed.choices.get("experiment"),
-        "choices": composed.choices,
-        "overrides": composed.overrides,
-        "started": now(),
-        "targets": config.targets or list(config.pipeline),
-        "command": composed.command,
-        "cost_per_hour": config.report.cost_per_hour,
-        "steps": entries_of(plan),
-    }
+        "run": folder.name, "experiment": experiment, "choices": composed.choices, "overrides": composed.overrides,
+        "started": now(), "targets": config.targets or list(config.pipeline), "command": composed.command,
+        "cost_per_hour": config.report.cost_per_hour, "steps": entries_of(plan),
+    }  # fmt: skip
     write_whole(folder / "plan.json", json.dumps(redact(record), indent=1).encode() + b"\n")
     import yaml
 
@@ -286,10 +267,7 @@ def find_executors(config: Config, plan: list[PlannedStep]) -> dict[str, Executo
 
 
 def place_steps(config: Config, plan: list[PlannedStep]) -> dict[str, ExecutorConfig]:
-    """Return `find_executors` of a plan, after checking that it can run.
-
-    Steps elsewhere compute in this machine's dtype, since it is part of their keys.
-    """
+    """Return `find_executors` of a plan that can run. Steps elsewhere take this machine's dtype, part of their key."""
     executors, machine = find_executors(config, plan), config.machine
     check_memory(config, [step for step in plan if step.name not in executors])
     for step in plan:

@@ -21,7 +21,7 @@ from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.model.forward import Dropping, draw_keys, dropped, dropping, fold
 from mlxchat.model.lora import ADAPTER_CONFIG_FILE, ADAPTERS_FILE, LAYERS, LoRALinear, read_adapter_config
 from mlxchat.model.parameters import flatten_parameters
-from mlxchat.store.bases import find_chain
+from mlxchat.store.catalog import find_chain
 from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store

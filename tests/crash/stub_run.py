@@ -19,8 +19,8 @@ from mlxchat.errors import MlxchatError
 from mlxchat.runner import stage
 from mlxchat.runner.leader import execute
 from mlxchat.runner.plan import make_plan
+from mlxchat.runner.process import Environment
 from mlxchat.runner.run import Run
-from mlxchat.store.environment import Environment
 from mlxchat.store.files import now
 from mlxchat.store.store import Store
 

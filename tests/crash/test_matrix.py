@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mlxchat.store.crash import CRASH_POINTS
+from mlxchat.store.files import CRASH_POINTS
 from mlxchat.store.store import Store
 
 SOURCES = sorted((Path(__file__).resolve().parents[2] / "src").rglob("*.py"))

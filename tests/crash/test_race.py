@@ -1,7 +1,10 @@
-"""Eight processes on one outputs folder: each step is computed exactly once."""
+"""Eight processes on one outputs folder: each step is computed exactly once. Signals stop it in order."""
 
+import os
+import pty
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from crash import stub_run
 from kit.commands import saved_trainings, wait_until
 from mlxchat.store import locks
 
@@ -88,3 +92,39 @@ def test_second_stop_exits_at_once_inside_a_library():
         process.terminate()
     assert process.wait(timeout=120) == 143
     process.stdout.close()
+
+
+def has_state(stubs: Any) -> bool:
+    return any(stubs.outputs.glob("work/*/ckpt/0*"))
+
+
+def test_failed_branch_stops_only_the_steps_that_need_it(stubs):
+    code, text = stubs.run("score.failing=[inspect]")
+    assert code == 1
+    assert "error: step inspect failed: ValueError: inspect cannot be scored" in text
+    assert stubs.trees().keys() == {"source", "convert", "train", "train@2", "score"}
+
+
+def test_closed_terminal_stops_a_run_that_saves(stubs):
+    pid, terminal = pty.fork()
+    if pid == 0:
+        command = [sys.executable, stub_run.__file__, str(stubs.outputs), "train.iterations=400", "train.pause=0.05"]
+        os.execv(command[0], command)
+    wait_until(lambda: has_state(stubs))
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    (interrupted,) = stubs.events("step_interrupted")
+    assert interrupted["step"] == "train"
+
+
+@pytest.mark.parametrize(("held", "devices"), [(1, "0"), (1, "1,0")])
+def test_step_waits_for_each_of_its_gpus_only(devices, held, stubs):
+    """The locks of this machine's GPUs are in the stubs' folder."""
+    settings = ("targets=[train]", "gpu=true", "train.iterations=2")
+    with locks.hold(stubs.folder / f"gpu-{held}.lock", {"run": "run7"}, lambda owner: None):
+        process = stubs.start(*settings, cuda_visible_devices=devices, mlxchat_locks=str(stubs.folder))
+        line = next(line for line in process.stdout if "waits" in line or ("done" in line and line[:5] == "train"))
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    waits = f"train      waits: process {os.getpid()} on {locks.host_name()} (run run7) has GPU {held}"
+    assert (waits in line) == (str(held) in devices), line

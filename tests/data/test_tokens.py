@@ -21,8 +21,7 @@ from mlxchat.data.tokens import Documents, Mixture, Tokens, encode_shard, open_d
 from mlxchat.errors import ConfigError
 from mlxchat.runner.context import Context
 from mlxchat.store.manifest import MANIFEST, describe_outputs
-from mlxchat.store.shared import SharedArtifacts
-from mlxchat.store.store import Store
+from mlxchat.store.store import SharedArtifacts, Store
 
 
 def lists(tokens: Tokens) -> list[list[int]]:

@@ -11,8 +11,8 @@ from typing import Any
 from mlxchat.runner import stage as stage_module
 from mlxchat.runner.leader import execute
 from mlxchat.runner.plan import PlannedStep, make_plan
+from mlxchat.runner.process import Environment
 from mlxchat.runner.run import Run
-from mlxchat.store.environment import Environment
 from mlxchat.store.files import Records
 from mlxchat.store.store import Store
 

@@ -12,7 +12,7 @@ from mlxchat.model.sizes import GPTSizes, sizes_of
 from mlxchat.pipeline import plan_of
 from mlxchat.planning.forecast import estimate_steps
 from mlxchat.planning.horizon import Hyperparameters, derive_hyperparameters, derive_numbers
-from mlxchat.runner.reasons import Estimate
+from mlxchat.runner.plan import Estimate
 from mlxchat.store.store import Store
 
 OCT2025 = composed("experiment=speedrun_d20")

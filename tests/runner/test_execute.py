@@ -1,5 +1,6 @@
 """Execution of steps: atomic, correctly reported, and never repeated."""
 
+import io
 import os
 import shutil
 import signal
@@ -13,7 +14,9 @@ import pytest
 
 from kit.toys import CHAIN, ONE, started
 from mlxchat.errors import Interrupted, StepFailed
+from mlxchat.runner import process
 from mlxchat.runner.leader import Execution, lead
+from mlxchat.runner.process import Progress
 from mlxchat.store import locks
 from mlxchat.store.files import Record, Records
 from mlxchat.store.naming import refs_of
@@ -265,3 +268,15 @@ def test_failure_of_a_shared_step_is_that_of_all_its_runs(fail_fast, toys):
     errors = [str(each.error).splitlines()[0] for each in both if each.error]
     assert errors == ["step one failed: OSError: no"] * (1 if fail_fast else 2)
     assert [each.has_begun for each in both] == [True, not fail_fast]
+
+
+def test_eta_ignores_the_first_unit(monkeypatch):
+    # After one iteration of 54 s, 53 of which compiled, five hours were predicted for a training of two minutes.
+    now = 0.0
+    monkeypatch.setattr(process.time, "monotonic", lambda: now)
+    out = io.StringIO()
+    with Progress("pretrain", 101, "iterations", stream=out) as line:
+        for done, now in ((1, 50.0), (2, 60.0), (11, 70.0)):  # noqa: B007 (`now` is the clock)
+            line.update(done)
+    found = [text.rpartition("  ")[2].strip() for text in out.getvalue().splitlines()]
+    assert found == ["1/101 iterations", "eta 16m30s", "eta 3m00s"]

@@ -46,7 +46,7 @@ NOT_IDENTITY = {
     *(f"imported.{name}" for name in ("name", "repository", "revision", "folder", "step")),  # its files count
     "training.on_nan",
 }  # fmt: skip
-# What is in the files counts instead, wherever they are: test_externals.py, test_remote_keys.py.
+# What is in the files counts instead, wherever they are: test_externals.py.
 PINNED = {"paths", "path", "text", "source", "revision", "bundle", "sha256"}
 # Settings that only some evaluations read: those of base models, of chat models, or with a corpus.
 OF_CHAT, OF_BASE = {"eval_mid", "eval_sft", "eval_rl"}, {"eval_base"}
@@ -80,7 +80,7 @@ READ_BY: dict[str, set[str]] = {
 
 @pytest.fixture
 def _no_downloads_of_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Names and splits that no task has are flipped here; what tasks download is pinned in test_remote_keys.py."""
+    """Names and splits that no task has are flipped here; what tasks download is pinned in test_externals.py."""
     monkeypatch.setattr("mlxchat.tasks.contents_of", lambda item, hash_of: [])
 
 

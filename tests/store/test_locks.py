@@ -1,4 +1,4 @@
-"""Locks: one holder at a time, and none after its death."""
+"""Locks: one holder at a time, and none after its death. Attempts: one that has no recorded end was killed."""
 
 import errno
 import fcntl
@@ -14,6 +14,8 @@ import pytest
 
 from mlxchat.errors import StoreError
 from mlxchat.store import locks
+from mlxchat.store.files import Records
+from mlxchat.store.locks import explain_killed, finish_attempt, read_attempts, start_attempt
 
 HOLDER = """
 import os, sys, time
@@ -110,3 +112,55 @@ def test_each_visible_gpu_has_one_lock(devices, visible, job, expected, tmp_path
             monkeypatch.setenv(name, value)
     monkeypatch.setenv("MLXCHAT_LOCKS", str(tmp_path / "locks"))
     assert list(locks.gpu_locks()) == expected
+
+
+TEXTS = ("é ☃", "\u2028\x85\r\n", '"\\')
+WRITTEN = [{"iteration": index, "text": text, "loss": 0.1} for index, text in enumerate(TEXTS)]
+
+
+def cut_files(tmp_path: Path) -> list[tuple[int, Records]]:
+    """Return files of WRITTEN cut at every byte, each with its number of complete records."""
+    whole = Records(tmp_path / "whole.jsonl")
+    ends = [0]
+    for record in WRITTEN:
+        whole.append(record)
+        ends.append(whole.path.stat().st_size)
+    found = []
+    for length in range(ends[-1] + 1):
+        cut = Records(tmp_path / f"{length}.jsonl")
+        cut.path.write_bytes(whole.path.read_bytes()[:length])
+        found.append((sum(length >= end - 1 for end in ends[1:]), cut))
+    return found
+
+
+def test_cut_file_keeps_earlier_and_later_records(tmp_path):
+    for num_whole, cut in cut_files(tmp_path):
+        assert cut.read() == WRITTEN[:num_whole]
+        cut.append({"iteration": 9})
+        assert cut.read() == [*WRITTEN[:num_whole], {"iteration": 9}]
+
+
+def test_execution_without_an_end_was_killed(tmp_path):
+    start_attempt(tmp_path, "run1", "sft")
+    assert read_attempts(tmp_path)[0]["outcome"] == "running"
+    locks._began.clear()  # as in another process
+    second = start_attempt(tmp_path, "run2", "sft")
+    finish_attempt(tmp_path, second, "done", None, 7)
+    killed, done = read_attempts(tmp_path)
+    assert (killed["outcome"], killed["ended"], killed["seconds"], killed["run"]) == ("killed", None, None, "run1")
+    assert (done["outcome"], done["resumed_from"], done["run"], done["attempt"]) == ("done", 7, "run2", 2)
+    assert (done["step"], done["pid"], done["host"]) == ("sft", os.getpid(), os.uname().nodename)
+
+
+def test_killed_execution_is_explained_once_with_what_helps(tmp_path):
+    assert explain_killed(tmp_path) is None
+    number = start_attempt(tmp_path, "run1", "one")
+    locks._began.clear()  # as in another process
+    assert "out-of-memory killer" in explain_killed(tmp_path, on_mac=False)
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt" / "derived.json").write_text('{"micro_batch_tokens": 8192}')
+    for on_mac in (True, False):
+        assert "machine.device_batch_tokens=4096" in explain_killed(tmp_path, on_mac=on_mac)
+    assert "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1" in explain_killed(tmp_path, on_mac=True)
+    finish_attempt(tmp_path, number, "interrupted", None, None)
+    assert explain_killed(tmp_path) is None

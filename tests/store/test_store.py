@@ -1,18 +1,23 @@
-"""The outputs folder: artifacts are complete or absent, refs are relative, errors name the remedy."""
+"""The outputs folder: artifacts are complete or absent, refs are relative, errors name the remedy;
+shared artifacts, and folders that are written whole."""
 
 import hashlib
 import os
 import shutil
+import signal
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlxchat.errors import StoreError
-from mlxchat.store.manifest import SCHEMA, describe_outputs, read_manifest, write_manifest
+from mlxchat.store.files import whole_file, whole_folder, write_whole
+from mlxchat.store.manifest import SCHEMA, SHARED_KIND, describe_outputs, read_manifest, write_manifest
 from mlxchat.store.naming import refs_of
-from mlxchat.store.store import Store
+from mlxchat.store.store import SharedArtifacts, Store
 
 KEY = "abcdefghijklmnop" + "q" * 36
 RID = "bcdefghijklmnopq" + "r" * 36
@@ -132,3 +137,81 @@ def test_tree_excludes_observations(name, counts, tmp_path):
     files, after = describe_outputs(tmp_path)
     assert (after != before) == counts
     assert {"path": name, "bytes": 1, "sha256": hashlib.sha256(b"2").hexdigest()} in files
+
+
+LINEAGE = {"corpus": {"step": "corpus", "artifact": "corpus-a", "rid": "r", "tree": "t"}}
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> SharedArtifacts:
+    Store(tmp_path / "outputs").prepare()
+    return open_shared(tmp_path / "outputs")
+
+
+def open_shared(outputs: Path, say: Callable[[str], None] = print) -> SharedArtifacts:
+    return SharedArtifacts(outputs=outputs, run="run", inputs=LINEAGE, facts=lambda: {"git": None}, say=say)
+
+
+def obtain(shared: SharedArtifacts, make: Callable[[Path], dict[str, float]], **changes: Any) -> Path:
+    return shared.obtain(**{"version": 1, "label": "shard", "identity": {"text": "abc"}, "make": make, **changes})
+
+
+def write(folder: Path) -> dict[str, float]:
+    (folder / "tokens").write_text("content")
+    return {"tokens": 7, "tokens_per_second": 5.0}
+
+
+def refuse(folder: Path) -> dict[str, float]:
+    raise AssertionError("it exists already")
+
+
+def test_existing_artifact_is_reused_and_has_lineage_and_digests(shared):
+    place = obtain(shared, write)
+    assert (place / "tokens").read_text() == "content"
+    assert obtain(shared, refuse) == obtain(open_shared(shared.outputs), refuse, label="other") == place
+    (manifest,) = Store(shared.outputs).manifests()
+    assert place.name == manifest["name"] == f"tokens-shard-{manifest['rid'][:16]}"
+    assert manifest["kind"] == manifest["stage"] == manifest["step"] == SHARED_KIND
+    assert manifest["inputs"] == LINEAGE
+    assert (manifest["metrics"], manifest["tokens_per_second"]) == ({"tokens": 7}, 5.0)
+    assert (manifest["outputs"], manifest["tree"]) == describe_outputs(place)
+
+
+def fill(path: Path, content: str = "new", *, force: bool = False) -> None:
+    with whole_folder(path, force=force) as folder:
+        (folder / "inside").mkdir()
+        (folder / "inside" / "file").write_text(content)
+
+
+def test_file_is_replaced_atomically(tmp_path):
+    place = tmp_path / "file"
+    write_whole(place, "old")
+    with whole_file(place) as file:
+        file.write_text("new")
+        assert place.read_text() == "old"
+    assert [(path, path.read_text()) for path in tmp_path.iterdir()] == [(place, "new")]
+
+
+def test_existing_folder_is_replaced_only_by_force(tmp_path):
+    fill(tmp_path / "out", "mine")
+    with pytest.raises(StoreError, match="exists already"):
+        fill(tmp_path / "out")
+    assert (tmp_path / "out" / "inside" / "file").read_text() == "mine"
+    fill(tmp_path / "out", force=True)
+    assert (tmp_path / "out" / "inside" / "file").read_text() == "new"
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]
+
+
+def test_killed_export_leaves_no_folder_and_its_leftovers_are_removed(tmp_path):
+    script = f"""
+from pathlib import Path
+from mlxchat.store.files import whole_folder
+with whole_folder(Path({str(tmp_path / "out")!r})) as folder:
+    (folder / "half").touch()
+"""
+    environ = os.environ | {"MLXCHAT_CRASH_AT": "export.synced"}
+    assert subprocess.run([sys.executable, "-c", script], env=environ, check=False).returncode == -signal.SIGKILL
+    assert [each.name for each in tmp_path.iterdir()] == [".out.unfinished"]
+    fill(tmp_path / "out")
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]
+    assert [each.name for each in (tmp_path / "out").iterdir()] == ["inside"]

@@ -13,8 +13,7 @@ import numpy as np
 
 from mlxchat.bench.train import fill_zero_weights
 from mlxchat.config.schema import BenchConfig, Config
-from mlxchat.config.table import Table
-from mlxchat.config.wording import format_bytes, format_count
+from mlxchat.config.wording import Table, format_bytes, format_count
 from mlxchat.engine.batch import Generator, Request
 from mlxchat.engine.decode import Decoder
 from mlxchat.errors import ConfigError
@@ -27,8 +26,7 @@ from mlxchat.ops.device import describe_device, prepare_machine
 from mlxchat.planning.forecast import peak_flops
 from mlxchat.planning.inputs import sizes_of_folder
 from mlxchat.planning.memory import Decoding, find_device
-from mlxchat.runner.progress import Progress
-from mlxchat.store.environment import peak_memory_bytes, reset_peak_memory, versions
+from mlxchat.runner.process import Progress, peak_memory_bytes, reset_peak_memory, versions
 
 # Prefill is repeated for at most so many seconds.
 _ENOUGH_SECONDS = 3.0

@@ -14,8 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxchat.config.schema import AdapterConfig, Config
-from mlxchat.config.table import Table
-from mlxchat.config.wording import format_bytes, format_count
+from mlxchat.config.wording import Table, format_bytes, format_count
 from mlxchat.data.packing import Row, mean_batch
 from mlxchat.errors import ConfigError
 from mlxchat.evals.bpb import mean_loss
@@ -27,8 +26,7 @@ from mlxchat.ops.device import describe_device, prepare_machine
 from mlxchat.optim.optimizer import Optimizer, adapter_rule, rates_at
 from mlxchat.planning.forecast import peak_flops
 from mlxchat.planning.memory import Training, find_device, forward_tokens
-from mlxchat.runner.progress import Progress
-from mlxchat.store.environment import peak_memory_bytes, reset_peak_memory, versions
+from mlxchat.runner.process import Progress, peak_memory_bytes, reset_peak_memory, versions
 from mlxchat.training.step import TrainStep
 
 _WARMUP_STEPS = 2  # untimed; the first one compiles

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 import sys
@@ -10,12 +11,12 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from mlxchat.config.replaced import find_replacement
 from mlxchat.config.verbs import VERBS
 from mlxchat.config.wording import plural
-from mlxchat.errors import ConfigError, suggest
+from mlxchat.errors import ConfigError, suggest, visible
 
 _IDS = """ID: a step of the latest run (sft), RUN/STEP, RUN (its model), a pin, import:NAME, an id or its start,
 or an artifact's folder. RUN: latest, quickstart, or a run's folder"""
@@ -33,14 +34,11 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, verb: str) -> None:
         """Create the parser of a verb without options, names and settings."""
         purpose = VERBS[verb][1]
-        super().__init__(
-            prog=f"mlxchat {verb}", description=purpose[0].upper() + purpose[1:], allow_abbrev=False
-        )  # fmt: skip
-        self.words = self.add_argument("words", nargs="*", help=argparse.SUPPRESS)
-        self.composes = False
-        """Whether the verb takes settings of the configuration; else only outputs=PATH."""
-        self.long_help: Callable[[str], str] | None = None
-        """Returns the whole help, given the section of options; None: argparse's help."""
+        about = purpose[0].upper() + purpose[1:]
+        super().__init__(prog=f"mlxchat {verb}", description=about, allow_abbrev=False)
+        self.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+        self.composes = False  # whether the verb takes settings of the configuration; else only outputs=PATH
+        self.long_help: Callable[[str], str] | None = None  # makes the whole help of the section of options
         self.take_names("", least=0, most=0)
 
     def use(self, settings: str) -> None:
@@ -48,10 +46,9 @@ class Parser(argparse.ArgumentParser):
         self.usage = " ".join(filter(None, (self.prog, self.form, "[OPTIONS]", settings)))
 
     def take_names(
-        self, form: str, *, least: int = 1, most: int | None = 1, first: Collection[str] = (),
-        about: str = "",
-    ) -> None:  # fmt: skip
-        """Declare how many names the verb takes.
+        self, form: str, *, least: int = 1, most: int | None = 1, first: Collection[str] = (), about: str = ""
+    ) -> None:
+        """Declare how many names the verb takes (`most` None: any number).
 
         Args:
             form: their form in the usage line, such as "ID [NAME]".
@@ -81,11 +78,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--json", action="store_true", help=what)
 
     def read(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Return the options with `names` and `settings`; also `outputs` if the verb takes no other setting.
-
-        Raises:
-            ConfigError: the verb does not take an option, name or setting, or has too few or too many names.
-        """
+        """Return the options with `names` and `settings`; also `outputs` if the verb takes no other setting."""
         options, unknown = self.parse_known_intermixed_args(arguments)
         see = f"See: {self.prog} --help"
         if unknown:
@@ -130,7 +123,6 @@ class _OfComposition(argparse.Action):
     """Keeps an option of the configuration unchanged, for `split_options`."""
 
     def __call__(self, parser: Any, options: argparse.Namespace, value: Any, name: str | None = None) -> None:
-        """Append the option and its value."""
         options.composition = [*options.composition, name, value]
 
 
@@ -182,3 +174,34 @@ def quoted(value: str) -> str:
         return value
     # Backslashes need escaping only before a quotation mark: one of the value's, or the closing one.
     return "'" + re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value) + "'"
+
+
+Node = TypeVar("Node")
+
+
+def print_json(record: Any) -> None:
+    """Print plain data as JSON."""
+    print(visible(json.dumps(record, indent=1, ensure_ascii=False)))
+
+
+def show_value(value: Any) -> str:
+    """Return a value in YAML's notation, in one line."""
+    if value is None:
+        return "null"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def when(moment: str) -> str:
+    """Return an ISO time to the minute."""
+    return str(moment)[:16].replace("T", " ")
+
+
+def draw_tree(root: Node, label: Callable[[Node], str], children: Callable[[Node], list[Node]]) -> str:
+    """Return a tree as lines of text."""
+    lines = [label(root)]
+    below = children(root)
+    for child in below:
+        branch, further = ("└─ ", "   ") if child is below[-1] else ("├─ ", "│  ")
+        first, *others = draw_tree(child, label, children).split("\n")
+        lines += [branch + first, *(further + line for line in others)]
+    return "\n".join(lines)

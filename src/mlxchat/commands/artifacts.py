@@ -8,10 +8,8 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from mlxchat.commands.arguments import Parser, count
-from mlxchat.commands.output import print_json
-from mlxchat.config.table import aligned
-from mlxchat.config.wording import format_bytes, plural
+from mlxchat.commands.arguments import Parser, count, print_json
+from mlxchat.config.wording import aligned, format_bytes, plural
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.store.catalog import closure
 from mlxchat.store.gc import Collection, collect, find_garbage, find_removal, runs_in_progress
@@ -22,7 +20,6 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 def pin(parser: Parser) -> None:
-    """Declare `mlxchat pin`."""
     parser.take_names("[ID [NAME]]", least=0, most=2)
     parser.add_argument("--remove", action="append", default=[], metavar="PIN", help="remove this pin")
     parser.add_json("list the pins as one JSON object")
@@ -54,11 +51,9 @@ def _pin(options: Namespace) -> int:
 
 
 def gc(parser: Parser) -> None:
-    """Declare `mlxchat gc`."""
     parser.add_argument("--apply", action="store_true", help="remove them; without this nothing changes")
-    parser.add_argument(
-        "--keep-last", type=count, metavar="N", help="for finished runs, keep the newest N artifacts of each step"
-    )
+    keep = "for finished runs, keep the newest N artifacts of each step"
+    parser.add_argument("--keep-last", type=count, metavar="N", help=keep)
     parser.add_json()
 
 
@@ -79,8 +74,7 @@ def _print_garbage(found: Collection, options: Namespace) -> None:
         print_json({"applied": options.apply, "garbage": garbage, "kept": sorted(found.kept), "kept_bytes": kept})
         return
     both = zip(found.garbage, places, strict=True)
-    rows = [[place, format_bytes(each.bytes), each.reason] for each, place in both if each.kind != "ref"]
-    if rows:
+    if rows := [[place, format_bytes(each.bytes), each.reason] for each, place in both if each.kind != "ref"]:
         print(aligned(rows, right=(1,), indent="  "))
     stays = f"{plural(len(found.kept), 'artifact')} kept ({format_bytes(kept)})"
     size = format_bytes(sum(item.bytes for item in found.garbage))
@@ -91,7 +85,6 @@ def _print_garbage(found: Collection, options: Namespace) -> None:
 
 
 def rm(parser: Parser) -> None:
-    """Declare `mlxchat rm`."""
     parser.take_names("RUN…", most=None)
     parser.description = (
         "Show what goes with a run, and how many bytes; --apply removes it. With a run go its names and events, and "
@@ -125,7 +118,6 @@ ARTIFACT: its folder there, or the start of its id; what it was made from comes 
 
 
 def push(parser: Parser) -> None:
-    """Declare `mlxchat push`."""
     parser.take_names("ID… PLACE", least=2, most=None, about=_PUSH_PLACE)
     parser.description = "Copy artifacts, or all of a run, to another place, with everything that they were made from."
     parser.add_argument("--public", action="store_true", help="with hf://: make the repository public")
@@ -152,7 +144,6 @@ def _push(options: Namespace) -> int:
 
 
 def pull(parser: Parser) -> None:
-    """Declare `mlxchat pull`."""
     parser.take_names("PLACE [ARTIFACT…]", most=None, about=_PULL_PLACE)
     parser.description = "Take in artifacts that were pushed, with everything that they were made from; hashed first."
 

@@ -32,7 +32,6 @@ fish   mlxchat completion fish > ~/.config/fish/completions/mlxchat.fish"""
 
 
 def completion(parser: Parser) -> None:
-    """Declare `mlxchat completion`."""
     parser.take_names("SHELL", first=("bash", "zsh", "fish"), about=_PLACES)
 
 

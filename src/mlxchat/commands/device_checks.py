@@ -17,7 +17,7 @@ from mlxchat.model.parameters import init_weights
 from mlxchat.model.sizes import sizes_of
 from mlxchat.ops.device import backend, prepare_machine
 from mlxchat.optim.optimizer import Optimizer, Rates
-from mlxchat.store.environment import versions
+from mlxchat.runner.process import versions
 from mlxchat.training.step import TrainStep
 
 _ROWS, _ROW_TOKENS, _VOCABULARY, _STEPS = 4, 64, 512, 5

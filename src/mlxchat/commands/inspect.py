@@ -8,11 +8,10 @@ from pathlib import Path
 from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
-from mlxchat.commands.arguments import Parser, positive
-from mlxchat.commands.output import draw_tree, print_json, show_value, when
-from mlxchat.config.table import aligned
-from mlxchat.config.wording import format_bytes, format_count, format_number, format_seconds, plural
+from mlxchat.commands.arguments import Parser, draw_tree, positive, print_json, show_value, when
+from mlxchat.config.wording import aligned, format_bytes, format_count, format_number, format_seconds, plural
 from mlxchat.errors import StoreError, visible
+from mlxchat.store import locks
 from mlxchat.store.catalog import Summary, read_catalog
 from mlxchat.store.files import Records, list_folder
 from mlxchat.store.manifest import MANIFEST, SHARED_KIND, Manifest, read_manifest
@@ -26,7 +25,6 @@ Row = dict[str, Any]
 
 
 def status(parser: Parser) -> None:
-    """Declare `mlxchat status`."""
     parser.take_names("[RUN]", least=0)
     parser.add_json()
     parser.add_argument("--cancel", action="store_true", help="end all jobs in queues and on clusters; they save first")
@@ -84,10 +82,8 @@ def _describe_jobs(store: Store, *, cancel: bool) -> Iterator[Row]:
 
 def _describe_work(store: Store, key: str) -> Row:
     """Return a step's process or the end of its last attempt, and its progress."""
-    from mlxchat.store import attempts, locks
-
     folder = store.work(key)
-    executions = attempts.read(folder)
+    executions = locks.read_attempts(folder)
     last = executions[-1] if executions else {}
     held = locks.is_held(store.lock(key))
     known = last | (locks.read_owner(store.lock(key)) if held else {})
@@ -132,7 +128,6 @@ def _cells_of_step(row: Row) -> list[str]:
 
 
 def ls(parser: Parser) -> None:
-    """Declare `mlxchat ls`."""
     parser.take_names("[STAGE|STEP|RUN…]", least=0, most=None)
     parser.add_json("one JSON array for programs")
 
@@ -143,11 +138,10 @@ def _ls(options: Namespace) -> int:
     found = read_catalog(store)
     known = {str(summary.get(key)) for summary in found for key in ("stage", "step") if summary.get(key)}
     of_runs = {place.name for each in wanted if each not in known for place in find_all(store, each)}
-    shown = [
-        summary
-        for summary in found
-        if not wanted or {summary.get("stage"), summary.get("step")} & {*wanted} or summary["folder"] in of_runs
-    ]
+    shown = found
+    if wanted:
+        chosen = {*wanted}
+        shown = [each for each in found if {each.get("stage"), each.get("step")} & chosen or each["folder"] in of_runs]
     if options.json:
         print_json(shown)
         return 0
@@ -174,15 +168,13 @@ EXAMPLES = ("wrong", "right", "all")
 
 
 def show(parser: Parser) -> None:
-    """Declare `mlxchat show`."""
     parser.take_names("ID")
-    parser.add_argument(
-        "--examples", nargs="?", choices=EXAMPLES, const="all", help="questions and answers of an evaluation or RL"
-    )
-    parser.add_argument("-n", type=positive, default=5, metavar="N", help="number of examples (default: 5)")
-    parser.add_argument("--task", metavar="NAME", help="for an evaluation: only examples of this task")
-    parser.add_argument("--iteration", type=int, metavar="N", help="for RL: only answers of this iteration")
-    parser.add_argument("--samples", action="store_true", help="what a training wrote on its prompts, also during it")
+    add, examples = parser.add_argument, "questions and answers of an evaluation or RL"
+    add("--examples", nargs="?", choices=EXAMPLES, const="all", help=examples)
+    add("-n", type=positive, default=5, metavar="N", help="number of examples (default: 5)")
+    add("--task", metavar="NAME", help="for an evaluation: only examples of this task")
+    add("--iteration", type=int, metavar="N", help="for RL: only answers of this iteration")
+    add("--samples", action="store_true", help="what a training wrote on its prompts, also during it")
     parser.add_json("the manifest, unchanged; with --samples a list of them")
 
 
@@ -190,12 +182,12 @@ def _show(options: Namespace) -> int:
     """Print an artifact's manifest, the examples of an evaluation or RL, or samples."""
     store = Store(options.outputs)
     if options.samples:
-        from mlxchat.commands.examples import show_samples
+        from mlxchat.commands.evaluate import show_samples
 
         return show_samples(store, options.names[0], as_json=options.json)
     place = resolve(store, options.names[0])
     if options.examples is not None:
-        from mlxchat.commands.examples import show_examples  # slow imports
+        from mlxchat.commands.evaluate import show_examples  # slow imports
 
         return show_examples(place, options)
     manifest = read_manifest(place)
@@ -224,10 +216,8 @@ def _facts(store: Store, place: Path, manifest: Manifest) -> Iterator[list[str]]
     if speed := manifest.get("tokens_per_second"):
         yield ["speed", f"{format_count(speed)} tok/s"]
     if memory := manifest.get("peak_memory_bytes"):
-        yield [
-            "memory",
-            f"{format_bytes(memory)}, of which arrays {format_bytes(manifest.get('peak_array_bytes') or 0)}",
-        ]
+        arrays = format_bytes(manifest.get("peak_array_bytes") or 0)
+        yield ["memory", f"{format_bytes(memory)}, of which arrays {arrays}"]
     names = [(LATEST, links(store, latest(store))), *((group, links(store, group)) for group in groups(store))]
     if named := [f"{group}/{name}" for group, found in names for name, one in found.items() if one == place]:
         yield ["named", ", ".join(named)]
@@ -256,7 +246,6 @@ def _outside(manifest: Manifest) -> Iterator[list[str]]:
 
 
 def lineage(parser: Parser) -> None:
-    """Declare `mlxchat lineage`."""
     parser.take_names("ID")
     parser.add_json()
 
@@ -302,7 +291,6 @@ def _draw_lineage(tree: Node, below: str) -> str:
 
 
 def diff(parser: Parser) -> None:
-    """Declare `mlxchat diff`."""
     parser.take_names("A B", least=2, most=2, about="A, B: two artifacts, or two runs")
     parser.add_json()
 
@@ -353,7 +341,6 @@ def _change(old: Any, new: Any) -> str:
 
 
 def verify(parser: Parser) -> None:
-    """Declare `mlxchat verify`."""
     parser.take_names("[ID…]", least=0, most=None)
     parser.add_json()
 

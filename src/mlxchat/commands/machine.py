@@ -18,12 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.commands.arguments import Parser
-from mlxchat.config.secrets import redact
-from mlxchat.config.table import aligned
-from mlxchat.config.wording import format_bytes
-from mlxchat.errors import ConfigError, MlxchatError, StoreError
+from mlxchat.config.wording import aligned, format_bytes
+from mlxchat.errors import ConfigError, MlxchatError, StoreError, redact
+from mlxchat.runner.process import versions
 from mlxchat.store.catalog import check_model
-from mlxchat.store.environment import versions
 from mlxchat.store.files import now, write_whole
 from mlxchat.store.naming import find_model
 from mlxchat.store.store import Store
@@ -36,7 +34,6 @@ Finding = tuple[str, str, str]
 
 
 def doctor(parser: Parser) -> None:
-    """Declare `mlxchat doctor`."""
     parser.add_argument("--gpu", action="store_true", help="compare a training on this device with the CPU")
 
 
@@ -83,8 +80,8 @@ def _device() -> Iterator[Finding]:
         yield ("note", "compiler", "no g++: MLX cannot compile kernels and falls back to slower ones. Install g++.")
     gflops = measure_flops(mx.float32) / 1e9
     slow = gflops < _SLOW_GFLOPS
-    remedy_text = ": far too slow. Is another program using the cores, or no fast BLAS loaded?" if slow else ""
-    yield ("wrong" if slow else "ok", "speed", f"{gflops:,.0f} GFLOP/s in float32 matrix products{remedy_text}")
+    cause = ": far too slow. Is another program using the cores, or no fast BLAS loaded?" if slow else ""
+    yield ("wrong" if slow else "ok", "speed", f"{gflops:,.0f} GFLOP/s in float32 matrix products{cause}")
 
 
 def _programs() -> Iterator[Finding]:
@@ -131,7 +128,6 @@ KINDS = {
 
 
 def bench(parser: Parser) -> None:
-    """Declare `mlxchat bench`."""
     kinds = aligned(([kind, purpose] for kind, (_, _, purpose) in KINDS.items()), indent="  ")
     settings = "Settings: bench.KEY=VALUE, experiment=NAME (default: bench, nanochat's own sizes)"
     parser.take_names("KIND [ID]", most=2, first=KINDS, about=f"{kinds}\n{settings}")

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxchat.commands.arguments import Parser, amount, count, number, positive, quoted
-from mlxchat.config.table import aligned
-from mlxchat.config.wording import format_bytes
+from mlxchat.config.wording import aligned, format_bytes
 from mlxchat.errors import ConfigError, suggest, visible
 from mlxchat.store.catalog import check_model
 from mlxchat.store.manifest import read_manifest
@@ -35,7 +34,6 @@ FORMATS = tuple(_READERS)
 
 
 def export(parser: Parser) -> None:
-    """Declare `mlxchat export`."""
     formats = aligned([[f"  {form}", reader] for form, reader in _READERS.items()])
     parser.take_names("ID PATH --to FORMAT", least=2, most=2, about=f"FORMAT:\n{formats}")
     parser.description = "Write a model to PATH in another tool's format, with a model card."
@@ -148,7 +146,6 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(/.+)?")
 
 
 def import_model(parser: Parser) -> None:
-    """Declare `mlxchat import`."""
     parser.take_names("FORMAT WHAT", least=0, most=2, first=IMPORT_FORMATS, about=_WHAT)
     parser.description = (
         "Take in a model or adapters of another tool. import:NAME then stands for it: "
@@ -241,7 +238,6 @@ _LIMITS = {
 
 
 def chat(parser: Parser) -> None:
-    """Declare `mlxchat chat`."""
     parser.take_names("[MODEL]", least=0, about=_MODELS)
     parser.description = "Chat with a model of the outputs folder; a base model continues text."
     add = parser.add_argument
@@ -297,7 +293,6 @@ def _third_party(options: Namespace, reference: str) -> tuple[str, Path]:
 
 
 def serve(parser: Parser) -> None:
-    """Declare `mlxchat serve`."""
     parser.take_names("[MODEL…]", least=0, most=None, about=_MODELS)
     parser.description = "Serve the models of the outputs folder and a chat page; the first MODEL is the default."
     add = parser.add_argument
@@ -325,10 +320,8 @@ def _serve(options: Namespace) -> int:
     loopback = is_loopback(options.host)
     key = options.api_key or os.environ.get(_KEY) or None
     if not loopback and key is None:
-        raise ConfigError(
-            f"--host {options.host} can be reached from other machines and requires a key: --api-key KEY or {_KEY}. "
-            "Clients send it as Authorization: Bearer KEY"
-        )
+        needed = f"--host {options.host} can be reached from other machines and requires a key: --api-key KEY or {_KEY}"
+        raise ConfigError(f"{needed}. Clients send it as Authorization: Bearer KEY")
     from mlxchat.serve.api import Service, make_app, run_server
     from mlxchat.serve.models import Models, load_scheduler, read_model, read_third_party, rows_that_fit
     from mlxchat.serve.requests import Defaults

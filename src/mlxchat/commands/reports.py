@@ -12,10 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxchat.commands.arguments import Parser, amount
-from mlxchat.commands.output import print_json, show_value
-from mlxchat.config.table import Table
-from mlxchat.config.wording import format_number, plural
+from mlxchat.commands.arguments import Parser, amount, print_json, show_value
+from mlxchat.config.wording import Table, format_number, plural
 from mlxchat.errors import ConfigError, visible
 from mlxchat.store.naming import LATEST, Found, called, latest, links, meaning
 from mlxchat.store.store import Store
@@ -30,7 +28,6 @@ _SWEEPS = "RUN may also be the folder of a sweep or search in multirun/."
 
 
 def compare(parser: Parser) -> None:
-    """Declare `mlxchat compare`."""
     parser.take_names("[RUN…]", least=0, most=None, about=f"{_SWEEPS} Without any: all runs")
     parser.description = (
         "Compare runs, or the jobs of a sweep or search: a row for each setting and metric that differs, a column for "
@@ -38,19 +35,15 @@ def compare(parser: Parser) -> None:
     )
     add = parser.add_argument
     add("--sort", metavar="NAME", help="by a setting (smallest first) or metric (best first); --sort=-NAME reverses")
-    add(
-        "--format", choices=("table", "csv", "json", "tsv"), default="table",
-        help="csv and json: all metrics; tsv: autoresearch's journal of a --baseline",
-    )  # fmt: skip
+    formats = "csv and json: all metrics; tsv: autoresearch's journal of a --baseline"
+    add("--format", choices=("table", "csv", "json", "tsv"), default="table", help=formats)
     _add_baseline(parser)
 
 
 def _add_baseline(parser: Parser) -> None:
     """Declare the options of a verb that judges experiments."""
-    parser.add_argument(
-        "--baseline", metavar="RUN",
-        help="judge the experiments since RUN: runs that differ in their seeds only are one, called by name=NAME",
-    )  # fmt: skip
+    judge = "judge the experiments since RUN: runs that differ in their seeds only are one, called by name=NAME"
+    parser.add_argument("--baseline", metavar="RUN", help=judge)
     parser.add_argument("--metric", default="pretrain.val_bpb", metavar="STEP.METRIC", help="of --baseline")
 
 
@@ -138,12 +131,9 @@ def _print(runs: Runs, form: str, errors: dict[str, dict[str, float]]) -> None:
         return
     heads = [str(row["name"]) for row in runs.rows]
     short = [called(head) for head in heads]
-    table = Table(
-        header=["", *(short if len({*short}) == len(short) else heads)],
-        align="l" + "r" * len(heads),
-        rows=[[name, *(_cell(row, name, errors) for row in runs.rows)] for name in names[1:]],
-    )
-    print(table.text())
+    header = ["", *(short if len({*short}) == len(short) else heads)]
+    rows = [[name, *(_cell(row, name, errors) for row in runs.rows)] for name in names[1:]]
+    print(Table(header=header, align="l" + "r" * len(heads), rows=rows).text())
 
 
 def _cell(row: Mapping[str, Any], name: str, errors: Mapping[str, Mapping[str, float]]) -> str:
@@ -156,7 +146,6 @@ def _cell(row: Mapping[str, Any], name: str, errors: Mapping[str, Mapping[str, f
 
 
 def report(parser: Parser) -> None:
-    """Declare `mlxchat report`."""
     parser.take_names("[RUN|ID]", least=0, most=None, about=f"{_SWEEPS} Default: the latest run")
     add = parser.add_argument
     add("--out", metavar="FOLDER", help="folder for report.html, report.md and plots")

@@ -21,24 +21,18 @@ from mlxchat.store.fingerprint import flatten
 if TYPE_CHECKING:  # Hydra takes longer to import than everything else together, and is often not needed
     from omegaconf import DictConfig
 
-CONF_MODULE = "mlxchat.conf"
-
 
 @dataclass(frozen=True)
 class Composed:
     """A configuration and the command line that it comes from."""
 
     config: Config
-    overrides: list[str]
-    """Overrides of the command line."""
-    choices: dict[str, str]
-    """Group → chosen option."""
-    implied: list[str] = field(default_factory=list)
-    """The experiment that the overrides imply, as an override."""
-    options: list[str] = field(default_factory=list)
-    """`--config-dir`, `--config-path` and `--config-name`, with their values."""
-    params: dict[str, str] = field(default_factory=dict)
-    """hydra.sweeper.params: key → values of the sweep that an experiment describes."""
+    overrides: list[str]  # of the command line
+    choices: dict[str, str]  # group → chosen option
+    implied: list[str] = field(default_factory=list)  # the experiment that the overrides imply, as an override
+    options: list[str] = field(default_factory=list)  # --config-dir, --config-path, --config-name, with their values
+    params: dict[str, str] = field(default_factory=dict)  # hydra.sweeper.params of an experiment that is a sweep
+    tree: Any = None  # the settings before references are resolved: a DictConfig
 
     @property
     def command(self) -> str:
@@ -66,10 +60,8 @@ def split_options(arguments: list[str]) -> tuple[list[str], list[str], Path | No
     files = [Path(folder).resolve() / f"{name}.yaml" for folder in own]
     found = next((file for file in files if file.is_file()), None)
     if found is None:
-        raise ConfigError(
-            f"there is no {name}.yaml in {', '.join(own) or 'a folder'}: --config-path DIR --config-name NAME reads "
-            "DIR/NAME.yaml; --config-dir DIR only adds options"
-        )
+        read = "--config-path DIR --config-name NAME reads DIR/NAME.yaml; --config-dir DIR only adds options"
+        raise ConfigError(f"there is no {name}.yaml in {', '.join(own) or 'a folder'}: {read}")
     return overrides, folders, found
 
 
@@ -77,21 +69,9 @@ def split_config_dirs(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Return `split_options` of a verb that composes our config.yaml only."""
     overrides, folders, primary = split_options(arguments)
     if primary is not None:
-        raise ConfigError(
-            f"{primary}: sweeps and `data show` support only config.yaml. Save the file as DIR/experiment/NAME.yaml "
-            "and give --config-dir DIR experiment=NAME"
-        )
+        instead = "Save the file as DIR/experiment/NAME.yaml and give --config-dir DIR experiment=NAME"
+        raise ConfigError(f"{primary}: sweeps and `data show` support only config.yaml. {instead}")
     return overrides, folders
-
-
-def register_schema(schema: type[Config] = Config) -> None:
-    """Register with Hydra the schema, which config.yaml's defaults list names `schema`, and a model of each depth."""
-    from hydra.core.config_store import ConfigStore
-
-    store = ConfigStore.instance()
-    store.store(name="schema", node=schema)
-    for name in MODELS if "model" not in store.repo else ():
-        store.store(group="model", name=name, node={"depth": int(name[1:])})
 
 
 def compose_config(overrides: list[str], config_dirs: list[str] | None = None, primary: Path | None = None) -> Composed:
@@ -112,30 +92,35 @@ def compose_config(overrides: list[str], config_dirs: list[str] | None = None, p
     if primary is not None:
         options += ["--config-path", str(primary.parent), "--config-name", primary.stem]
     implied = implied_experiment(overrides) if primary is None else []
-    schema = schema_of(places_of_stages(overrides, folders, primary))
-    composed = _compose(overrides, folders, primary, schema)
-    choices = {str(group): str(option) for group, option in composed.hydra.runtime.choices.items()}
-    choices = {group: option for group, option in choices.items() if "hydra" not in group}
-    params = {str(key): str(value) for key, value in (composed.hydra.sweeper.get("params") or {}).items()}
-    return Composed(to_typed(composed), overrides, choices, implied, options, params)
+    schema = schema_of(_places_of_stages(overrides, folders, primary))
+    tree = _compose(overrides, folders, primary, schema)
+    choices = {str(group): str(option) for group, option in tree.hydra.runtime.choices.items() if "hydra" not in group}
+    params = {str(key): str(value) for key, value in (tree.hydra.sweeper.get("params") or {}).items()}
+    return Composed(_to_typed(tree), overrides, choices, implied, options, params, tree)
 
 
 def _compose(overrides: list[str], folders: list[str], primary: Path | None, schema: type[Config]) -> DictConfig:
     """Return the configuration that Hydra composes; ConfigError names every unknown key, or Hydra's first mistake."""
     from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    from mlxchat.composition.mistakes import explain
+    from mlxchat.composition.overrides import explain
 
     groups = _groups(folders)
     if mistakes := list(find_mistakes(overrides, groups, schema)):
         raise ConfigError("\n".join(mistakes))
-    words = [*as_hydra(overrides, schema, imply=primary is None), *search_path(folders, primary)]
-    register_schema(schema)
+    store = ConfigStore.instance()
+    store.store(name="schema", node=schema)  # config.yaml's defaults list names it
+    for name in MODELS if "model" not in store.repo else ():
+        store.store(group="model", name=name, node={"depth": int(name[1:])})
     file = primary or conf_folder() / "config.yaml"
+    places = [*(["pkg://mlxchat.conf"] if primary else []), *(f"file://{folder}" for folder in folders)]
+    searched = [f"hydra.searchpath=[{','.join(places)}]"] if places else []
+    words = [*as_hydra(overrides, schema, imply=primary is None), *searched]
     try:
         with initialize_config_dir(str(file.parent), version_base="1.3"):
             composed = compose(file.stem, words, return_hydra_config=True)
@@ -144,20 +129,12 @@ def _compose(overrides: list[str], folders: list[str], primary: Path | None, sch
     except AssertionError as error:  # OmegaConf's, for a key below null
         raise ConfigError("eval.core is null, so it has no settings: core=nanochat sets it") from error
     if OmegaConf.get_type(composed) is not schema:
-        raise ConfigError(
-            f"{file.name} does not have mlxchat's schema: its defaults list must start with `- config` and end with "
-            "`- _self_`"
-        )
+        expected = "its defaults list must start with `- config` and end with `- _self_`"
+        raise ConfigError(f"{file.name} does not have mlxchat's schema: {expected}")
     return composed
 
 
-def search_path(config_dirs: list[str], primary: Path | None = None) -> list[str]:
-    """Return the override that makes Hydra search further folders; nothing if there are none."""
-    places = [*([f"pkg://{CONF_MODULE}"] if primary else []), *(f"file://{folder}" for folder in config_dirs)]
-    return [f"hydra.searchpath=[{','.join(places)}]"] if places else []
-
-
-def places_of_stages(overrides: list[str], config_dirs: list[str], primary: Path | None = None) -> list[str]:
+def _places_of_stages(overrides: list[str], config_dirs: list[str], primary: Path | None) -> list[str]:
     """Return the possible values of `stages` before composing, since the schema depends on it.
 
     That is its value on the command line, or the values in all of the user's YAML files; unused sections do no harm.
@@ -178,12 +155,12 @@ def places_of_stages(overrides: list[str], config_dirs: list[str], primary: Path
     return list(dict.fromkeys(found))
 
 
-def to_typed(composed: DictConfig) -> Config:
+def _to_typed(composed: DictConfig) -> Config:
     """Return a composed configuration as dataclasses; ConfigError names every missing or impossible value."""
     from omegaconf import MISSING, OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
 
-    from mlxchat.composition.mistakes import first_line
+    from mlxchat.composition.overrides import first_line
 
     with open_dict(composed):
         composed.pop("hydra", None)
@@ -198,9 +175,8 @@ def to_typed(composed: DictConfig) -> Config:
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         missing = sorted(key for key, value in flatten(plain).items() if value == MISSING)
-        raise ConfigError(
-            "\n".join(f"{key} has no value: give {key}=…" for key in missing) or first_line(error)
-        ) from None
+        lines = [f"{key} has no value: give {key}=…" for key in missing] or [first_line(error)]
+        raise ConfigError("\n".join(lines)) from None
     except (ValueError, TypeError) as error:  # raised by a user's __post_init__
         raise ConfigError(str(error)) from None
     assert isinstance(config, Config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from mlxchat.config.replaced import find_replacement
@@ -42,8 +43,7 @@ def as_hydra(overrides: list[str], schema: type[Config] = Config, *, imply: bool
 def implied_experiment(overrides: list[str]) -> list[str]:
     """Return the override `experiment=…` that overrides imply: nanochat's recipe if they choose a model, else nothing.
 
-    Plain `mlxchat` runs the quickstart, whose sizes fit its own depth only. Choosing a model without an experiment
-    therefore implies nanochat's recipe; with `corpus=bundled`, the variant that downloads nothing.
+    The sizes of the default, quickstart, fit its own depth only. With `corpus=bundled`: the variant without downloads.
     """
     chosen = dict(override.lstrip("+~").partition("=")[::2] for override in overrides)
     if "model" not in chosen or "experiment" in chosen:
@@ -62,7 +62,9 @@ def _as_hydra(override: str, schema: type[Config]) -> str:
     if name == "stage":
         name = key = "targets"
         value = "null" if value == "all" else value
-    if _is_list(type_of(name, schema)) and not re.match(r"null$|[\[{$]", value) and not _SWEEPS.match(value):
+    declared = type_of(name, schema)
+    is_list = any(get_origin(kind) is list for kind in (declared, *get_args(declared)))  # maybe: a list or null
+    if is_list and not re.match(r"null$|[\[{$]", value) and not _SWEEPS.match(value):
         value = f"[{value}]"
     section, _, last = name.rpartition(".")
     of_section = type_of(section, schema)
@@ -77,10 +79,7 @@ def _as_hydra(override: str, schema: type[Config]) -> str:
 
 
 def find_mistakes(overrides: Iterable[str], groups: Groups, schema: type) -> Iterator[str]:
-    """Yield a line for each override whose key is in neither the schema nor a group, with the nearest name.
-
-    A word without dots may be a group of an installed package; Hydra says whether it exists.
-    """
+    """Yield a line for each override whose key is in neither the schema nor a group, with the nearest name."""
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
         if gone := find_replacement(key):
@@ -88,7 +87,7 @@ def find_mistakes(overrides: Iterable[str], groups: Groups, schema: type) -> Ite
         elif key in groups and value.isdigit():  # Hydra's error does not name the group
             yield no_option(key, value, groups)
         elif "." not in key or key.startswith("hydra.") or key.partition("@")[0] in groups:
-            continue
+            continue  # a word without dots may be a group of an installed package; Hydra says whether it exists
         elif type_of(key, schema) is None:
             action = "remove" if override.startswith("~") else "set"
             yield f'there is no "{key}" to {action}.{suggest(key, known_keys(schema))}'
@@ -141,6 +140,43 @@ def known_keys(schema: Any, prefix: str = "") -> Iterator[str]:
                 yield from known_keys(kind, f"{prefix}{name}.")
 
 
-def _is_list(declared: Any) -> bool:
-    """Return True if a declared type is a list, or a list or null."""
-    return any(get_origin(kind) is list for kind in (declared, *get_args(declared)))
+_IN_FILE = re.compile(r"In '(.+?)': ")
+_NO_OPTION = re.compile(r"Could not (?:find|load) '(?:.*/)?(\w+)/([^']+)'")
+_NO_GROUP = re.compile(r"Could not (?:find|load|override|delete from config\.) '([\w./@]+)'")
+
+
+def explain(error: Exception, folders: Sequence[Path], groups: Groups, schema: type) -> str:
+    """Return what an error of Hydra, OmegaConf or YAML is about: the file of one of the user's folders, or the key."""
+    if (mark := getattr(error, "problem_mark", None)) is not None:
+        return f"{mark.name}:{mark.line + 1}: {error.problem}"  # type: ignore[attr-defined]  # YAML's
+    text = str(error)
+    named = _IN_FILE.match(text)
+    files = [file for folder in folders if named and (file := folder / f"{named[1]}.yaml").is_file()]
+    where = f"{files[0]}: " if files else ""
+    if option := _NO_OPTION.search(text):
+        if option[2] in groups.get(option[1], ()):
+            return f"{where}another group is chosen with `override /{option[1]}: {option[2]}`"
+        return where + no_option(option[1], option[2], groups)
+    if unknown := _NO_GROUP.search(text):
+        section, dot, _ = unknown[1].partition(".")
+        known = [*groups, *get_type_hints(schema)]
+        hint = f" mlxchat --cfg job -p {section} shows what is there" if dot else suggest(section, known)
+        return f'{where}there is no "{unknown[1]}" to {"remove" if "delete" in text else "set"}.{hint}'
+    if "Sweep parameters" in text or "Ambiguous value" in text:
+        return f"{text.splitlines()[0]}: several values need a sweep; add -m"
+    key = re.search(r"full_key: (\S+)", text)
+    if key and files and "Key '" in text:
+        if key[1].partition(".")[0] == files[0].parent.name and "@package" not in files[0].read_text("utf-8"):
+            return f'{where}the first line must be "# @package _global_"; without it all keys are below "{key[1]}"'
+        return f'{where}there is no "{key[1]}" to set.{find_replacement(key[1]) or suggest(key[1], known_keys(schema))}'
+    if files:
+        detail = next((line for line in text.splitlines()[1:] if line.strip()), text)
+        return f"{where}{key[1]}: {detail}" if key else f"{where}{detail}"
+    return first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of a Hydra or OmegaConf error, with the key that it concerns."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    key = re.search(r"full_key: (\S+)", str(error))
+    return f"{key[1]}: {lines[0]}" if key and key[1] not in lines[0] else lines[0]

@@ -98,10 +98,8 @@ def _pretrain(config: Config) -> Iterator[str]:
     horizons = {key: getattr(pretrain, key) for key in ("num_iterations", "target_flops", "tokens_per_parameter")}
     given = [f"pretrain.{key}={value:g}" for key, value in horizons.items() if value is not None]
     if len(given) != 1:
-        yield (
-            "exactly one of pretrain.num_iterations, pretrain.target_flops and pretrain.tokens_per_parameter must be "
-            f"set, the others null; given: {', '.join(given) or 'none'}"
-        )
+        three = "pretrain.num_iterations, pretrain.target_flops and pretrain.tokens_per_parameter"
+        yield f"exactly one of {three} must be set, the others null; given: {', '.join(given) or 'none'}"
     if pretrain.max_seconds is not None and pretrain.extend is not None:
         yield "pretrain.extend continues a schedule of iterations: give pretrain.max_seconds=null"
     yield from _batch("pretrain", pretrain.batch, config.model.context_tokens)
@@ -208,10 +206,8 @@ def _part_problems(key: str, part: str) -> Iterator[str]:
 def _executor(where: str, executor: ExecutorConfig) -> Iterator[str]:
     gpus = (executor.gpus_per_node or "0").rpartition(":")[2]
     if executor.kind != "local" and gpus.isdigit() and int(gpus) > 1:
-        yield (
-            f"{where}.gpus_per_node is {executor.gpus_per_node}, but a job is one process, which computes on one GPU: "
-            "give 1. For several: mlx.launch (docs/guides/several_machines.md)"
-        )
+        why = "a job is one process, which computes on one GPU: give 1. For several: mlx.launch"
+        yield f"{where}.gpus_per_node is {executor.gpus_per_node}, but {why} (docs/guides/several_machines.md)"
 
 
 _BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
@@ -224,10 +220,7 @@ def find_bound_problems(key: str, section: Any) -> Iterator[str]:
     """Yield a line for each value outside the bounds in its field's metadata, and for each number that is not finite.
 
     Bounds are the keys of _BOUNDS, and one_of: the accepted values. null is always accepted where the type allows it.
-
-    Args:
-        key: dotted key of the section.
-        section: a dataclass, or a mapping of dataclasses.
+    `key` is that of the section, a dataclass or a mapping of them.
     """
     if isinstance(section, Mapping):
         for name, value in section.items():

@@ -41,8 +41,7 @@ def load_part(name: str) -> Callable[..., Any]:
 def part_file(name: str) -> Path:
     """Return the file of the module in `module:name` without importing it; ConfigError if there is none."""
     module = name.partition(":")[0]
-    file = module_files(module).get(module)
-    if file is None:
+    if (file := module_files(module).get(module)) is None:
         form = "expected module:name, such as rewards:brevity for brevity in rewards.py"
         raise ConfigError(f"{name}: there is no module {module}, neither in {Path.cwd()} nor installed; {form}")
     return file

@@ -70,10 +70,3 @@ def find_replacement(name: str) -> str:
         (text for keys, text in SETTINGS.items() if any(fnmatchcase(name, key) for key in keys.split())), ""
     )
     return f" It is gone since version 0.3. Instead: {found.replace('`', '')}." if found else ""
-
-
-def upgrade_table() -> str:
-    """Return both tables as Markdown, for CHANGELOG."""
-    rows = [f"| {', '.join(f'`{key}`' for key in keys.split())} | {text} |" for keys, text in SETTINGS.items()]
-    rows += [f"| verb `{verb}` | {text} |" for verb, text in VERBS.items()]
-    return "\n".join(["| gone | instead |", "|---|---|", *rows])

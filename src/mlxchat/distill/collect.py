@@ -21,8 +21,7 @@ from mlxchat import __version__
 from mlxchat.config.schema import TaskItem
 from mlxchat.distill.teacher import Answer, Answers, Failed, Prices, ask, connect, most_tokens, one_line, public_url
 from mlxchat.errors import DataError, Interrupted, MlxchatError, PassingError, StoreError
-from mlxchat.runner.process import stop_on_signals
-from mlxchat.runner.progress import Progress
+from mlxchat.runner.process import Progress, stop_on_signals
 from mlxchat.store.files import now, write_whole
 from mlxchat.store.fingerprint import canonical_json
 from mlxchat.tasks import load_item

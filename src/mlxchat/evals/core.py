@@ -36,7 +36,7 @@ from mlxchat.model.scoring import Floats, ScoredRow, continuation
 from mlxchat.ops.device import round_tokens
 from mlxchat.ops.loss import ScoreKind
 from mlxchat.runner.context import Context
-from mlxchat.runner.progress import Progress
+from mlxchat.runner.process import Progress
 from mlxchat.store.fingerprint import hash_file
 from mlxchat.tasks.base import Task
 

@@ -13,9 +13,8 @@ import pyarrow.parquet as pq
 
 from mlxchat.errors import DataError
 from mlxchat.runner.context import Context
-from mlxchat.runner.progress import Progress
-from mlxchat.store.crash import crash_point
-from mlxchat.store.files import Record, Records
+from mlxchat.runner.process import Progress
+from mlxchat.store.files import Record, Records, crash_point
 
 Example = dict[str, Any]  # one row of examples.parquet, without its task
 Answer = Callable[[dict[int, Example]], Iterator[list[Example]]]  # known examples by index → the others, batch by batch

@@ -30,7 +30,7 @@ from mlxchat.evals.core import measure_core, measure_plain_choice
 from mlxchat.evals.examples import EXAMPLES_FILE, Example, answer_all, write_examples
 from mlxchat.evals.scores import Score, chatcore, mean_centered
 from mlxchat.runner.context import Context
-from mlxchat.runner.progress import Progress
+from mlxchat.runner.process import Progress
 from mlxchat.tasks.base import Task, content_text
 
 

@@ -17,14 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxchat.config.secrets import redact
 from mlxchat.config.wording import format_bytes
-from mlxchat.errors import ConfigError, MlxchatError, PassingError, StoreError
+from mlxchat.errors import ConfigError, MlxchatError, PassingError, StoreError, redact
 from mlxchat.hub.client import endpoint, hub_client
 from mlxchat.store import locks
 from mlxchat.store.catalog import references, take_in
-from mlxchat.store.crash import crash_point
-from mlxchat.store.files import sync, write_whole
+from mlxchat.store.files import crash_point, sync, write_whole
 from mlxchat.store.manifest import MANIFEST, Manifest, check_manifest, find_damage, is_plain, parse_manifest
 from mlxchat.store.store import Store
 

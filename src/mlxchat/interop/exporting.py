@@ -40,7 +40,7 @@ from mlxchat.model.gpt import GPT, RMS_NORM_EPSILON
 from mlxchat.model.lora import ADAPTER_CONFIG_FILE, ADAPTERS_FILE, read_adapters
 from mlxchat.model.parameters import flatten_parameters
 from mlxchat.model.sizes import GPTSizes
-from mlxchat.store.bases import find_chain
+from mlxchat.store.catalog import find_chain
 from mlxchat.store.manifest import MANIFEST, read_manifest
 
 CODES = {dtype.name: code for code, dtype in FLOATS.items()}

@@ -26,7 +26,7 @@ from mlxchat.interop.tensors import read_safetensors, write_safetensors
 from mlxchat.model.checkpoint import save_adapters
 from mlxchat.model.lora import check_shapes, read_adapter_config
 from mlxchat.model.sizes import GPTSizes
-from mlxchat.store.bases import ADAPTER_KEY
+from mlxchat.store.catalog import ADAPTER_KEY
 
 PEFT_FILE = "adapter_model.safetensors"
 _CONFIG, _ADAPTERS = "adapter_config.json", "adapters.safetensors"

@@ -27,7 +27,7 @@ from mlxchat.model.lora import adapters_of, attach_adapters, merge_adapters, rea
 from mlxchat.model.parameters import cast_parameters, flatten_parameters, set_parameters
 from mlxchat.model.sizes import GPTSizes
 from mlxchat.ops.device import default_dtype
-from mlxchat.store.bases import ADAPTER_KEY, find_chain
+from mlxchat.store.catalog import ADAPTER_KEY, find_chain
 from mlxchat.store.manifest import read_manifest
 
 # Fields of config.json for features beyond October 2025.

@@ -27,7 +27,7 @@ from mlxchat.model.forward import dropped, fold, present_dropping
 from mlxchat.model.gpt import GPT
 from mlxchat.model.parameters import flatten_parameters, key_of, module_at, set_parameters
 from mlxchat.model.sizes import PARAMETERS, GPTSizes, matrices_of, shapes_of
-from mlxchat.store.bases import ADAPTER_KEY
+from mlxchat.store.catalog import ADAPTER_KEY
 
 ADAPTERS_FILE, ADAPTER_CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
 Arrays = dict[str, np.ndarray[Any, Any]]  # adapters by parameter name, in float32

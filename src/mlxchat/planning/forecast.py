@@ -15,10 +15,9 @@ from mlxchat.ops.machine import DECODED_ROWS, device_kind
 from mlxchat.planning.horizon import derive_hyperparameters
 from mlxchat.planning.inputs import sizes_of_folder
 from mlxchat.planning.memory import Decoding, Training
-from mlxchat.runner.plan import PlannedStep
-from mlxchat.runner.reasons import Estimate, nearest_of
+from mlxchat.runner.plan import Estimate, PlannedStep, nearest_of
 from mlxchat.runner.stage import Metric
-from mlxchat.store.bases import folder_of_weights
+from mlxchat.store.catalog import folder_of_weights
 from mlxchat.store.fingerprint import changes, flatten
 from mlxchat.store.manifest import CONTINUATION
 from mlxchat.store.naming import resolve

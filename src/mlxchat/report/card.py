@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxchat import __version__
-from mlxchat.config.table import escape
-from mlxchat.config.wording import format_count
+from mlxchat.config.wording import escape, format_count
 from mlxchat.errors import visible
 from mlxchat.evals.scores import mapping, number
 from mlxchat.report.collect import (

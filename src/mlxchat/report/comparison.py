@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlxchat.config.table import Table, escape
-from mlxchat.config.wording import plural
+from mlxchat.config.wording import Table, escape, plural
 from mlxchat.errors import ConfigError
 from mlxchat.report.collect import RunReport, StepReport, checkpoint_name, collect_steps
 from mlxchat.report.document import Block, Group

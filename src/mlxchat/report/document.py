@@ -15,8 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from mlxchat.config.table import Table, escape
-from mlxchat.config.wording import format_bytes, format_seconds, format_time
+from mlxchat.config.wording import Table, escape, format_bytes, format_seconds, format_time
 from mlxchat.errors import StoreError, visible
 from mlxchat.evals.scores import number
 from mlxchat.report.collect import STAGE_LABELS, RunReport, StepReport, collect

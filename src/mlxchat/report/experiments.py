@@ -17,8 +17,7 @@ from functools import cached_property
 from statistics import fmean, variance
 from typing import TYPE_CHECKING, Any
 
-from mlxchat.config.table import Table, escape
-from mlxchat.config.wording import plural
+from mlxchat.config.wording import Table, escape, plural
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.report.document import Block
 from mlxchat.report.plots import COLOURS, HEIGHT, INK, SOFT, WIDTH, Picture, finish, new_axes, one_line

@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from mlxchat.config.table import Cell, Table
 from mlxchat.config.wording import (
     ABSENT,
+    Cell,
+    Table,
     format_bytes,
     format_count,
     format_dollars,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxchat.config.wording import format_number
 from mlxchat.errors import Interrupted
-from mlxchat.runner.progress import Progress
+from mlxchat.runner.process import Progress
 from mlxchat.store.files import Record, Records, write_whole
 
 if TYPE_CHECKING:
@@ -30,17 +30,12 @@ def stage_seed(root_seed: int, stage: str, purpose: str) -> int:
 
 
 class Sections:
-    """The configuration sections that a stage declares; access to any other is refused.
-
-    So a stage cannot read settings that its artifact's key does not cover.
-    """
+    """The sections that a stage declares, and `machine`: it cannot read others, which its artifact's key lacks."""
 
     def __init__(self, config: Any, declared: tuple[str, ...], stage: str) -> None:
-        """Give access to the `declared` sections of `config`, and to `machine`, which is never part of a key."""
         self._config, self._declared, self._stage = config, (*declared, "machine"), stage
 
     def __getattr__(self, name: str) -> Any:
-        """Return a declared section."""
         if name not in self._declared:
             raise AttributeError(f"stage {self._stage} reads config.{name}, which it does not declare in `reads`")
         return getattr(self._config, name)
@@ -63,16 +58,14 @@ class Context:
     encoded: Callable[..., Path] = field(default=lambda **request: Path())
     """Returns the folder of a shared artifact, creating it if needed: `SharedArtifacts.obtain`."""
     publish: Callable[[int, Callable[[Path], None], Mapping[str, Any]], str] = field(default=lambda *model: "")
-    """Publishes the model after an iteration (from 1) as an artifact of its own, unless this training already has: its
-    second argument fills a folder with the outputs that the stage promises, the third is what `derive` records of it.
-    Returns the artifact's name."""
+    """Publishes the model after an iteration (from 1) as an artifact of its own and returns its name: the second
+    argument fills a folder with the stage's outputs, the third is what `derive` records of it."""
     check_lock: Callable[[], None] = lambda: None
     """Raises if the lock of this step was removed, and with it maybe its work; call it before a save."""
     team: Team | None = None
     """The ranks that compute this step together, with this process as rank 0; None: a single process."""
     hints: Mapping[str, float] = field(default_factory=dict)
-    """Facts about the whole run, for preparation only; they must change no result. train_chars: characters of training
-    text that its steps will read."""
+    """Facts about the whole run that change no result. train_chars: characters of training text that it will read."""
     externals: list[dict[str, Any]] = field(default_factory=list)
     """External data that was read: name, version or revision, licence, sha256."""
     metrics: dict[str, float] = field(default_factory=dict)  # the step's final numbers, for its manifest

@@ -46,7 +46,6 @@ class Job:
     """A submitted call. Any process that sees its record can use it."""
 
     def __init__(self, path: Path) -> None:
-        """Read its record."""
         self.path, self.is_cancelled = path, False
         self._read()
 
@@ -125,11 +124,10 @@ def submit(
     Args:
         settings: the executor and its resources.
         name: name in SLURM's queue.
-        call: `partial` of a function of a module with texts and numbers. It raises Interrupted if a signal stopped it;
-            what it prints is in the job's log.
+        call: `partial` of a function of a module with texts and numbers; raises Interrupted if a signal stopped it.
         record: record of the job, a file of `outputs/jobs`.
         facts: further facts for the record.
-        folder: folder for submitit's inputs and logs, on a file system that all machines share.
+        folder: for submitit's inputs and logs, on a file system that all machines share.
     """
     here = _Here(call, Path.cwd(), record.resolve(), os.urandom(4).hex(), settings.kind)
     try:

@@ -25,13 +25,7 @@ _LEFT_OUT = frozenset({
 def pin_externals(
     sections: Mapping[str, Any], hash_of: Callable[[Path], str] = hash_file, unread: Container[str] = ()
 ) -> dict[str, str]:
-    """Return name → content hash or version of all external data that sections refer to (config/pins.py).
-
-    Args:
-        sections: sections of the configuration.
-        hash_of: hash function of files.
-        unread: sections and settings to skip.
-    """
+    """Return name → content hash or version of the external data of sections (config/pins.py), without the `unread`."""
     pins: dict[str, str] = {}
     problems: list[str] = []
 
@@ -68,10 +62,7 @@ def pin_externals(
 def check_pins(
     step: str, pins: Mapping[str, str], sections: Mapping[str, Any], when: str, unread: Container[str]
 ) -> None:
-    """Raise StepFailed if a step's external data are not those of its key, whose pins these are.
-
-    `when` is the time of the change, for the message: "since it was planned", "while it ran".
-    """
+    """Raise StepFailed if the pins of a step's key no longer hold; `when` they changed is for the message."""
     try:
         now = pin_externals(sections, unread=unread)
     except ConfigError as error:
@@ -85,9 +76,8 @@ def check_pins(
 
 def find_unknown(pins: Mapping[str, str]) -> dict[str, str]:
     """Return place in the configuration → description of the pins that are still unknown."""
-    return {
-        name.partition(" ")[2]: value.removeprefix(UNKNOWN) for name, value in pins.items() if value.startswith(UNKNOWN)
-    }
+    unknown = {name: value for name, value in pins.items() if value.startswith(UNKNOWN)}
+    return {name.partition(" ")[2]: value.removeprefix(UNKNOWN) for name, value in unknown.items()}
 
 
 @cache

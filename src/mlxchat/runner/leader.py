@@ -18,8 +18,8 @@ from mlxchat.runner.executors import Job, attach, submit
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.process import keep_awake, stop_on_signals
 from mlxchat.runner.run import Run, complete, find_done, summarise
-from mlxchat.store import attempts
 from mlxchat.store.files import Records, write_whole
+from mlxchat.store.locks import has_saved
 from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import LATEST, MODEL
 from mlxchat.store.store import Store
@@ -35,8 +35,8 @@ class Execution:
     becomes_latest = True  # whether the run becomes the latest one once it has finished a model
 
     def __init__(self, plan: list[PlannedStep], store: Store, begin: Callable[[], Run]) -> None:
-        """`begin` makes the run; it is called before the first step."""
-        self.plan, self.store, self._begin = plan, store, begin
+        self.plan, self.store = plan, store
+        self._begin = begin  # makes the run; called before the first step
         self.planned = {step.name: step for step in plan}
         self.finished: set[str] = set()
         self.failures: dict[str, MlxchatError] = {}
@@ -181,7 +181,8 @@ class _Leader:
     def complete_all(self) -> None:
         """Run local steps one after the other, and submit the others as soon as their inputs exist."""
         try:
-            while True:
+            is_working = True
+            while is_working:
                 here = None
                 if self._is_stopping():
                     self._stop_jobs()
@@ -192,21 +193,17 @@ class _Leader:
                 elif self.away:
                     time.sleep(_LOOK_SECONDS)
                 else:
-                    break
+                    is_working = False
                 for away in [away for away in self.away if away[2].done()]:
                     self.away.remove(away)
                     self._take(*away)
-                self._end_those_over()
-            self._end_those_over()
+                for execution in self.executions:
+                    if execution.is_over and not execution.has_ended:
+                        execution.end(execution.error)
         finally:
             for _, _, job in self.away:
                 job.cancel()
         self._conclude()
-
-    def _end_those_over(self) -> None:
-        for execution in self.executions:
-            if execution.is_over and not execution.has_ended:
-                execution.end(execution.error)
 
     def _conclude(self) -> None:
         """Raise Interrupted if steps are left because of a signal; end the runs that fail_fast stopped."""
@@ -323,7 +320,7 @@ class _Leader:
         elif job.end is not None:
             self._fail(execution, step, StepFailed(error or f"{job.name} ended without a result"))
         else:
-            saved = ", and it continues from what was saved" if attempts.has_saved(self.store.work(step.key)) else ""
+            saved = ", and it continues from what was saved" if has_saved(self.store.work(step.key)) else ""
             text = f"step {step.name} failed: {error}\nThe same command submits it again{saved}."
             run.event("step_failed", step=step.name, error=text)
             self._fail(execution, step, StepFailed(text))

@@ -13,16 +13,129 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache, cached_property
 from typing import Any
 
-from mlxchat.config.wording import first_of
+from mlxchat.config.wording import first_of, format_bytes, format_seconds, plural, wrapped
 from mlxchat.errors import ConfigError, StoreError, suggest
 from mlxchat.runner.keys import changed_names, code_of_stage, pin_externals
-from mlxchat.runner.reasons import Difference, find_difference
 from mlxchat.runner.stage import Format, Stage, Stages
-from mlxchat.store import attempts, locks
-from mlxchat.store.fingerprint import compute_key, hash_file, identity_of
+from mlxchat.store import locks
+from mlxchat.store.fingerprint import changes, compute_key, flatten, hash_file, identity_of
 from mlxchat.store.manifest import Manifest, read_manifest
 from mlxchat.store.naming import find, resolve
 from mlxchat.store.store import Store, artifact_title
+
+_MOST_CHANGES_SHOWN = 3
+_LETTERS = 8  # of a key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Differences between a step and the nearest artifact."""
+
+    nearest: str | None = None  # name of the nearest artifact; None: there is none of this step
+    version: tuple[int, int] | None = None  # old and new, if it differs
+    config: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # dotted key → old and new value, or "absent"
+    inputs: dict[str, str] = field(default_factory=dict)  # role → step, for inputs with different contents
+    externals: dict[str, tuple[str, str]] = field(default_factory=dict)  # file or package → old and new pin
+
+    def __str__(self) -> str:
+        if self.version is not None:
+            return f"stage changed: version {self.version[0]} → {self.version[1]}"
+        if self.config:
+            pairs = {key: ["null" if one is None else str(one) for one in both] for key, both in self.config.items()}
+            texts = [f"{key} {' → '.join(both)}" for key, both in pairs.items()]
+            return f"config changed: {first_of(texts, _MOST_CHANGES_SHOWN)}"
+        if self.inputs:
+            return f"input changed: {', '.join(f'{role} ({source})' for role, source in self.inputs.items())}"
+        if code := [name.removeprefix("code ") for name in self.externals if name.startswith("code ")]:
+            return f"code changed: {', '.join(code)}"
+        return "external data changed" if self.externals else "missing"
+
+
+def find_difference(step: PlannedStep, store: Store, contents: Mapping[str, str]) -> Difference:
+    """Return the differences between a step, whose inputs have these contents, and its nearest artifact."""
+    made = (made for made in store.recent(step.stage.name) if made["step"] == step.name)
+    nearest = nearest_of(step.identity, made)
+    if nearest is None:
+        return Difference()
+    defaults = _defaults("", step.sections)
+    before, now = ({**defaults, **flatten(identity)} for identity in (nearest["config"], step.identity))
+    for one, other in ((before, now), (now, before)):
+        if "data_seed" in other and "seed" in one:
+            one.setdefault("data_seed", one["seed"])  # omitted if both seeds are equal: Stage.seeds
+        if step.stage.seeded == "data" and "seed" in one:
+            one["data_seed"] = one.pop("seed")
+    trees = {role: made.get("tree") for role, made in nearest["inputs"].items()}
+    return Difference(
+        nearest=nearest["name"],
+        version=None if nearest["version"] == step.stage.version else (nearest["version"], step.stage.version),
+        config=dict(sorted(changes(before, now, "default").items())),
+        inputs={role: step.inputs.get(role, role) for role, tree in contents.items() if trees.get(role) != tree},
+        externals=changes(nearest.get("pins", {}), step.externals),
+    )
+
+
+def _defaults(where: str, value: Any) -> dict[str, Any]:
+    """Return dotted key → default of the simple fields that a key leaves out at their default."""
+    found: dict[str, Any] = {}
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            found |= _defaults(f"{where}{key}.", item)
+    for item in fields(value) if is_dataclass(value) else ():
+        default = item.metadata.get("since_default", value)
+        if default is None or isinstance(default, str | int | float | list):
+            found[f"{where}{item.name}"] = default
+        found |= _defaults(f"{where}{item.name}.", getattr(value, item.name))
+    return found
+
+
+def nearest_of(identity: Mapping[str, Any], candidates: Iterable[Manifest]) -> Manifest | None:
+    """Return the artifact whose config differs from `identity` in the fewest keys; the newest among equals."""
+    flat = flatten(identity)
+    return min(
+        sorted(candidates, key=lambda made: str(made["published"]), reverse=True),
+        key=lambda made: len(changes(flatten(made["config"]), flat)), default=None,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Duration and size of an artifact like the one to be made."""
+
+    seconds: float
+    bytes: int
+    artifact: str = ""  # name of the artifact that the estimate is taken from
+
+    def __str__(self) -> str:
+        return f"~{format_seconds(self.seconds)}, {format_bytes(self.bytes)}"
+
+
+def format_plan(
+    plan: list[PlannedStep],
+    remarks: Mapping[str, str] | None = None,
+    estimates: Mapping[str, Estimate | None] | None = None,
+) -> str:
+    """Return a line per step: state, artifact, reason, and in brackets remarks and estimates (None: unknown)."""
+    width, states = max(len(step.name) for step in plan), max(len(step.state) for step in plan)
+    titles = {step.name: step.artifact or f"{step.title} (key {step.key[:_LETTERS]}…)" for step in plan}
+    names = max(map(len, titles.values()))
+    lines = []
+    for step in plan:
+        line = f"{step.name:<{width}}  {step.state:<{states}}  {titles[step.name]:<{names}}  {step.reason}".rstrip()
+        notes = [remarks[step.name]] if remarks and step.name in remarks else []
+        if estimates is not None and step.name in estimates:
+            notes.append(str(estimates[step.name] or "no estimate"))
+        line += f" ({'; '.join(notes)})" if notes else ""
+        lines.append(wrapped(line, width + states + 4))
+    counts = {state: sum(step.state == state for step in plan) for state in ("done", "run", "maybe", "waiting")}
+    summary = f"{plural(len(plan), 'step')}: {counts['done']} done, {counts['run']} to run"
+    summary += "".join(f", {counts[state]} {state}" for state in ("maybe", "waiting") if counts[state])
+    known = [estimate for estimate in (estimates or {}).values() if estimate is not None]
+    if known:
+        total = Estimate(seconds=sum(each.seconds for each in known), bytes=sum(each.bytes for each in known))
+        unknown = len(estimates or {}) - len(known)
+        summary += f"; together {total}" + (f" and {unknown} without an estimate" if unknown else "")
+    return "\n".join([*lines, summary])
+
 
 Pipeline = Mapping[str, Mapping[str, Any]]
 """Step → {stage, role: what fills it, with: settings of this step alone, executor}."""
@@ -44,13 +157,7 @@ def steps_of(entry: Mapping[str, Any]) -> dict[str, str]:
 
 
 def order_steps(pipeline: Pipeline, targets: Iterable[str] | None, stages: Mapping[str, Stage]) -> list[str]:
-    """Return the names of the steps that the targets need, in topological order.
-
-    Args:
-        pipeline: see `Pipeline`.
-        targets: steps, or stages (all steps of that stage); None: every step.
-        stages: all known stages.
-    """
+    """Return the steps that the targets need (steps, or stages: all their steps; None: all), in topological order."""
     problems = list(_check_wiring(pipeline, stages))
     wanted: set[str] = set()
     for target in targets if targets is not None else pipeline:
@@ -145,10 +252,7 @@ class PlannedStep:
         return {"modules": code_of_stage(self.stage.path, self.stage.module, self.stage.root)}
 
     def key_with(self, contents: Mapping[str, str], iteration: int | None = None) -> str:
-        """Return the key of the step with inputs of these contents (role → digest).
-
-        With an iteration, the key of the intermediate model after it, whose manifest has it in `config`.
-        """
+        """Return the key with inputs of these contents (role → digest), or that of the model after an iteration."""
         identity = self.identity if iteration is None else {**self.identity, "iteration": iteration}
         return compute_key(self.stage.name, self.stage.version, identity, contents, self.externals)
 
@@ -170,11 +274,8 @@ class PlannedStep:
                 continue
             made = store.made(planned[source].key)
             if made is None:
-                gone = planned[source].artifact or source
-                raise StoreError(
-                    f"{gone}, which {self.name} needs as {role}, is no longer in {store.outputs}. "
-                    "Run the same command again: it makes it."
-                )
+                gone = f"{planned[source].artifact or source}, which {self.name} needs as {role}"
+                raise StoreError(f"{gone}, is no longer in {store.outputs}. Run the same command again: it makes it.")
             found[role] = made
         return found
 
@@ -197,8 +298,9 @@ class PlannedStep:
         else:
             trees = {role: manifest["tree"] for role, manifest in self.inputs_made(store, planned).items()}
             self.difference = find_difference(self, store, trees)
-            resumes = ", resumes" if attempts.has_saved(store.work(self.key)) else ""
-            if pending and self.difference.only_inputs:
+            resumes = ", resumes" if locks.has_saved(store.work(self.key)) else ""
+            differs = self.difference.version or self.difference.config or self.difference.externals
+            if pending and self.difference.nearest is not None and not differs:
                 told = ", ".join(f"{role} ({source})" for role, source in pending.items())
                 self.state, self.reason = "maybe", f"input {told} will be rebuilt{resumes}"
             else:
@@ -230,8 +332,7 @@ def make_plan(
     if unknown := [name for name in force if name not in pipeline and name != "all"]:
         raise ConfigError(f"force: {', '.join(unknown)} is not a step of the pipeline.{suggest(unknown[0], pipeline)}")
     hash_once = cache(hash_file)  # large texts, of several steps
-    # Computed once for all steps with the same sections.
-    identities: dict[int, Any] = {}
+    identities: dict[int, Any] = {}  # of a section, by its Python id: several steps share one
     pins: dict[tuple[tuple[int, ...], frozenset[str]], dict[str, str]] = {}
     planned: dict[str, PlannedStep] = {}
     for name in order_steps(pipeline, config.targets, stages):
@@ -243,8 +344,10 @@ def make_plan(
         for section in sections.values():
             if id(section) not in identities:
                 identities[id(section)] = identity_of(section)
+        base = next((role for role, kind in stage.roles.items() if kind == _MODEL), "")  # the checkpoint to start from
         sources = {role: planned[step].stage for role, step in inputs.items()}
-        format = _format_of_input(stage, artifacts, sources, stages)
+        sources |= {role: stages[made["stage"]] for role, made in artifacts.items() if made["stage"] in stages}
+        format = sources[base].format if base in sources else None
         unread = frozenset(stage.unread({*inputs, *given}, format))
         read = (tuple(map(id, sections.values())), unread)
         if read not in pins:
@@ -270,10 +373,9 @@ def make_plan(
 
 
 def _find_named(step: PlannedStep, store: Store, planned: Mapping[str, PlannedStep]) -> dict[str, Manifest]:
-    """Return role → manifest of the artifacts that set fields with metadata `artifact: role` name.
+    """Return role → manifest of the artifacts that fields with metadata `artifact: role` name.
 
-    In a run that is repeated, or was stopped in or after this very step, the name leads to what the step itself made
-    before. Then the artifact is meant from which that was made.
+    In a run that is repeated the name leads to what the step itself made before: its source is meant then.
     """
     found: dict[str, Manifest] = {}
     queue = list(step.sections.values())
@@ -310,22 +412,9 @@ def _find_given(where: str, name: str, store: Store) -> Manifest:
 
 def _given_label(source: str, manifest: Manifest) -> str:
     """Return the label of steps downstream of a given model: the import's name, or the artifact's own label."""
-    kind, _, name = source.partition(":")
-    if kind == "import":
-        return name
+    if source.startswith("import:"):
+        return source.removeprefix("import:")
     return str(manifest["name"]).removeprefix(f"{manifest['stage']}-")[: -len(manifest["rid"][:16]) - 1]
-
-
-def _format_of_input(
-    stage: Stage, artifacts: Mapping[str, Manifest], sources: Mapping[str, Stage], stages: Mapping[str, Stage]
-) -> Format | None:
-    """Return base or chat for the checkpoint that a step of this stage starts from; None: unknown, or no checkpoint.
-
-    `sources` is role → stage of the step that fills it.
-    """
-    role = next((role for role, kind in stage.roles.items() if kind == _MODEL), "")
-    made = stages.get(artifacts[role]["stage"]) if role in artifacts else sources.get(role)
-    return made.format if made is not None else None
 
 
 def _without(unread: frozenset[str], identity: dict[str, Any]) -> dict[str, Any]:

@@ -15,23 +15,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxchat.config.secrets import redact
 from mlxchat.config.wording import format_bytes, format_count, format_number, format_seconds
 from mlxchat.distributed.ranks import begin_step
-from mlxchat.errors import Interrupted, MlxchatError, StepFailed, StoreError
+from mlxchat.errors import Interrupted, MlxchatError, StepFailed, StoreError, redact
 from mlxchat.runner.context import Context, Sections
 from mlxchat.runner.keys import check_pins
 from mlxchat.runner.plan import PlannedStep
-from mlxchat.store import attempts as attempt_log
+from mlxchat.runner.process import Environment, peak_array_bytes, peak_memory_bytes, reset_peak_memory
 from mlxchat.store import locks
-from mlxchat.store.bases import bases_of
-from mlxchat.store.crash import crash_point
-from mlxchat.store.environment import Environment, peak_array_bytes, peak_memory_bytes, reset_peak_memory
-from mlxchat.store.files import Record, Records, now
+from mlxchat.store.catalog import bases_of
+from mlxchat.store.files import Record, Records, crash_point, now
 from mlxchat.store.fingerprint import plain_of
 from mlxchat.store.manifest import MEASURED, SCHEMA, Manifest, find_damage
-from mlxchat.store.shared import SharedArtifacts
-from mlxchat.store.store import SAVED, Store
+from mlxchat.store.store import SAVED, SharedArtifacts, Store
 
 if TYPE_CHECKING:
     from mlxchat.distributed.team import Team
@@ -54,8 +50,7 @@ class Run:
     on_metrics: Callable[[str, Record], None] = lambda step, record: None  # for trackers
     fail_fast: bool = False  # whether a failed step also stops steps that do not need it
     hints: Mapping[str, float] = field(default_factory=dict)  # Context.hints
-    # Whether stages that declare `uses_gpu` use one; may be slow, since it may load MLX.
-    uses_gpu: Callable[[], bool] = lambda: False
+    uses_gpu: Callable[[], bool] = lambda: False  # whether stages that declare `uses_gpu` use one; may load MLX
     team: Team | None = None  # the ranks that compute steps that declare `uses_gpu` together
     stop_signal: int | None = field(default=None, init=False)  # the signal that requested the run to stop
 
@@ -95,8 +90,9 @@ def complete(step: PlannedStep, store: Store, run: Run, planned: dict[str, Plann
     work, lock = store.work(step.key), store.lock(step.key)
     with _hold(run, step, lock, "is making it", work) as waited:
         crash_point("step.locked")
-        if waited and (error := attempt_log.failure(work)) is not None:
-            raise StepFailed(f"step {step.name} failed in another process: {error}")
+        last = locks.read_attempts(work)[-1:] if waited else []
+        if last and last[0]["outcome"] == "failed":
+            raise StepFailed(f"step {step.name} failed in another process: {last[0]['error']}")
         place = find_done(step, store, run, planned, forced=step.forced and not waited)
         if place is None:
             # gc begins only while no step's lock is held, so it cannot begin after this.
@@ -116,11 +112,9 @@ def _hold(run: Run, step: PlannedStep, lock: Path, doing: str, work: Path | None
 
     def begin(owner: dict[str, Any]) -> None:
         run.event("step_waits", step=step.name, owner=owner)
-        metrics = Records(work / "ckpt" / "records" / "metrics.jsonl") if work is not None else None
-        iteration = metrics.last().get("iteration") if metrics is not None else None
-        far = f", at iteration {iteration}" if iteration else ""
-        who = f"{locks.name_process(owner)} (run {owner.get('run', '?')})"
-        run.say(f"{step.name:<10} waits: {who} {doing}{far}")
+        record = Records(work / "ckpt" / "records" / "metrics.jsonl").last() if work is not None else {}
+        far = f", at iteration {record['iteration']}" if record.get("iteration") else ""
+        run.say(f"{step.name:<10} waits: {locks.name_process(owner)} (run {owner.get('run', '?')}) {doing}{far}")
 
     def look() -> None:
         if run.stop_signal is not None:
@@ -134,7 +128,6 @@ class _Attempt:
     """One execution of a step, by the process that holds the step's lock."""
 
     def __init__(self, step: PlannedStep, store: Store, run: Run, inputs: dict[str, Manifest]) -> None:
-        """Prepare the stage's context; `inputs` is role → manifest."""
         self.step, self.store, self.run = step, store, run
         self.work, self.number = store.work(step.key), 0
         self.lineage = {role: {key: made[of] for key, of in _INPUT_KEYS.items()} for role, made in inputs.items()}
@@ -170,14 +163,11 @@ class _Attempt:
             return place
 
     def _check_inputs(self) -> None:
-        """Refuse damaged inputs, including the models that their weights depend on."""
-        folders = self.ctx.inputs
-        for folder in [*folders.values(), *bases_of(folders)]:
+        """Refuse damaged inputs, including the bases of adapters."""
+        for folder in [*self.ctx.inputs.values(), *bases_of(self.ctx.inputs)]:
             if damage := list(find_damage(folder, self.store.manifest_of(folder), again=False)):
-                raise StoreError(
-                    f"{folder}, which {self.step.name} needs, is damaged:\n" + "\n".join(damage[:5]) + "\n"
-                    "Remove the folder; the next run recomputes it."
-                )
+                text = f"{folder}, which {self.step.name} needs, is damaged:"
+                raise StoreError("\n".join([text, *damage[:5], "Remove the folder; the next run recomputes it."]))
 
     def _prepare(self) -> None:
         """Empty `out`, keep the saved state of earlier attempts, and record that this one starts."""
@@ -187,9 +177,9 @@ class _Attempt:
         crash_point("step.prepared")
         if ctx.team is not None:
             begin_step(ctx.team, step.config.machine)
-        if step.stage.uses_gpu and (cause := attempt_log.explain_killed(self.work)):
+        if step.stage.uses_gpu and (cause := locks.explain_killed(self.work)):
             run.say(f"{step.name:<10} the last attempt ended without a record: {cause}")
-        self.number = attempt_log.start(self.work, run.name, step.name)
+        self.number = locks.start_attempt(self.work, run.name, step.name)
         run.event("step_started", step=step.name, key=step.key, reason=step.reason)
         crash_point("step.started")
         run.say(f"{step.name:<10} starts ({step.reason})")
@@ -213,7 +203,7 @@ class _Attempt:
             outcome = "interrupted" if isinstance(error, Interrupted) else "failed"
             text = _describe_error(error)
             with suppress(OSError):
-                attempt_log.finish(self.work, self.number, outcome, text, ctx.resumed_from)
+                locks.finish_attempt(self.work, self.number, outcome, text, ctx.resumed_from)
             run.event(f"step_{outcome}", step=step.name, error=text)
             if isinstance(error, MlxchatError) or not isinstance(error, Exception):
                 raise
@@ -224,7 +214,7 @@ class _Attempt:
         step, store, ctx = self.step, self.store, self.ctx
         try:
             self._copy_records(ctx.out)
-            attempt_log.finish(self.work, self.number, "done", None, ctx.resumed_from)
+            locks.finish_attempt(self.work, self.number, "done", None, ctx.resumed_from)
             crash_point("step.recorded")
             manifest = self._describe()
             self._check_lock()
@@ -233,7 +223,7 @@ class _Attempt:
             text = f"{step.name} was made but could not be published: {error.strerror or error}"
             text += f" ({error.filename or ctx.out})"
             with suppress(OSError):  # a full disk accepts no records either
-                attempt_log.finish(self.work, self.number, "failed", text, ctx.resumed_from)
+                locks.finish_attempt(self.work, self.number, "failed", text, ctx.resumed_from)
             raise StoreError(f"{text}. Fix that and run the same command again.") from error
         made = store.made(step.key)
         if made is None:
@@ -244,7 +234,7 @@ class _Attempt:
         """Publish a model for `Context.publish`, named refs/<run>/<step>@<iteration>; its key has the iteration."""
         step, store, ctx = self.step, self.store, self.ctx
         key = step.key_with(self.contents, iteration)
-        began = attempt_log.read(self.work)[0]["started"]
+        began = locks.read_attempts(self.work)[0]["started"]
         store.forget()
         made = store.made(key)
         if made is None or made["attempts"][0]["started"] != began:  # not yet published by an earlier attempt
@@ -287,36 +277,20 @@ class _Attempt:
     def _describe(self) -> Manifest:
         """Return the manifest's fields other than the contents."""
         step, run, ctx = self.step, self.run, self.ctx
-        metrics, attempts = dict(ctx.metrics), attempt_log.read(self.work)
+        metrics, attempts = dict(ctx.metrics), locks.read_attempts(self.work)
         ranks = {"ranks": ctx.team.describe()} if ctx.team is not None else {}
         return {
-            "schema": SCHEMA,
-            "key": step.key,
-            "stage": step.stage.name,
-            "step": step.name,
-            "kind": step.stage.produces,
-            "version": step.stage.version,
-            "config": step.identity,
+            "schema": SCHEMA, "key": step.key, "stage": step.stage.name, "step": step.name,
+            "kind": step.stage.produces, "version": step.stage.version, "config": step.identity,
             "excluded": {"machine": plain_of(step.config.machine), **ranks},
             "full_config": {name: plain_of(section) for name, section in step.sections.items()},
-            "overrides": run.overrides,
-            "inputs": self.lineage,
-            "pins": step.externals,
-            "externals": ctx.externals,
-            **{key: metrics.pop(key, None) for key in MEASURED},
-            "metrics": metrics,
-            "derived": ctx.derived,
-            "seed": run.seed,
-            "data_seed": run.data_seed,
-            "attempts": attempts,
+            "overrides": run.overrides, "inputs": self.lineage, "pins": step.externals, "externals": ctx.externals,
+            **{key: metrics.pop(key, None) for key in MEASURED}, "metrics": metrics, "derived": ctx.derived,
+            "seed": run.seed, "data_seed": run.data_seed, "attempts": attempts,
             "seconds": round(sum(attempt.get("seconds") or 0 for attempt in attempts), 3),
-            "peak_memory_bytes": peak_memory_bytes(),
-            "peak_array_bytes": peak_array_bytes(),
-            "code": step.code,
-            **run.environment.record(),
-            "run": run.name,
-            "published": now(),
-        }
+            "peak_memory_bytes": peak_memory_bytes(), "peak_array_bytes": peak_array_bytes(),
+            "code": step.code, **run.environment.record(), "run": run.name, "published": now(),
+        }  # fmt: skip
 
     def _failure(self, error: Exception) -> StepFailed:
         """Return the message about an unexpected error, with the path of its traceback."""
@@ -336,8 +310,7 @@ def summarise(manifest: Manifest) -> str:
     """Return the artifact's name, size and metrics in one line."""
     size = format_bytes(sum(file["bytes"] for file in manifest["outputs"]))
     numbers = [f"{key} {format_number(value)}" for key, value in manifest["metrics"].items()][:4]
-    if manifest["tokens_per_second"]:
-        numbers.append(f"{format_count(manifest['tokens_per_second'])} tok/s")
+    numbers += [f"{format_count(speed)} tok/s"] if (speed := manifest["tokens_per_second"]) else []
     return "  ".join([f"{manifest['name']} ({size})", *numbers])
 
 

@@ -44,7 +44,6 @@ class Metric:
     """The condition `when` in words: "pretrain.keep=best"."""
 
     def __str__(self) -> str:
-        """Return its better direction and condition."""
         return f"{self.better or 'neither'}{f' (needs {self.needs})' if self.needs else ''}"
 
 
@@ -96,10 +95,8 @@ class Stage:
 
     def seeds(self, seed: int, data_seed: int) -> dict[str, int]:
         """Return the seeds that are part of an artifact's key."""
-        if self.seeded == "no":
-            return {}
-        if self.seeded == "data":
-            return {"seed": data_seed}
+        if self.seeded in ("no", "data"):
+            return {"seed": data_seed} if self.seeded == "data" else {}
         # Before data_seed there was one seed; keys from then stay valid if both seeds are equal.
         of_data = {"data_seed": data_seed} if self.seeded == "both" and data_seed != seed else {}
         return {"seed": seed, **of_data}
@@ -186,10 +183,8 @@ def _stages_at(place: str, root: Path) -> list[Stage]:
         if re.search(r"^stage\b", text, re.M):
             found.append(read_stage(file, name, root))
     if not found:
-        raise ConfigError(
-            f"stages: {place} has no stage: no Python file of a folder ./{module} or module {module} declares "
-            f"{_DECLARATION}"
-        )
+        where = f"no Python file of a folder ./{module} or module {module}"
+        raise ConfigError(f"stages: {place} has no stage: {where} declares {_DECLARATION}")
     return found
 
 

@@ -2,30 +2,79 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from mlxchat.config.wording import first_of
-from mlxchat.errors import StoreError
+from mlxchat.errors import DataError, StoreError
 from mlxchat.store import locks
-from mlxchat.store.bases import find_chain
-from mlxchat.store.crash import crash_point
-from mlxchat.store.files import list_folder, sync
+from mlxchat.store.files import crash_point, list_folder, sync
 from mlxchat.store.manifest import (
     CONTINUATION,
     MANIFEST,
     OBSERVATIONS,
     SHARED_KIND,
-    Manifest,
     check_manifest,
     find_damage,
     parse_manifest,
     read_manifest,
 )
 from mlxchat.store.store import Store
+
+ADAPTER_KEY = "adapter"
+"""Key of checkpoint.json: present if the folder holds an adapter, with its description."""
+
+
+def is_adapter(folder: Path) -> bool:
+    """Return whether a folder holds an adapter, not a full model; False if checkpoint.json cannot be read."""
+    try:
+        return _adapter_of(folder) is not None
+    except DataError:
+        return False
+
+
+def find_chain(folder: Path) -> list[Path]:
+    """Return a checkpoint's folder, then its base, the base's base and so on; the last has all weights."""
+    chain = [folder]
+    while (adapter := _adapter_of(chain[-1])) is not None:
+        here, store = chain[-1].resolve(), Store(chain[-1].resolve().parent.parent)
+        try:
+            rid = str(adapter["base"]["rid"])
+        except (KeyError, TypeError):
+            raise DataError(f"{here}: checkpoint.json does not name the base of its adapter by rid") from None
+        place = store.find(rid) if here.parent.name == "store" else None
+        if place is None:
+            text = f"{here.name} is an adapter whose base {rid[:16]} is not in the same store ({store.outputs}). "
+            raise StoreError(f"{text}Copy both with mlxchat push and pull, or run the command that made the base again")
+        chain.append(place)
+    return chain
+
+
+def folder_of_weights(folder: Path) -> Path:
+    """Return the folder of a checkpoint's base model, for descriptions: the folder itself if it has, or lacks, none."""
+    try:
+        return find_chain(folder)[-1]
+    except (DataError, StoreError):
+        return folder
+
+
+def bases_of(folders: Mapping[str, Path]) -> list[Path]:
+    """Return all bases of the adapters among these inputs (role → folder), without duplicates."""
+    found = [each for folder in folders.values() if is_adapter(folder) for each in find_chain(folder)[1:]]
+    return list(dict.fromkeys(found))
+
+
+def _adapter_of(folder: Path) -> dict[str, Any] | None:
+    """Return the adapter's description in checkpoint.json; None for a full model."""
+    try:
+        facts: dict[str, Any] = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: checkpoint.json cannot be read ({type(error).__name__}: {error})") from None
+    return facts.get(ADAPTER_KEY)
+
 
 _MOST_COMMANDS = 3
 
@@ -94,13 +143,7 @@ def lineage(rid: str, known: Mapping[str, Summary], below: Literal["inputs", "us
 
 
 def closure(store: Store, folders: Iterable[Path], elsewhere: Store | None = None) -> list[Path]:
-    """Return artifacts and all their inputs, inputs first.
-
-    Args:
-        store: holds them.
-        folders: the artifacts.
-        elsewhere: a store that may hold inputs that `store` lacks; these are omitted.
-    """
+    """Return artifacts of a store and all their inputs, inputs first, without those that only `elsewhere` has."""
     seen: set[Path] = set()
     ordered: list[Path] = []
 
@@ -122,14 +165,9 @@ def closure(store: Store, folders: Iterable[Path], elsewhere: Store | None = Non
 
 
 def take_in(store: Store, incoming: Path) -> tuple[list[Path], list[Path]]:
-    """Rename verified artifacts into the store, inputs first; the caller holds `import.lock`.
+    """Rename verified artifacts into the store, inputs first; return the new ones, and those that the store had.
 
-    Args:
-        store: the target.
-        incoming: folder of the artifacts, on the store's file system; new ones are moved out of it.
-
-    Returns:
-        the new ones, and those that the store had.
+    `incoming` is their folder, on the store's file system. The caller holds `import.lock`.
     """
     ordered = closure(Store(incoming.parent), [incoming / name for name in list_folder(incoming)], elsewhere=store)
     crash_point("import.checked")
@@ -165,18 +203,9 @@ def check_model(folder: Path) -> None:
         manifest = read_manifest(each)
         read = [file for file in manifest["outputs"] if file["path"] not in OBSERVATIONS + CONTINUATION]
         if damage := list(find_damage(each, {**manifest, "outputs": read}, again=False)):
-            raise StoreError(f"{each.name} is damaged: {'; '.join(damage[:5])}. {remedy([manifest])}")
-
-
-def remedy(manifests: list[Manifest]) -> str:
-    """Return how to repair damaged artifacts: the commands that made them, without duplicates."""
-    return f"Remove the folder{'s' * (len(manifests) > 1)} and run again: {makers(manifests)}"
-
-
-def makers(manifests: list[Manifest]) -> str:
-    """Return the commands that made artifacts, without duplicates."""
-    commands = list(dict.fromkeys(shlex.join(["mlxchat", *manifest.get("overrides", ())]) for manifest in manifests))
-    return first_of(commands, _MOST_COMMANDS) or "the command that made it"
+            command = shlex.join(["mlxchat", *manifest.get("overrides", ())])
+            text = f"{each.name} is damaged: {'; '.join(damage[:5])}. Remove the folder and run again: {command}"
+            raise StoreError(text)
 
 
 def check_contents(folder: Path) -> Iterator[str]:

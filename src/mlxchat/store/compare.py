@@ -52,6 +52,7 @@ def _sections(manifest: Manifest) -> dict[str, dict[str, Any]]:
 
 
 Row = dict[str, Any]
+BestOf = Callable[[str, str], Callable[..., float] | None]
 Plan = tuple[str, list[dict[str, Any]]]
 """The name of a run or of a job of a sweep, and the steps of its plan: step, key, rid and more."""
 
@@ -71,9 +72,8 @@ def find_runs(store: Store, names: list[str]) -> list[Plan]:
         if matching and "multirun/" not in name:
             runs |= matching
         elif (sweep := find_sweep(store.outputs, last)) is not None:
-            jobs += [
-                (job["title"], job["steps"]) for job in _read(sweep / "sweep.json")["jobs"].values() if job["steps"]
-            ]
+            found = _read(sweep / "sweep.json")["jobs"].values()
+            jobs += [(job["title"], job["steps"]) for job in found if job["steps"]]
         else:
             raise ConfigError(f'"{name}" is no run or sweep in {store.outputs}.{suggest(name, every)}')
     return [*((run, _read(every[run])["steps"]) for run in every if run in runs), *jobs]
@@ -127,18 +127,11 @@ class Table:
     equal: list[str]  # metrics that are equal in all of several runs that have them, or that one of several runs has
 
 
-def make_table(
-    rows: list[Row],
-    sort: str | None,
-    best_of: Callable[[str, str], Callable[..., float] | None] = lambda stage, metric: None,
-) -> Table:
+def make_table(rows: list[Row], sort: str | None, best_of: BestOf = lambda stage, metric: None) -> Table:
     """Return a table of the settings that differ and of the metrics.
 
-    Args:
-        rows: from `rows_of_runs`.
-        sort: a setting (smallest first) or a metric (best first, as its stage declares); a leading - reverses.
-            None: keep the order.
-        best_of: returns min or max for (stage, metric), or None.
+    `sort` is a setting (smallest first) or a metric (best first); a leading - reverses; None keeps the order.
+    `best_of` returns min or max for (stage, metric), or None.
     """
 
     def values(key: str) -> list[str]:
@@ -152,16 +145,12 @@ def make_table(
     equal = [key for key in metrics if len({row["metrics"][key] for row in rows if key in row["metrics"]}) == 1]
     if sort:
         rows = _sorted(rows, sort, settings, metrics, best_of)
-    flat = [
-        {"name": row["name"], **{key: row["config"].get(key) for key in settings}, **row["metrics"]} for row in rows
-    ]
+    chosen = [{key: row["config"].get(key) for key in settings} for row in rows]
+    flat = [{"name": row["name"], **own, **row["metrics"]} for row, own in zip(rows, chosen, strict=True)]
     return Table(flat, settings, metrics, equal if len(rows) > 1 else [])
 
 
-def _sorted(
-    rows: list[Row], sort: str, settings: list[str], metrics: list[str],
-    best_of: Callable[[str, str], Callable[..., float] | None],
-) -> list[Row]:  # fmt: skip
+def _sorted(rows: list[Row], sort: str, settings: list[str], metrics: list[str], best_of: BestOf) -> list[Row]:
     """Return the rows in the order of a column, those without a value last."""
     column, known = sort.removeprefix("-"), [*settings, *metrics]
     matching = [name for name in known if name == column] or [name for name in known if name.endswith(f".{column}")]
@@ -174,8 +163,6 @@ def _sorted(
     is_maximised = of == "metrics" and max in [best_of(row["steps"].get(step, ""), metric) for row in rows]
     have = [row for row in rows if row[of].get(name) is not None]
     has_numbers = all(isinstance(row[of][name], int | float) for row in have)
-    have.sort(
-        key=lambda row: row[of][name] if has_numbers else str(row[of][name]),
-        reverse=sort.startswith("-") ^ is_maximised,
-    )
+    is_reversed = sort.startswith("-") ^ is_maximised
+    have.sort(key=lambda row: row[of][name] if has_numbers else str(row[of][name]), reverse=is_reversed)
     return [*have, *(row for row in rows if row[of].get(name) is None)]

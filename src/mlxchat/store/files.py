@@ -5,20 +5,91 @@ A sealed JSON file ends in `digest`, the sha256 of every byte before it, which r
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import signal
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mlxchat.config.secrets import redact
-from mlxchat.errors import StoreError
-from mlxchat.store.crash import crash_point
+from mlxchat.errors import StoreError, redact
+
+# The state at each point. After a kill at any of them, the next run must end with the same result.
+CRASH_POINTS = {
+    "run.folder": "the run's folder exists, plan.json does not",
+    "step.locked": "the step's lock is held, nothing else was done",
+    "step.prepared": "work/<key>/out exists and is empty, the inputs are known",
+    "step.started": "attempts.jsonl has the start of this attempt",
+    "step.ran": "the stage returned, its outputs were not checked",
+    "step.recorded": "records are beside the outputs, the attempt has its end",
+    "publish.described": "outputs are hashed, there is no manifest",
+    "publish.written": "work/<key>/out has its manifest, maybe not yet on disk",
+    "publish.synced": "everything is on disk, the folder is still in work/",
+    "publish.recorded": "a record leads from the key to the artifact, which may still be in work/",
+    "publish.renamed": "the artifact is in store/, the rename maybe not yet on disk",
+    "publish.done": "the artifact is in store/, a damaged one was removed",
+    "step.cleaned": "the work folder was removed, the lock is held",
+    "ref.made": "the new symlink has a temporary name",
+    "ref.swapped": "the ref leads to the new artifact",
+    "shared.locked": "the lock of a shared artifact is held",
+    "shared.made": "a shared artifact was filled, not published",
+    "shared.published": "a shared artifact is in store/, its work folder still exists",
+    "train.iteration": "an iteration was done, nothing of it was saved",
+    "checkpoint.arrays": "arrays of a checkpoint are written, its state is not",
+    "checkpoint.written": "a checkpoint is complete under a temporary name",
+    "checkpoint.renamed": "a checkpoint has its name, the older ones still exist",
+    "checkpoint.done": "the older checkpoints were removed",
+    "train.finished": "the last iteration was done, the model is not written",
+    "eval.answered": "the results of a batch of questions are in their journal",
+    "gc.planned": "the garbage is listed, nothing was touched",
+    "gc.moved": "one item was moved to trash/",
+    "gc.deleted": "one item in trash/ was deleted",
+    "import.checked": "the copy was hashed and is right, it is not in store/",
+    "import.renamed": "one imported artifact is in store/",
+    "export.synced": "an exported folder is complete and on disk under a temporary name",
+    "send.file": "one file was sent, the manifest of its artifact was not",
+    "send.described": "all files of an artifact were sent, its manifest was not",
+    "fetch.file": "one remote file was copied and is right, its artifact is not complete",
+    "fetch.artifact": "one remote artifact was copied under a temporary name",
+    "search.ended": "a trial of a search has ended, the journal does not have it",
+    "search.told": "the journal of a search has the trial's result",
+}
+
+_SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "INT": signal.SIGINT}
+_passed: dict[str, int] = {}
+
+
+def crash_point(name: str) -> None:
+    """Inject a fault if the environment names this point, one of CRASH_POINTS; else do nothing."""
+    wanted, trace = os.environ.get("MLXCHAT_CRASH_AT"), os.environ.get("MLXCHAT_CRASH_TRACE")
+    if wanted is None and trace is None:
+        return
+    assert name in CRASH_POINTS, name
+    _passed[name] = _passed.get(name, 0) + 1
+    if trace is not None:
+        with Path(trace).open("a") as file:
+            file.write(f"{name}\n")
+    if wanted is None:
+        return
+    point, _, passing = wanted.partition(":")
+    if point != name or int(passing or 1) != _passed[name]:
+        return
+    if (failure := os.environ.get("MLXCHAT_CRASH_ERROR")) is not None:
+        number = getattr(errno, failure)
+        raise OSError(number, os.strerror(number))
+    if (command := os.environ.get("MLXCHAT_CRASH_RUN")) is not None:
+        import subprocess
+
+        subprocess.run(command, shell=True, check=True)
+        return
+    os.kill(os.getpid(), _SIGNALS[os.environ.get("MLXCHAT_CRASH_SIGNAL", "KILL")])
+
 
 _MARK = b',\n "digest": "'
 _END_BYTES = 65536
@@ -49,10 +120,7 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path` to write to; it is renamed to `path` when the block ends without an error.
 
     Readers see the old file or the new one, never a part. The temporary name is unique and begins with a dot.
-
-    Args:
-        path: in an existing folder; an existing file is replaced.
-        durable: fsync before the rename, so that the contents survive a power cut.
+    `durable` calls fsync before the rename, so that the contents survive a power cut.
     """
     unfinished = path.with_name(f".{path.name}-{os.getpid()}-{os.urandom(4).hex()}")
     try:
@@ -93,16 +161,6 @@ def list_folder(folder: Path) -> list[str]:
         return []
 
 
-def read_end(path: Path) -> bytes:
-    """Return the last 64 kB of a file, which may be large and growing; empty if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - _END_BYTES))
-            return file.read()
-    except OSError:
-        return b""
-
-
 def sync(path: Path) -> None:
     """Call fsync on a file or folder."""
     handle = os.open(path, os.O_RDONLY)
@@ -129,11 +187,7 @@ def settle(folder: Path) -> None:
 def whole_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield an empty folder to fill; it is renamed to `path` when the block ends without an error.
 
-    Its temporary name beside `path` begins with a dot; what a killed process left under it is removed.
-
-    Args:
-        path: absent, or an empty folder.
-        force: replace an existing folder or file.
+    `path` is absent or an empty folder; `force` replaces it. What a killed process left of an earlier one is removed.
     """
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
@@ -181,8 +235,7 @@ class Records:
     """One .jsonl file."""
 
     def __init__(self, path: Path) -> None:
-        """The first `append` creates the file."""
-        self.path = path
+        self.path = path  # the first `append` creates it
 
     def append(self, record: Record) -> None:
         """Write one line, unbuffered, without the environment's secrets."""
@@ -203,22 +256,25 @@ class Records:
         except (FileNotFoundError, NotADirectoryError):
             return []
         # Not splitlines: text may contain U+2028.
-        records = (self.parse(line) for line in text.split(b"\n"))
-        return [record for record in records if record is not None]
+        return [record for line in text.split(b"\n") if (record := self.parse(line)) is not None]
 
     def last(self) -> Record:
-        """Return the last complete record; {} if there is none near the end."""
-        records = (self.parse(line) for line in reversed(read_end(self.path).split(b"\n")))
-        return next((record for record in records if record is not None), {})
+        """Return the last complete record in the last 64 kB of a file that may be large and growing; else {}."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - _END_BYTES))
+                lines = file.read().split(b"\n")
+        except OSError:
+            return {}
+        return next((record for line in reversed(lines) if (record := self.parse(line)) is not None), {})
 
     @staticmethod
     def parse(line: bytes) -> Record | None:
         """Return the record of a line, or None if it is cut or damaged."""
-        try:
-            record = json.loads(line)
-        except ValueError:
-            return None
-        return record if isinstance(record, dict) else None
+        with suppress(ValueError):
+            if isinstance(record := json.loads(line), dict):
+                return record
+        return None
 
     def truncate(self, iteration: int) -> None:
         """Drop the records after `iteration`, which a resumed attempt repeats."""

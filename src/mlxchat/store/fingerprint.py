@@ -47,15 +47,8 @@ def compute_key(
         inputs: role → digest of the contents.
         externals: name → content hash or revision of all external data.
     """
-    record = {
-        "schema": SCHEMA,
-        "stage": stage,
-        "version": version,
-        "config": identity,
-        "inputs": dict(inputs),
-        "externals": dict(externals),
-    }
-    return encode_digest(canonical_json(record))
+    record = {"schema": SCHEMA, "stage": stage, "version": version, "config": identity}
+    return encode_digest(canonical_json({**record, "inputs": dict(inputs), "externals": dict(externals)}))
 
 
 def encode_digest(text: str) -> str:
@@ -112,11 +105,9 @@ def _plain(value: Any, *, identity_only: bool) -> Any:
         return plain
     if isinstance(value, list | tuple):
         return [_plain(item, identity_only=identity_only) for item in value]
-    if isinstance(value, float):
-        if identity_only and not math.isfinite(value):
-            raise TypeError(f"{value} cannot be part of an identity")
-        return value
-    if value is None or isinstance(value, str | int | bool):
+    if identity_only and isinstance(value, float) and not math.isfinite(value):
+        raise TypeError(f"{value} cannot be part of an identity")
+    if isinstance(value, _SCALARS):
         return value
     raise TypeError(f"{value!r} ({type(value).__name__}) has no canonical form")
 
@@ -136,7 +127,6 @@ def _with_floats(value: Any) -> Any:
 
 def _is_later_default(value: Any, metadata: Mapping[str, Any]) -> bool:
     """Return whether a field added later has the value at which it is left out."""
-    if "since_default" not in metadata:
-        return False
-    default = metadata["since_default"]
-    return bool(value == default) and isinstance(value, bool) == isinstance(default, bool)
+    default = metadata.get("since_default")
+    is_equal = bool(value == default) and isinstance(value, bool) == isinstance(default, bool)
+    return "since_default" in metadata and is_equal

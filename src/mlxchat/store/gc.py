@@ -19,8 +19,7 @@ from pathlib import Path
 from mlxchat.errors import ConfigError
 from mlxchat.store import locks
 from mlxchat.store.catalog import Summary, by_rid, read_catalog, references
-from mlxchat.store.crash import crash_point
-from mlxchat.store.files import Records, list_folder, remove
+from mlxchat.store.files import Records, crash_point, list_folder, remove
 from mlxchat.store.manifest import SHARED_KIND
 from mlxchat.store.naming import LATEST, groups, latest, links, running_steps
 from mlxchat.store.store import SAVED, Store, rid_of_record, sweep
@@ -53,8 +52,7 @@ def find_garbage(store: Store, keep_last: int | None = None, *, without: Set[str
 
     Args:
         store: the outputs folder.
-        keep_last: artifacts to keep of each step of ended runs, the newest; intermediate models do not count. None:
-            everything that their refs lead to.
+        keep_last: how many artifacts of each step of ended runs to keep, without intermediate models; None: all.
         without: runs whose refs do not count.
     """
     known = by_rid(read_catalog(store))
@@ -122,10 +120,7 @@ def _abandoned(store: Store) -> Iterator[Garbage]:
 
 
 def find_removal(store: Store, runs: Set[str]) -> Collection:
-    """Return what is removed with these runs, and which of their artifacts something else keeps; nothing is changed.
-
-    What nothing needed before goes along.
-    """
+    """Return what goes with these runs (and what nothing needed before), and which of their artifacts are kept."""
     found = find_garbage(store, without=runs)
     own = {place.name for run in runs for place in links(store, run).values()}
     found.kept = {folder: size for folder, size in found.kept.items() if folder in own}
@@ -134,8 +129,7 @@ def find_removal(store: Store, runs: Set[str]) -> Collection:
         found.garbage.append(Garbage(refs / LATEST, "ref", 0, "the latest run is removed"))
     for run in sorted(runs):
         for path, what in ((refs / run, "names"), (store.outputs / "runs" / run, "plan, events, report")):
-            if path.is_dir():
-                found.garbage.append(Garbage(path, "run", _size_of(path), what))
+            found.garbage += [Garbage(path, "run", _size_of(path), what)] if path.is_dir() else []
     return found
 
 

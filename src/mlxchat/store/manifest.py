@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mlxchat.config.secrets import redact
-from mlxchat.errors import StoreError
+from mlxchat.errors import StoreError, redact
 from mlxchat.store.files import seal, unseal
 from mlxchat.store.fingerprint import canonical_json, compute_key, encode_digest, hash_file
 
@@ -90,10 +89,7 @@ def tree_of(manifest: Manifest) -> str:
 def find_damage(folder: Path, manifest: Manifest, *, again: bool = True) -> Iterator[str]:
     """Yield a line for each file that is missing or differs from its manifest.
 
-    Args:
-        folder: the artifact.
-        manifest: its own.
-        again: whether to hash files again that this process has hashed and that are unchanged by size, time and inode.
+    Without `again`, files that this process has hashed and whose size, time and inode are the same are not read.
     """
     for file in manifest["outputs"]:
         path = folder / file["path"]
@@ -107,9 +103,10 @@ def find_damage(folder: Path, manifest: Manifest, *, again: bool = True) -> Iter
                 _read[path] = (hash_file(path), stamp)
             if _read[path][0] != file["sha256"]:
                 yield f"{file['path']} has other contents than its manifest says"
+        except FileNotFoundError:
+            yield f"{file['path']} is missing"
         except OSError as error:
-            is_absent = isinstance(error, FileNotFoundError)
-            yield f"{file['path']} {'is missing' if is_absent else f'cannot be read ({error.strerror})'}"
+            yield f"{file['path']} cannot be read ({error.strerror})"
 
 
 def check_metrics(manifest: Manifest) -> Iterator[str]:

@@ -134,10 +134,8 @@ def _find_import(store: Store, name: str) -> Path:
     if (place := named.get(name) or named.get(clean_label(name))) is not None:
         return place
     text = f"Imports: {', '.join(sorted(named))}." if named else "Nothing was imported yet."
-    raise StoreError(
-        f'there is no import "{name}" in {store.outputs}. {text}{suggest(name, named)} '
-        f"To import it: mlxchat import nanochat REPOSITORY --name {name}"
-    )
+    how = f"To import it: mlxchat import nanochat REPOSITORY --name {name}"
+    raise StoreError(f'there is no import "{name}" in {store.outputs}. {text}{suggest(name, named)} {how}')
 
 
 def _in_group(store: Store, group: str, step: str) -> Found:

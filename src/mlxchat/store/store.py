@@ -18,19 +18,20 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mlxchat.config.secrets import redact
-from mlxchat.errors import StoreError
-from mlxchat.store import attempts, locks
-from mlxchat.store.crash import crash_point
-from mlxchat.store.files import list_folder, remove, settle, sync
+from mlxchat.errors import StoreError, redact
+from mlxchat.store import locks
+from mlxchat.store.files import crash_point, list_folder, now, remove, settle, sync
+from mlxchat.store.fingerprint import compute_key
 from mlxchat.store.manifest import (
     MANIFEST,
+    SCHEMA,
     SHARED_KIND,
     Manifest,
     check_metrics,
@@ -55,7 +56,6 @@ class Store:
     """The artifacts under one outputs folder."""
 
     def __init__(self, outputs: Path) -> None:
-        """Reads and writes nothing."""
         self.outputs = outputs
         self.jobs = outputs / "jobs"  # records of jobs in queues and on clusters
         self._folders: dict[str, str] | None = None
@@ -71,10 +71,8 @@ class Store:
                 sweep(self)
             self.forget()
         except OSError as error:
-            raise StoreError(
-                f"outputs folder {self.outputs} cannot be written ({error.strerror}). "
-                "Choose another with outputs=PATH, or fix its permissions."
-            ) from None
+            text = f"outputs folder {self.outputs} cannot be written ({error.strerror})"
+            raise StoreError(f"{text}. Choose another with outputs=PATH, or fix its permissions.") from None
 
     def find(self, rid: str) -> Path | None:
         """Return the folder of the complete artifact with this id, or None."""
@@ -84,9 +82,8 @@ class Store:
                     self._folders = {entry.name[-_SHORT:]: entry.name for entry in entries}
             except OSError:
                 self._folders = {}
-        name = self._folders.get(rid[:_SHORT])
-        folder = self.outputs / "store" / name if name is not None else None
-        return folder if folder is not None and (folder / MANIFEST).exists() else None
+        folder = self.outputs / "store" / self._folders.get(rid[:_SHORT], "")
+        return folder if (folder / MANIFEST).exists() else None
 
     def forget(self) -> None:
         """Drop what is cached, so that the next `find` sees what other processes published."""
@@ -94,13 +91,9 @@ class Store:
         self._read = {}
 
     def made(self, key: str, rid: str = "") -> Manifest | None:
-        """Return the record of the newest execution of a key whose artifact exists, or None.
+        """Return the record of the newest execution of a key whose artifact exists (`rid`: only this one), or None.
 
         Its `rid` and `name` are those of the artifact, its settings and times those of the execution.
-
-        Args:
-            key: of the step.
-            rid: only executions that gave this artifact; "": any.
         """
         for name in reversed(self._names_of_records()):
             made = rid_of_record(name)
@@ -179,7 +172,7 @@ class Store:
         return self.outputs / "locks" / f"{key}.lock"
 
     def publish(self, out: Path, label: str, manifest: Manifest) -> Path:
-        """Publish the folder `out` as an artifact by one atomic rename, and record the execution.
+        """Publish the folder `out` as an artifact by one atomic rename, record the execution, and return the folder.
 
         Everything is on disk before the rename. If an artifact with this id exists, it is kept; if files of it are
         missing or altered, it is replaced.
@@ -188,9 +181,6 @@ class Store:
             out: the step's outputs.
             label: readable part of the artifact's name.
             manifest: of the execution; `outputs`, `tree`, `rid` and `name` are added.
-
-        Returns:
-            the artifact's folder.
         """
         outputs, tree = describe_outputs(out)
         rid = identify({**manifest, "outputs": outputs})
@@ -218,19 +208,15 @@ class Store:
             self.record({**manifest, "name": place.name, "outputs": described})  # first, or a kill would recompute it
             crash_point("publish.recorded")
             if is_new:
-                self._put(out, place)
+                damaged = self.to_trash(place) if place.exists() else None
+                out.rename(place)
+                crash_point("publish.renamed")
+                sync(place.parent)
+                if damaged is not None:
+                    remove(damaged)
         self.forget()
         crash_point("publish.done")
         return place
-
-    def _put(self, out: Path, place: Path) -> None:
-        """Rename a folder to its place, and remove a damaged artifact that is there."""
-        damaged = self.to_trash(place) if place.exists() else None
-        out.rename(place)
-        crash_point("publish.renamed")
-        sync(place.parent)
-        if damaged is not None:
-            remove(damaged)
 
     def to_trash(self, path: Path) -> Path:
         """Rename a file or folder so that `sweep` removes it if the caller does not; return its new path."""
@@ -270,8 +256,7 @@ def clean_label(label: str) -> str:
 
 def artifact_title(stage: str, label: str) -> str:
     """Return the name of an artifact without its id."""
-    clean = clean_label(label)
-    return f"{stage}-{clean}" if clean else stage
+    return f"{stage}-{clean_label(label)}" if label else stage
 
 
 def rid_of_record(name: str) -> str:
@@ -290,8 +275,7 @@ def _is_whole(folder: Path) -> bool:
 def sweep(store: Store) -> None:
     """Remove what killed processes left and nothing resumes from.
 
-    These are things that were being removed, temporary names, work whose artifact is in the store, and unfinished
-    encoded text. Work of unfinished steps is kept, because they resume from it.
+    That is what was being removed, work whose artifact is in the store, and unfinished encoded text.
     """
     for folder in (store.outputs / "work").iterdir():
         if folder.name.startswith(_TRASH):
@@ -304,7 +288,7 @@ def sweep(store: Store) -> None:
 
 def _is_finished(store: Store, work: Path) -> bool:
     """Return whether nothing resumes from a step's work: its artifact exists, or it is encoded text."""
-    last = attempts.read(work)[-1:]
+    last = locks.read_attempts(work)[-1:]
     try:
         made = store.made(work.name)
     except StoreError:
@@ -318,3 +302,74 @@ def _is_finished(store: Store, work: Path) -> bool:
 
 def _give_up(owner: dict[str, Any]) -> None:
     raise StoreError("another process holds the lock")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedArtifacts:
+    """A stage's access to shared artifacts. Thread-safe."""
+
+    outputs: Path
+    run: str  # its name, for the manifest and for waiting processes
+    inputs: dict[str, Manifest]  # role → record of the step's input: lineage, not identity
+    facts: Callable[[], dict[str, Any]]  # returns code, versions and machine for the manifest
+    say: Callable[[str], None]  # prints a line
+
+    def obtain(
+        self,
+        *,
+        version: int,
+        label: str,
+        identity: dict[str, Any],
+        make: Callable[[Path], dict[str, float]],
+        check: Callable[[], None] = lambda: None,
+    ) -> Path:
+        """Return the folder of the artifact with this identity; one process creates it, the others wait for it.
+
+        Args:
+            version: of the format.
+            label: readable part of the folder's name.
+            identity: the contents that determine it, as plain data.
+            make: fills the folder it is given and returns metrics.
+            check: called while waiting for another process; it may raise to stop waiting.
+        """
+        key = compute_key(SHARED_KIND, version, identity, {}, {})
+        store = Store(self.outputs)  # a new one, because stores cache their listing
+        if (place := store.find_made(key)) is not None:
+            return place
+
+        def tell_waiting(owner: dict[str, Any]) -> None:
+            check()
+            self.say(f"{SHARED_KIND:<10} waiting: {locks.name_process(owner)} is encoding {label}")
+
+        with locks.hold(store.lock(key), {"run": self.run, "step": SHARED_KIND}, tell_waiting, check):
+            crash_point("shared.locked")
+            store.forget()
+            if (place := store.find_made(key)) is not None:
+                return place
+            work = store.work(key)
+            shutil.rmtree(work / "out", ignore_errors=True)
+            (work / "out").mkdir(parents=True)
+            try:
+                attempt = locks.start_attempt(work, self.run, SHARED_KIND)
+                began = time.monotonic()
+                metrics = make(work / "out")
+                crash_point("shared.made")
+                seconds = time.monotonic() - began
+                locks.finish_attempt(work, attempt, "done", None, None)
+                manifest = {
+                    "schema": SCHEMA, "key": key, "version": version, "stage": SHARED_KIND,
+                    "step": SHARED_KIND, "kind": SHARED_KIND, "config": identity, "excluded": {}, "overrides": [],
+                    "inputs": self.inputs, "pins": {}, "externals": [],
+                    "tokens_per_second": metrics.pop("tokens_per_second", None), "metrics": metrics, "derived": {},
+                    "seed": None, "attempts": locks.read_attempts(work), "seconds": round(seconds, 3),
+                    "peak_memory_bytes": None, "peak_array_bytes": None,
+                    "code": {}, **self.facts(), "run": self.run, "published": now(),
+                }  # fmt: skip
+                place = store.publish(work / "out", label, manifest)
+                crash_point("shared.published")
+                return place
+            except OSError as error:
+                text = f"{label} could not be encoded ({error.strerror or error}: {error.filename or work})"
+                raise StoreError(f"{text}. Fix that and run the same command again.") from error
+            finally:
+                shutil.rmtree(work, ignore_errors=True)

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlxchat.report.document import Block
 from mlxchat.store.manifest import Manifest
 
 _SAME_BUDGET = 0.1
@@ -90,7 +89,13 @@ def fit_power_law(xs: Sequence[float], ys: Sequence[float]) -> PowerLaw | None:
 
 def fit_scaling_laws(trainings: Sequence[Training]) -> ScalingLaws | None:
     """Return the laws of trainings; None unless at least two budgets have three models of different sizes."""
-    groups = group_by_budget(trainings)
+    groups: list[list[Training]] = []
+    for one in sorted(trainings, key=lambda one: one.flops):
+        if groups and one.flops <= groups[-1][0].flops * (1 + _SAME_BUDGET):
+            groups[-1].append(one)
+        else:
+            groups.append([one])
+    groups = [sorted(group, key=lambda one: one.size) for group in groups]
     budgets = [_fit_budget(group) for group in groups if len({one.size for one in group}) >= _FEWEST_SIZES]
     if len(budgets) < 2:
         return None
@@ -100,17 +105,6 @@ def fit_scaling_laws(trainings: Sequence[Training]) -> ScalingLaws | None:
     return ScalingLaws(budgets, fit_power_law(flops, size), fit_power_law(flops, tokens))
 
 
-def group_by_budget(trainings: Sequence[Training]) -> list[list[Training]]:
-    """Return the trainings by FLOPs, those of one budget together and by size."""
-    groups: list[list[Training]] = []
-    for one in sorted(trainings, key=lambda one: one.flops):
-        if groups and one.flops <= groups[-1][0].flops * (1 + _SAME_BUDGET):
-            groups[-1].append(one)
-        else:
-            groups.append([one])
-    return [sorted(group, key=lambda one: one.size) for group in groups]
-
-
 def _fit_budget(trainings: list[Training]) -> Budget:
     """Return the parabola of the trainings of one budget, of at least three sizes."""
     sizes = np.log([one.size for one in trainings])
@@ -118,20 +112,12 @@ def _fit_budget(trainings: list[Training]) -> Budget:
     lowest = float(next(iter(parabola.deriv().roots()), np.inf))  # no root: a line
     is_inside = parabola.coef[2] > 0 and sizes.min() <= lowest <= sizes.max()
     tokens = np.polynomial.Polynomial.fit(sizes, np.log([one.tokens for one in trainings]), 1)
+    best = math.exp(lowest) if is_inside else None
     return Budget(
-        flops=math.exp(float(np.mean(np.log([one.flops for one in trainings])))),
-        trainings=trainings,
-        parabola=parabola,
-        size=math.exp(lowest) if is_inside else None,
-        tokens=math.exp(tokens(lowest)) if is_inside else math.nan,
+        flops=math.exp(float(np.mean(np.log([one.flops for one in trainings])))), trainings=trainings,
+        parabola=parabola, size=best, tokens=math.exp(tokens(lowest)) if is_inside else math.nan,
         bpb=float(parabola(lowest)) if is_inside else math.nan,
-    )
-
-
-def laws_of_report(trainings: list[Training]) -> list[Block]:
-    """Return the sweep report's section on scaling laws; empty if no parabolas fit."""
-    laws = fit_scaling_laws(trainings)
-    return [] if laws is None else [describe_laws(laws)]
+    )  # fmt: skip
 
 
 def describe_laws(laws: ScalingLaws) -> str:

@@ -21,18 +21,15 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 
 from mlxchat.composition.compose import Composed, compose_config, split_config_dirs
 from mlxchat.config.schema import SweepConfig
-from mlxchat.config.secrets import redact
 from mlxchat.config.wording import format_number
-from mlxchat.errors import ConfigError, Interrupted, MlxchatError
+from mlxchat.errors import ConfigError, Interrupted, MlxchatError, redact
 from mlxchat.pipeline import plan_of, plan_to_run, run_pipeline
 from mlxchat.runner.plan import PlannedStep, entries_of
 from mlxchat.store import locks
-from mlxchat.store.crash import crash_point
-from mlxchat.store.files import Record, Records
+from mlxchat.store.files import Record, Records, crash_point
 from mlxchat.store.fingerprint import canonical_json, encode_digest, flatten
 from mlxchat.store.store import Store
-from mlxchat.sweep.results import Row, conclude, find_metric, metrics_of, write_state
-from mlxchat.sweep.sweeper import listed, parse
+from mlxchat.sweep.sweeper import Row, conclude, find_metric, listed, metrics_of, parse, write_state
 
 if TYPE_CHECKING:
     import optuna
@@ -57,7 +54,6 @@ class Search:
     direction: str  # minimize or maximize
 
     def __post_init__(self) -> None:
-        """Set what follows from the configuration."""
         config = self.base.config
         self.sweep, self.target = config.sweep, str(config.sweep.metric)
         self.store = Store(Path(config.outputs))
@@ -70,11 +66,7 @@ class Search:
 
 
 def run_search(arguments: list[str]) -> int:
-    """Run the remaining trials; return 1 if none has succeeded, else 0.
-
-    Args:
-        arguments: arguments of the command line, with `sweep=tpe` or `sweep=halving`.
-    """
+    """Run the remaining trials of a command line with `sweep=tpe` or `halving`; return 1 if none succeeded, else 0."""
     overrides, config_dirs = split_config_dirs([item for item in arguments if item not in ("-m", "--multirun")])
     search = read_search(overrides, config_dirs)
     search.store.prepare()
@@ -93,11 +85,11 @@ def read_search(overrides: list[str], config_dirs: list[str]) -> Search:
     if find_spec("optuna") is None:
         raise ConfigError("a search needs Optuna: pip install 'mlxchat[search]' (or optuna)")
     fixed, space = read_space(overrides, config_dirs)
-    first = {key: examples_of(distribution)[0] for key, distribution in space.items()}
+    first = {key: _examples_of(distribution)[0] for key, distribution in space.items()}
     problems: list[str] = []
     composed: list[Composed] = []
     for key, distribution in space.items():
-        for value in examples_of(distribution):
+        for value in _examples_of(distribution):
             point = [f"{name}={chosen}" for name, chosen in (first | {key: value}).items()]
             try:
                 composed.append(compose_config([*fixed, *point], config_dirs))
@@ -114,10 +106,8 @@ def read_search(overrides: list[str], config_dirs: list[str]) -> Search:
     direction = find_metric(str(sweep.metric), sweep.direction, [plan])
     declared = next((planned.stage.metric(metric) for planned in plan if planned.name == step), None)
     if sweep.kind == "halving" and (declared is None or not declared.curve):
-        raise ConfigError(
-            f"sweep=halving compares trials during training, and {sweep.metric} is known only at the end: use "
-            "sweep=tpe, or a metric such as pretrain.val_bpb"
-        )
+        late = f"sweep=halving compares trials during training, and {sweep.metric} is known only at the end"
+        raise ConfigError(f"{late}: use sweep=tpe, or a metric such as pretrain.val_bpb")
     return Search(base=base, fixed=fixed, config_dirs=config_dirs, space=space, plan=plan, direction=direction)
 
 
@@ -167,7 +157,7 @@ def _distribution(item: Override) -> BaseDistribution:
     return FloatDistribution(low, high, log=log, step=step)
 
 
-def examples_of(distribution: Any) -> Sequence[Any]:
+def _examples_of(distribution: Any) -> Sequence[Any]:
     """Return values to test the composition with: every choice, or both ends."""
     return getattr(distribution, "choices", None) or (distribution.low, distribution.high)
 

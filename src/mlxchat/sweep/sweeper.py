@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
@@ -16,24 +19,16 @@ from hydra.errors import HydraException
 from mlxchat.composition.compose import Composed, compose_config, split_config_dirs
 from mlxchat.composition.overrides import refuse_hydras
 from mlxchat.config.schema import Config
-from mlxchat.config.secrets import redact
-from mlxchat.config.wording import format_number
-from mlxchat.errors import ConfigError, Interrupted, MlxchatError, visible
+from mlxchat.config.wording import Table, format_number
+from mlxchat.errors import ConfigError, Interrupted, MlxchatError, redact, suggest, visible
 from mlxchat.pipeline import PipelineRun, place_steps, plan_of, plan_to_run
+from mlxchat.report.experiments import group_seeds, table_of_seeds, why_no_best
 from mlxchat.runner.leader import lead
 from mlxchat.runner.plan import PlannedStep, entries_of
+from mlxchat.store.files import write_whole
+from mlxchat.store.manifest import MEASURED, read_manifest
+from mlxchat.store.naming import BEST, LATEST, MODEL, called, model_of
 from mlxchat.store.store import Store
-from mlxchat.sweep.results import (
-    Row,
-    conclude,
-    differing,
-    find_metric,
-    main_metric,
-    metrics_of,
-    metrics_of_plan,
-    settings_of,
-    write_state,
-)
 
 
 @dataclass(kw_only=True)
@@ -78,11 +73,7 @@ class Job:
 def read_sweep(arguments: list[str], make_plan: Callable[[Config, Store], list[PlannedStep]] = plan_of) -> list[Job]:
     """Return the checked and planned jobs of a command line; nothing is written.
 
-    `outputs`, `fail_fast` and `sweep` are the first job's.
-
-    Args:
-        arguments: arguments of the command line.
-        make_plan: plans each job; `plan_to_run` also downloads what keys need.
+    `outputs`, `fail_fast` and `sweep` are the first job's. `plan_to_run` as `make_plan` downloads what keys need.
     """
     overrides, config_dirs = split_config_dirs([item for item in arguments if item not in ("-m", "--multirun")])
     refuse_hydras(overrides)
@@ -151,20 +142,22 @@ def _values(item: Override) -> list[str]:
 
 
 def run_sweep(arguments: list[str]) -> int:
-    """Run a sweep and write its table; return 1 if a job failed, else 0.
-
-    Args:
-        arguments: arguments of the command line, with `-m`.
-    """
+    """Run the sweep of a command line with `-m` and write its table; return 1 if a job failed, else 0."""
     jobs = read_sweep(arguments, plan_to_run)
     config = jobs[0].composed.config
     store = Store(Path(config.outputs))
     store.prepare()
     folder = store.outputs / "multirun" / f"{datetime.now():%Y%m%d-%H%M%S-%f}-{redact(config.name)}-sweep"
     write_state(folder, [job.row(store) for job in jobs])
+    for job in jobs:
+        name = f"── job {job.number}/{len(jobs)} {job.title}".rstrip()
+        if job.is_finished:
+            _print(f"{name} is done already{_describe(job.plan, store, job.composed.config.sweep.metric)}")
+        else:
+            job.run = _JobRun(job, name, store)
     stop: Interrupted | None = None
     try:
-        _run_jobs(jobs, store)
+        lead([job.run for job in jobs if job.run is not None], store)
     except Interrupted as error:
         stop = error
     rows = [job.row(store) for job in jobs]
@@ -203,17 +196,6 @@ class _JobRun(PipelineRun):
             _print(f"{self.name} failed: {str(error).partition(chr(10))[0]}")
 
 
-def _run_jobs(jobs: Sequence[Job], store: Store) -> None:
-    """Run the unfinished jobs."""
-    for job in jobs:
-        name = f"── job {job.number}/{len(jobs)} {job.title}".rstrip()
-        if job.is_finished:
-            _print(f"{name} is done already{_describe(job.plan, store, job.composed.config.sweep.metric)}")
-        else:
-            job.run = _JobRun(job, name, store)
-    lead([job.run for job in jobs if job.run is not None], store)
-
-
 def _describe(plan: Sequence[PlannedStep], store: Store, metric: str | None) -> str:
     numbers = metrics_of(plan, store, metric)
     return "".join(f"  {key} {format_number(value)}" for key, value in numbers.items())
@@ -221,3 +203,176 @@ def _describe(plan: Sequence[PlannedStep], store: Store, metric: str | None) -> 
 
 def _print(line: str) -> None:
     print(visible(redact(line)), flush=True)
+
+
+Row = dict[str, Any]
+"""A job: job (its number), title, settings (key → value), status, metrics (STEP.METRIC → value) and steps (as in
+plan.json); error, iterations, run and id, if any."""
+
+_SHOWN = ("val_bpb", "val_loss", "core", "mean_centered", "chatcore", "pass_at_1")
+"""Metrics that every table shows, for each step."""
+_LAST = ("iterations", "run", "id", "status", "error")
+
+
+def metrics_of_plan(plan: Sequence[PlannedStep]) -> dict[str, tuple[str | None, str]]:
+    """Return STEP.METRIC → direction, and what this configuration lacks to record it ("": it records it)."""
+    return {
+        f"{step.name}.{each.name.replace('*', str(name))}": (each.better, "" if each.when(step) else each.needs)
+        for step in plan
+        for each in step.stage.metrics
+        for name in ([""] if each.names is None else each.names(step.config))
+    }
+
+
+def find_metric(name: str, direction: str | None, plans: Sequence[Sequence[PlannedStep]]) -> str:
+    """Return the direction (minimize, maximize) of STEP.METRIC, which one of the plans records; else a ConfigError.
+
+    `direction` is sweep.direction; None: the declared one.
+    """
+    declared = [metrics_of_plan(plan) for plan in plans]
+    found = [metrics[name] for metrics in declared if name in metrics]
+    recorded = [better for better, needs in found if not needs]
+    if found and not recorded:
+        raise ConfigError(f"sweep.metric={name} is not recorded here; it needs {found[0][1]}")
+    if not found:
+        step = name.rpartition(".")[0]
+        known = [each for each, (_, needs) in declared[0].items() if not needs]
+        known = [each for each in known if each.startswith(f"{step}.")] or known
+        raise ConfigError(
+            f"sweep.metric={name} is not recorded by any step; expected STEP.METRIC, one of: {', '.join(known)}."
+            f"{suggest(name, declared[0])}"
+        )
+    if (chosen := direction or recorded[0]) is None:
+        raise ConfigError(f"sweep.metric={name} has no better direction: give sweep.direction=minimize or =maximize")
+    return chosen
+
+
+def metrics_of(plan: Sequence[PlannedStep], store: Store, metric: str | None = None) -> dict[str, float]:
+    """Return STEP.METRIC → value for the columns of a table; `metric` is one of them in any case."""
+    found = {}
+    for step in plan:
+        manifest = store.made(step.key) or {"metrics": {}}
+        numbers = {**manifest["metrics"], **{key: manifest.get(key) for key in MEASURED}}  # speeds are kept apart
+        for key, value in numbers.items():
+            if isinstance(value, int | float) and (key in _SHOWN or f"{step.name}.{key}" == metric):
+                found[f"{step.name}.{key}"] = value
+    return found
+
+
+def settings_of(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return key → value of overrides; numeric values as numbers, others as typed."""
+    found: dict[str, Any] = {}
+    for key, sign, value in (override.partition("=") for override in overrides):
+        found[key] = value if sign else ""
+        for kind in (float, int):
+            with suppress(ValueError):
+                found[key] = kind(value)
+    return found
+
+
+def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the keys whose values differ, in the order of the command line."""
+    keys = dict.fromkeys(key for items in settings for key in items)
+    return [key for key in keys if len({str(items.get(key)) for items in settings}) > 1]
+
+
+def main_metric(rows: Sequence[Row]) -> str | None:
+    """Return the last metric of the pipeline that differs between the rows, else the last metric."""
+    names: list[str] = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
+    telling = [name for name in names if len({row["metrics"][name] for row in rows if name in row["metrics"]}) > 1]
+    return (telling or names)[-1] if names else None
+
+
+def write_state(folder: Path, rows: Sequence[Row], **facts: Any) -> None:
+    """Write sweep.json, from which `compare` and `report` read the jobs of a sweep."""
+    jobs = {str(row["job"]): {key: row[key] for key in ("title", "settings", "steps", "metrics")} for row in rows}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "sweep.json", json.dumps(redact({**facts, "jobs": jobs}), indent=1) + "\n", durable=False)
+
+
+def conclude(
+    folder: Path, store: Store, rows: Sequence[Row], *, metric: str | None, less_is_better: bool, unit: str = "job"
+) -> None:
+    """Write table and report of all jobs, name the best model, and print what was made.
+
+    Args:
+        folder: the sweep's folder; the end of its name is the sweep's name.
+        store: holds the artifacts.
+        rows: a row for each job; the best come first, pruned ones and then those without the metric last.
+        metric: STEP.METRIC to sort by; None: no row has a metric.
+        less_is_better: whether small values come first.
+        unit: name of a row.
+    """
+    from mlxchat.report.comparison import comparison, reports_of_sweep
+    from mlxchat.report.document import write_document
+    from mlxchat.sweep.scaling import describe_laws, fit_scaling_laws, trainings_of
+
+    rows = sorted(
+        redact([row | _product_of(row, store) for row in rows]), key=lambda row: _rank(row, metric, less_is_better)
+    )
+    keys = differing([row["settings"] for row in rows])
+    write_state(folder, rows, name=called(folder.name), sorted_by=metric, less_is_better=less_is_better)
+    _write_table(folder, rows, keys, metric, unit, less_is_better=less_is_better)
+    groups = group_seeds(rows, metric, less_is_better=less_is_better)
+    if groups and metric is not None:
+        print(f"\nover seeds:\n{visible(table_of_seeds(groups, metric).text())}\n", flush=True)
+    steps = [step for row in rows for step in row["steps"]]
+    if any(step["rid"] for step in steps):
+        laws = fit_scaling_laws(trainings_of(filter(None, (store.made(step["key"]) for step in steps))))
+        further = [describe_laws(laws)] if laws is not None else []
+        blocks = comparison(folder, reports_of_sweep(store.outputs, folder), further=further)
+        print(f"report: {write_document(folder, called(folder.name), blocks)}", flush=True)
+    if groups and (reason := why_no_best(groups)):
+        print(f"no best {unit}: {visible(reason)}", flush=True)
+    else:
+        _name_best(rows, metric, folder, store, unit, "best" if groups else "best of one seed each")
+
+
+def _product_of(row: Row, store: Store) -> dict[str, str]:
+    """Return `id`, the folder of a finished job's model, else of its last artifact, and `run`, which made it."""
+    made = {step["step"]: place for step in row["steps"] if (place := store.find(step["rid"])) is not None}
+    place = model_of(made) or next(reversed(made.values()), None)
+    is_made = place is not None and row["status"] == "done"
+    return {"run": str(read_manifest(place).get("run")), "id": place.name} if place is not None and is_made else {}
+
+
+def _rank(row: Row, metric: str | None, less_is_better: bool) -> tuple[bool, bool, float, int]:
+    value = row["metrics"].get(metric)
+    if value is None or value != value:
+        return True, True, 0.0, row["job"]
+    return False, row["status"] == "pruned", value if less_is_better else -value, row["job"]
+
+
+def _write_table(
+    folder: Path, rows: Sequence[Row], keys: Sequence[str], metric: str | None, unit: str, *, less_is_better: bool
+) -> None:
+    """Write table.md and table.json; print the table."""
+    flat = [
+        {unit: row["job"], **{key: row["settings"].get(key, "") for key in keys}, **row["metrics"]}
+        | {key: row[key] for key in _LAST if row.get(key)}
+        for row in rows
+    ]
+    columns = list(dict.fromkeys(key for row in flat for key in row if key not in _LAST))
+    columns += [key for key in _LAST if any(key in row for row in flat)]
+    cells = [[row.get(key, "") for key in columns] for row in flat]
+    texts = [[f"{value:.5g}" if isinstance(value, float) else str(value) for value in row] for row in cells]
+    table = Table(header=columns, align="l" * len(columns), rows=texts).markdown()
+    (folder / "table.md").write_text(table + "\n", encoding="utf-8")
+    (folder / "table.json").write_text(json.dumps(flat, indent=1) + "\n", encoding="utf-8")
+    order = f"{unit}s by {metric}, {'smallest' if less_is_better else 'largest'} first\n\n" if metric else ""
+    print(f"\n{visible(order + table)}\n\nsweep: {folder / 'table.md'}", flush=True)
+
+
+def _name_best(rows: Sequence[Row], metric: str | None, folder: Path, store: Store, unit: str, title: str) -> None:
+    """Name the model of the first of the sorted rows SWEEP/best, and print how to chat with it, after a title.
+
+    Without any other run it also becomes the latest one.
+    """
+    best = next((row for row in rows if row["status"] == "done" and metric in row["metrics"]), None)
+    if best is None or read_manifest(place := store.outputs / "store" / best["id"])["kind"] != MODEL:
+        return
+    store.set_ref(folder.name, BEST, place)
+    if not (store.outputs / "refs" / LATEST).exists():
+        store.link_group(LATEST, best["run"])
+    name = f"{called(folder.name)}/{BEST}"
+    print(f"{title}: {unit} {best['job']}, {name}. To chat with it: mlxchat chat {name}", flush=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -52,24 +52,19 @@ class Chat:
     top_k: int | None
     max_tokens: int
     seed: int
-    continues: bool = False
-    """Whether the model is a base model, which continues text."""
+    continues: bool = False  # whether it is a base model, which continues text
     system: str | None = None
     messages: list[dict[str, Any]] = field(default_factory=list)
-    last: str | None = None
-    """The text that a base model continued last."""
+    last: str | None = None  # the text that a base model continued last
     _scheduler: Scheduler | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a system prompt for a base model."""
         if self.continues and self.system:
             raise ConfigError(f"{self.name} continues text and knows no system prompt")
 
     @classmethod
     def load(cls, folder: Path, *, bits: int | None = None, **settings: Any) -> Chat:
-        """Load a checkpoint artifact.
-
-        `bits` is as for `Engine`, `settings` are fields of the class.
+        """Load a checkpoint artifact; `bits` quantises it, `settings` are fields of the class.
 
         Raises:
             ConfigError: the model does not fit into memory, or does not support a system prompt.
@@ -89,21 +84,12 @@ class Chat:
 
     @classmethod
     def load_third_party(cls, folder: Path, name: str, **settings: Any) -> Chat:
-        """Load a folder that mlx-lm opens; a model without chat template continues text.
-
-        Raises:
-            ConfigError: mlx-lm is not installed, or the model does not support a system prompt.
-            DataError: mlx-lm cannot open it.
-        """
+        """Load a folder that mlx-lm opens; a model without chat template continues text."""
         engine = ThirdPartyEngine.load(folder)
         return cls(engine, name, continues=not engine.tokenizer.has_chat_template, **settings)
 
     def answer_once(self, prompt: str) -> None:
-        """Print the answer to a question, or the continuation of a text; '-' reads it from standard input.
-
-        Raises:
-            ConfigError: there is no question.
-        """
+        """Print the answer to a question, or the continuation of a text; '-' reads it from standard input."""
         text = sys.stdin.read().strip() if prompt == "-" else prompt
         if not text.strip():
             raise ConfigError("the prompt is empty; expected a question, or one on standard input with -p -")
@@ -111,7 +97,7 @@ class Chat:
 
     def converse(self) -> None:
         """Read questions and commands until /quit or the end of the input."""
-        from mlxchat.terminal.input import read_lines
+        from mlxchat.terminal.chat import read_lines
 
         print(f"{visible(self.name)}{' continues what you write' if self.continues else ''}. /help lists the commands.")
         mark = "text › " if self.continues else "you › "
@@ -155,11 +141,7 @@ class Chat:
         return f"{name[1:]} {number:g}"
 
     def ask(self, text: str) -> None:
-        """Print the answer to a question, or the continuation of a text, and add both to the conversation.
-
-        Raises:
-            ConfigError: the question does not fit into the context.
-        """
+        """Print the answer to a question, or the continuation of a text, and add both to the conversation."""
         if self.continues:
             prompt = self._beginning(text)
             self.last = text
@@ -223,10 +205,9 @@ class Chat:
         if left_out:
             self._note("the oldest turn" if left_out == 1 else f"the {left_out} oldest turns")
         if len(prompt) > room:
-            raise ConfigError(
-                f"the question and the system prompt have {len(prompt)} tokens, more than {room}: the model reads "
-                f"{self.engine.context_tokens} with its answer. Shorten them, or the answer (/tokens)"
-            )
+            long = f"the question and the system prompt have {len(prompt)} tokens, more than {room}"
+            reads = f"the model reads {self.engine.context_tokens} with its answer"
+            raise ConfigError(f"{long}: {reads}. Shorten them, or the answer (/tokens)")
         return prompt
 
     def _do_retry(self, _: str) -> str:
@@ -296,3 +277,42 @@ class Shown:
             self.kind, self._call = kind, ""
         self._call += text
         yield text, kind != "text"
+
+
+Reader = Callable[[str], str]
+"""Prompts for a line, starting with an editable text."""
+
+
+def read_lines(mark: str, commands: Mapping[str, tuple[str, str]]) -> Iterator[tuple[str, Reader]]:
+    """Yield non-empty lines, each with a function that prompts for an edited line, until the input ends."""
+    if not sys.stdin.isatty():
+        for line in sys.stdin:
+            if line.strip():
+                yield line.strip(), lambda default: default
+        return
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import WordCompleter
+
+    shown: Any = {name: f"{name} {argument}" for name, (argument, _) in commands.items()}
+    about: Any = {name: does for name, (_, does) in commands.items()}
+    completer = WordCompleter(list(commands), display_dict=shown, meta_dict=about, sentence=True)
+    session: PromptSession[str] = PromptSession(completer=completer)
+
+    def ask(default: str = "") -> str:
+        return str(session.prompt([("bold ansiblue", mark)], default=default)).strip()
+
+    def change(default: str) -> str:
+        try:
+            return ask(default)
+        except (KeyboardInterrupt, EOFError):  # changes nothing
+            return ""
+
+    while True:
+        try:
+            text = ask()
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            return
+        if text:
+            yield text, change

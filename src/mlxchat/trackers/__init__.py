@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 from mlxchat.config.parts import is_own, load_part
 from mlxchat.config.schema import TrackerConfig
-from mlxchat.config.secrets import redact
+from mlxchat.errors import redact
 from mlxchat.store.files import Records, write_whole
 
 # How long the end of a run waits for the service to send the rest.

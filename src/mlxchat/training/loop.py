@@ -11,7 +11,7 @@ from mlxchat.data.packing import BatchSource
 from mlxchat.model.parameters import computing_in
 from mlxchat.optim.optimizer import rates_at
 from mlxchat.runner.context import Context
-from mlxchat.store.crash import crash_point
+from mlxchat.store.files import crash_point
 from mlxchat.training.monitor import Monitor, Observation
 from mlxchat.training.state import Checkpointer
 from mlxchat.training.step import TrainStep

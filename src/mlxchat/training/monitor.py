@@ -34,7 +34,7 @@ from mlxchat.ops.machine import DECODED_ROWS, SCORED_TOKENS
 from mlxchat.optim.optimizer import Rates
 from mlxchat.planning.forecast import SUITE_ANSWER_TOKENS, peak_flops
 from mlxchat.runner.context import Context
-from mlxchat.runner.progress import Progress
+from mlxchat.runner.process import Progress
 from mlxchat.training.step import TrainStep
 
 _EMA_DECAY = 0.9

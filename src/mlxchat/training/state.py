@@ -24,8 +24,7 @@ from mlxchat.model.lora import ADAPTERS_FILE, adapters_of
 from mlxchat.model.parameters import set_parameters, trained_parameters
 from mlxchat.optim.optimizer import Flat, Optimizer
 from mlxchat.runner.context import Context
-from mlxchat.store.crash import crash_point
-from mlxchat.store.files import seal, sync, unseal
+from mlxchat.store.files import crash_point, seal, sync, unseal
 from mlxchat.store.fingerprint import hash_file
 from mlxchat.training.monitor import Monitor
 from mlxchat.training.step import TrainStep

@@ -3,13 +3,7 @@
 from mlxchat.runner.stage import Stage
 from stubs.source import count_execution
 
-stage = Stage(
-    version=1,
-    inputs={"text": "text"},
-    produces="table",
-    outputs=["table.txt"],
-    reads=["convert"],
-)
+stage = Stage(version=1, inputs={"text": "text"}, produces="table", outputs=["table.txt"], reads=["convert"])
 
 
 def run(ctx):

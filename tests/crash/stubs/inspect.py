@@ -3,13 +3,7 @@
 from mlxchat.runner.stage import Stage
 from stubs import score
 
-stage = Stage(
-    version=1,
-    inputs={"table": "table"},
-    produces="scores",
-    outputs=["scores.json"],
-    reads=["score"],
-)
+stage = Stage(version=1, inputs={"table": "table"}, produces="scores", outputs=["scores.json"], reads=["score"])
 
 
 def run(ctx):

@@ -5,13 +5,7 @@ import time
 from mlxchat.runner.stage import Stage
 from stubs.source import count_execution
 
-stage = Stage(
-    version=1,
-    inputs={"model": "model"},
-    produces="scores",
-    outputs=["scores.json"],
-    reads=["score"],
-)
+stage = Stage(version=1, inputs={"model": "model"}, produces="scores", outputs=["scores.json"], reads=["score"])
 
 
 def run(ctx):

@@ -2,12 +2,7 @@
 
 from mlxchat.runner.stage import Stage
 
-stage = Stage(
-    version=1,
-    produces="text",
-    outputs=["text.txt"],
-    reads=["source"],
-)
+stage = Stage(version=1, produces="text", outputs=["text.txt"], reads=["source"])
 
 
 def run(ctx):

@@ -5,7 +5,7 @@ import time
 import numpy as np
 
 from mlxchat.runner.stage import Stage
-from mlxchat.store.crash import crash_point
+from mlxchat.store.files import crash_point
 from mlxchat.training.state import read_newest, write_save
 from stubs.source import count_execution
 
