@@ -276,10 +276,9 @@ def place_steps(config: Config, plan: list[PlannedStep]) -> dict[str, ExecutorCo
         check_installed(executor)
         is_unknown = machine.compute_dtype == "auto" and device_kind(machine.device) == "cpu"
         if is_unknown and executor.gpus_per_node and step.stage.uses_gpu:
-            raise ConfigError(
-                f"{step.name} runs on GPUs of another machine (executor={executor.kind}), whose dtype is part of its "
-                "key: give machine.compute_dtype=bfloat16 or float32"
-            )
+            where = f"{step.name} runs on GPUs of another machine (executor={executor.kind})"
+            key = "whose dtype is part of its key: give machine.compute_dtype=bfloat16 or float32"
+            raise ConfigError(f"{where}, {key}")
         dtype = dtype_name(machine.device, machine.compute_dtype)
         step.config = replace(step.config, machine=replace(machine, compute_dtype=dtype))
     return executors

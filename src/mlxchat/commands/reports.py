@@ -29,10 +29,7 @@ _SWEEPS = "RUN may also be the folder of a sweep or search in multirun/."
 
 def compare(parser: Parser) -> None:
     parser.take_names("[RUN…]", least=0, most=None, about=f"{_SWEEPS} Without any: all runs")
-    parser.description = (
-        "Compare runs, or the jobs of a sweep or search: a row for each setting and metric that differs, a column for "
-        "each run."
-    )
+    parser.description = "Compare runs, or jobs of a sweep: rows of settings and metrics that differ, columns of runs."
     add = parser.add_argument
     add("--sort", metavar="NAME", help="by a setting (smallest first) or metric (best first); --sort=-NAME reverses")
     formats = "csv and json: all metrics; tsv: autoresearch's journal of a --baseline"

@@ -66,7 +66,7 @@ VERBS = {
 
 def find_replacement(name: str) -> str:
     """Return what replaces a setting or a verb that is gone, as the end of a message; "": it never was."""
-    found = VERBS.get(name) or next(
-        (text for keys, text in SETTINGS.items() if any(fnmatchcase(name, key) for key in keys.split())), ""
-    )
+    found = VERBS.get(name, "")
+    for keys, text in SETTINGS.items():
+        found = text if any(fnmatchcase(name, key) for key in keys.split()) else found
     return f" It is gone since version 0.3. Instead: {found.replace('`', '')}." if found else ""

@@ -68,10 +68,9 @@ def check_pins(
     except ConfigError as error:
         raise StepFailed(f"step {step}: {error}") from None
     if changed := changed_names(pins, now):
-        raise StepFailed(
-            f"step {step}: {', '.join(name.partition(' ')[2] for name in changed)} changed {when}. Nothing was "
-            "published, since it would not be what its id says. Run the same command again when it no longer changes."
-        )
+        names = ", ".join(name.partition(" ")[2] for name in changed)
+        why = "Nothing was published, since it would not be what its id says"
+        raise StepFailed(f"step {step}: {names} changed {when}. {why}. Run it again when that no longer changes.")
 
 
 def find_unknown(pins: Mapping[str, str]) -> dict[str, str]:

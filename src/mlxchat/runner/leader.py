@@ -142,10 +142,8 @@ def lead(executions: Sequence[Execution], store: Store) -> None:
     except BaseException as error:
         if isinstance(error, OSError):
             where = f"{error.strerror or error}: {error.filename}"
-            error = StoreError(
-                f"outputs folder {store.outputs} can no longer be used ({where}). Its contents are intact. "
-                "Fix that and run the same command again: it continues."
-            )
+            text = f"outputs folder {store.outputs} can no longer be used ({where}). Its contents are intact"
+            error = StoreError(f"{text}. Fix that and run the same command again: it continues.")
         for execution in executions:
             if execution.has_begun and not execution.has_ended:
                 execution.end(error)

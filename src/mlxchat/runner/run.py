@@ -269,10 +269,8 @@ class _Attempt:
     def _check_lock(self) -> None:
         """Raise a StoreError if the lock was removed, so that another process may make the same."""
         if not locks.owns(self.store.lock(self.step.key)):
-            raise StoreError(
-                f"{self.store.outputs} was removed or exchanged while {self.step.name} was made, and with it the lock "
-                "that kept others from making it too. Nothing was published; run the same command again."
-            )
+            lost = f"{self.store.outputs} was removed or exchanged while {self.step.name} was made, with its lock"
+            raise StoreError(f"{lost}. Nothing was published; run the same command again.")
 
     def _describe(self) -> Manifest:
         """Return the manifest's fields other than the contents."""

@@ -36,10 +36,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 Space = dict[str, "BaseDistribution"]
-_FORMS = (
-    "Expected choice(a,b), range(1,9), interval(0.1,1), int(interval(1,8)) or tag(log,interval(0.001,1)), "
-    "quoted in the shell"
-)
+_FORMS = "Expected choice(a,b), range(1,9), interval(0.1,1), int(interval(1,8)) or tag(log,interval(0.1,1)), in quotes"
 
 
 @dataclass(kw_only=True)
@@ -216,14 +213,12 @@ def tell(study: optuna.Study, asked: optuna.Trial, row: Row) -> None:
 
     trial = asked.study.trials[asked.number]
     crash_point("search.ended")
-    study.add_trial(
-        create_trial(
-            state={"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED}.get(row["status"], TrialState.FAIL),
-            value=row.get("value"), params=trial.params, distributions=trial.distributions,
-            user_attrs={"row": redact(row)}, system_attrs=trial.system_attrs,
-            intermediate_values=trial.intermediate_values,
-        )
+    ended = create_trial(
+        state={"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED}.get(row["status"], TrialState.FAIL),
+        value=row.get("value"), params=trial.params, distributions=trial.distributions, system_attrs=trial.system_attrs,
+        user_attrs={"row": redact(row)}, intermediate_values=trial.intermediate_values,
     )  # fmt: skip
+    study.add_trial(ended)
     crash_point("search.told")
 
 

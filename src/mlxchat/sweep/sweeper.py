@@ -238,10 +238,8 @@ def find_metric(name: str, direction: str | None, plans: Sequence[Sequence[Plann
         step = name.rpartition(".")[0]
         known = [each for each, (_, needs) in declared[0].items() if not needs]
         known = [each for each in known if each.startswith(f"{step}.")] or known
-        raise ConfigError(
-            f"sweep.metric={name} is not recorded by any step; expected STEP.METRIC, one of: {', '.join(known)}."
-            f"{suggest(name, declared[0])}"
-        )
+        one_of = f"{', '.join(known)}.{suggest(name, declared[0])}"
+        raise ConfigError(f"sweep.metric={name} is not recorded by any step; expected STEP.METRIC, one of: {one_of}")
     if (chosen := direction or recorded[0]) is None:
         raise ConfigError(f"sweep.metric={name} has no better direction: give sweep.direction=minimize or =maximize")
     return chosen
@@ -307,9 +305,8 @@ def conclude(
     from mlxchat.report.document import write_document
     from mlxchat.sweep.scaling import describe_laws, fit_scaling_laws, trainings_of
 
-    rows = sorted(
-        redact([row | _product_of(row, store) for row in rows]), key=lambda row: _rank(row, metric, less_is_better)
-    )
+    rows = redact([row | _product_of(row, store) for row in rows])
+    rows = sorted(rows, key=lambda row: _rank(row, metric, less_is_better))
     keys = differing([row["settings"] for row in rows])
     write_state(folder, rows, name=called(folder.name), sorted_by=metric, less_is_better=less_is_better)
     _write_table(folder, rows, keys, metric, unit, less_is_better=less_is_better)
