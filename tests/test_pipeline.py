@@ -46,6 +46,13 @@ def test_run_folder_records_plan_and_events(finished, tiny, manifests):
     assert events == [("run_started", None), *middle, ("run_done", None)]
 
 
+@pytest.mark.parametrize("step", ["pretrain", "midtrain", "sft"])
+def test_an_iteration_has_the_tokens_that_were_set(step, manifests):
+    """512, in rows of 256."""
+    derived = manifests[step]["derived"]
+    assert derived["tokens_per_iteration"] == 512
+
+
 def test_equal_settings_give_equal_bytes(finished, manifests, mlxchat, tiny, tmp_path):
     outputs = tmp_path / "again"
     done = mlxchat(*tiny, f"outputs={outputs}", environ={"PYTHONHASHSEED": "7"})

@@ -149,6 +149,8 @@ def test_artifact_pins_commit_and_files_without_text(hub, five, pin):
 def test_first_documents_are_held_out_without_validation_files(hub, five, pin):
     corpus = Corpus.open(pin(validation_files=None))
     assert list(corpus.documents("validation")) == texts(0)[:12]
+    share = len(five.files["shard_00000.parquet"]) * 12 / len(texts(0))
+    assert corpus.chars_per_byte == pytest.approx(sum(map(len, texts(0)[:12])) / share)
     assert list(corpus.documents("train"))[:19] == [*texts(0)[12:], texts(1)[0]]
     assert corpus.train[0].count() == 18
     rows = [shard.identity().get("rows") for shard in (*corpus.validation, *corpus.train[:2])]
