@@ -34,6 +34,13 @@ def come_in(twin: Twin, out: Path, **settings: Any) -> exporting.Checkpoint:
     return exporting.open_checkpoint(out)
 
 
+def written(twin: Twin, folder: Path) -> tuple[Path, str]:
+    """Import a twin and write it for nanochat; return the folder, and the snapshot of nanochat that reads it."""
+    out = folder / "back"
+    out.mkdir()
+    return out, exporting.write_nanochat(come_in(twin, folder / "ours"), out)
+
+
 def bits_of(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """Return name → type, shape and bytes of a .pt file's tensors."""
     return {
@@ -50,20 +57,17 @@ def globals_of(data: bytes) -> set[str]:
 
 @pytest.mark.parametrize(("later", "prefix"), [(False, ""), (True, "_orig_mod.")])
 def test_nanochat_round_trip_is_bit_exact(twin, tmp_path, later, prefix):
-    made, out = twin(later=later, prefix=prefix), tmp_path / "back"
-    out.mkdir()
-    snapshot = exporting.write_nanochat(come_in(made, tmp_path / "ours"), out)
+    made = twin(later=later, prefix=prefix)
+    out, snapshot = written(made, tmp_path)
     assert snapshot == ("jul2026" if later else "oct2025")
     assert bits_of(out / "model_000007.pt") == bits_of(made.folder / "model_000007.pt")
-    assert json.loads((out / "meta_000007.json").read_text()) == json.loads(
-        (made.folder / "meta_000007.json").read_text()
-    )
+    metas = [json.loads((folder / "meta_000007.json").read_text()) for folder in (out, made.folder)]
+    assert metas[0] == metas[1]
 
 
 def test_written_tokenizer_unpickles_as_tiktokens(twin, tmp_path):
-    made, out = twin(), tmp_path / "back"
-    out.mkdir()
-    exporting.write_nanochat(come_in(made, tmp_path / "ours"), out)
+    made = twin()
+    out, _ = written(made, tmp_path)
     found = pickle.loads((out / "tokenizer" / "tokenizer.pkl").read_bytes())
     expected = pickle.loads((made.folder / "tokenizer.pkl").read_bytes())
     assert found.__getstate__() == expected.__getstate__()
@@ -74,9 +78,7 @@ def test_written_tokenizer_unpickles_as_tiktokens(twin, tmp_path):
 
 
 def test_written_pickles_name_nothing_that_runs(twin, tmp_path):
-    out = tmp_path / "back"
-    out.mkdir()
-    exporting.write_nanochat(come_in(twin(later=True), tmp_path / "ours"), out)
+    out, _ = written(twin(later=True), tmp_path)
     for path in (out / "model_000007.pt", out / "tokenizer" / "token_bytes.pt"):
         with zipfile.ZipFile(path) as archive:
             assert archive.testzip() is None

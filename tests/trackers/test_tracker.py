@@ -141,16 +141,14 @@ def test_hanging_service_does_not_delay_the_end(tmp_path, monkeypatch):
 # The services run offline, and their files are read back
 
 
-def track(kind, outputs, *, run, iterations, is_done):
+def track(kind: str, outputs: Path, *, run: str, iterations: tuple[int, ...], is_done: bool) -> None:
     """Track iterations of a run and end it, done or interrupted."""
+    said: list[str] = []
     folder = outputs / "runs" / run
-    folder.mkdir(parents=True)
+    tracker = start(outputs, run, None, said, kind=kind, settings={"model": {"depth": 4}},
+                    records=lambda step: folder / "metrics.jsonl")  # fmt: skip
     for name in ("report.md", "report.html"):
         (folder / name).write_text("# all went well")
-    said: list[str] = []
-    config = TrackerConfig(kind=kind, project="parity", tags=["offline"])
-    tracker = Tracker(config, folder, ids=["a"], settings={"model": {"depth": 4}}, say=said.append,
-                      records=lambda step: folder / "metrics.jsonl")  # fmt: skip
     for iteration in iterations:
         tracker.log("pretrain", {"iteration": iteration, "loss": 8.0 / iteration})
     artifacts = {"pretrain": Published(id="a1b2", kind="checkpoint", folder=outputs)}
@@ -191,7 +189,7 @@ def test_trackio_continues_its_run(tmp_path, monkeypatch):
     pytest.importorskip("trackio")
     track("trackio", tmp_path, run="1-first", iterations=(1, 2, 3), is_done=False)
     track("trackio", tmp_path, run="2-second", iterations=(3, 4, 5), is_done=True)
-    (database,) = (tmp_path / "trackio").glob("parity*.db")
+    (database,) = (tmp_path / "trackio").glob("mlxchat*.db")
     with sqlite3.connect(database) as connection:
         rows = connection.execute("SELECT run_name, step, metrics FROM metrics ORDER BY id").fetchall()
         configs = connection.execute("SELECT run_name, config FROM configs").fetchall()

@@ -30,18 +30,7 @@ from starlette.types import Receive, Scope, Send
 
 from mlxchat import __version__
 from mlxchat.errors import ConfigError, visible
-from mlxchat.serve.answers import (
-    STREAM,
-    ChatChoice,
-    ChatCompletion,
-    Choice,
-    Completion,
-    ModelEntry,
-    ModelList,
-    TextChoice,
-    answers,
-    usage_of,
-)
+from mlxchat.serve.answers import STREAM, ChatCompletion, Choice, Completion, ModelEntry, ModelList, answers, usage_of
 from mlxchat.serve.models import Models
 from mlxchat.serve.requests import ChatRequest, Defaults, TextRequest, chat_requests, text_requests
 from mlxchat.serve.runs import run_routes
@@ -172,12 +161,11 @@ async def _respond(service: Service, body: ChatRequest | TextRequest, request: R
     if body.stream:
         return EventStream(answer, _chunks(answer, head, body, own))
     choices = await _collect(request, answer)
-    described = await run_in_threadpool(_describe, choices, chats=isinstance(body, ChatRequest))
+    numbered = list(enumerate(choices))
+    described = await run_in_threadpool(
+        lambda: [each.for_chat(at) if isinstance(body, ChatRequest) else each.for_text(at) for at, each in numbered]
+    )
     return JsonAnswer({**head, "choices": described, "usage": usage_of(answer, choices, body.n), **own})
-
-
-def _describe(choices: list[Choice], *, chats: bool) -> list[ChatChoice | TextChoice]:
-    return [choice.for_chat(index) if chats else choice.for_text(index) for index, choice in enumerate(choices)]
 
 
 async def _collect(request: Request, answer: Answer) -> list[Choice]:
