@@ -133,10 +133,10 @@ def _steps(report: RunReport) -> Iterator[Block]:
 
 
 def _heading(step: StepReport) -> str:
-    memory, seconds = number(step.manifest.get("peak_memory_bytes")), step.seconds
+    memory = number(step.manifest.get("peak_memory_bytes"))
     name = f"{step.name} ({STAGE_LABELS[step.stage]})" if step.stage in STAGE_LABELS else step.name
-    costs = ["" if seconds is None else format_seconds(seconds), format_bytes(memory) if memory else ""]
-    return " · ".join(filter(None, [name, step.outcome, *costs]))
+    time = "" if step.seconds is None else format_seconds(step.seconds)
+    return " · ".join(filter(None, [name, step.outcome, time, format_bytes(memory) if memory else ""]))
 
 
 def _environment(report: RunReport) -> Iterator[Block]:

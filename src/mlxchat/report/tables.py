@@ -166,8 +166,9 @@ def _clear_best(measured: list[Measure], chances: list[float]) -> float | None:
     Beyond: by more than two standard errors of the difference. With one value, or all alike, nothing is best.
     """
     first = measured[0]
-    # As the stage declares the metric; None: neither more nor less is better.
-    best = best_of("eval", first.metric) if not first.is_share else None if first.metric == "form" else max
+    if first.metric == "form":  # neither more nor less is better
+        return None
+    best = max if first.is_share else best_of("eval", first.metric)
     if best is None or len({each.conditions for each in measured}) > 1 or len({each.value for each in measured}) < 2:
         return None
     top: float = best(each.value for each in measured)
