@@ -86,12 +86,12 @@ def visible(text: Any) -> str:
     ESC becomes \x1b, a right-to-left override \u202e. In JSON the result means the same, since json.dumps has escaped
     what has the short form.
     """
-    return _COMMANDING.sub(_written_out, str(text).replace("\r\n", "\n"))
 
+    def written_out(found: re.Match[str]) -> str:
+        code = ord(found[0])
+        return f"\\x{code:02x}" if code < 0x20 else f"\\u{code:04x}"
 
-def _written_out(found: re.Match[str]) -> str:
-    code = ord(found[0])
-    return f"\\x{code:02x}" if code < 0x20 else f"\\u{code:04x}"
+    return _COMMANDING.sub(written_out, str(text).replace("\r\n", "\n"))
 
 
 # HF_TOKEN, WANDB_API_KEY, AWS_SECRET_ACCESS_KEY, DB_PASSWORD, but not TOKENIZERS_PARALLELISM.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import sys
 from argparse import Action, Namespace
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,6 +21,7 @@ from mlxchat.commands.arguments import Parser, is_setting, parser_of
 from mlxchat.composition.overrides import known_keys
 from mlxchat.config.schema import MODELS, Config
 from mlxchat.config.verbs import VERBS, split_verb
+from mlxchat.runner.stage import stage_files
 from mlxchat.store.files import list_folder
 from mlxchat.store.naming import IMPORTS, PINS, called, latest, links, runs
 from mlxchat.store.store import Store
@@ -100,17 +100,10 @@ def _named(form: str, store: Store, prefix: str) -> list[str]:
             found += [f"{group}/{step}" for step in links(store, latest(store) if group == "latest" else group)]
             found += [name for run in runs(store) for name in (run, called(run))]
             found += [name for each in list_folder(store.outputs / "store") for name in (each, each[-16:])]
-    if "STAGE" in kinds:
-        found += _stages()
+    found += stage_files() if "STAGE" in kinds else ()
     if kinds & {"FILE", "DIR", "PATH", "PLACE", "FOLDER", "WHAT"}:
         found += FilesCompleter()(prefix)
     return found
-
-
-def _stages() -> Iterable[str]:
-    from mlxchat.runner.stage import stage_files
-
-    return stage_files()
 
 
 def _settings(current: str) -> list[str]:
@@ -119,7 +112,7 @@ def _settings(current: str) -> list[str]:
     group, equals, _ = current.lstrip("+").partition("=")
     if equals:
         files = [name[:-5] for name in list_folder(conf / group.partition("@")[0]) if name.endswith(".yaml")]
-        names = {"model": MODELS, "stage": ["all", *_stages()]}.get(group, files)
+        names = {"model": MODELS, "stage": ["all", *stage_files()]}.get(group, files)
         return [f"{current.partition('=')[0]}={name}" for name in names]
     groups = [name for name in list_folder(conf) if (conf / name).is_dir() and name[0] != "_"]
     return [f"{name}=" for name in ("stage", "model", *groups, *(known_keys(Config) if current else ()))]

@@ -150,10 +150,9 @@ def _bench(options: Namespace) -> int:
     config = compose_config(_with_defaults(overrides), config_dirs, primary).config
     module, function, _ = KINDS[kind]
     measuring = import_module(f"mlxchat.bench.{module}")
-    model: list[Path] = []
-    if names:
-        model = [find_model(Store(Path(config.outputs)), names[0]).place]
-        check_model(model[0])
+    model = [find_model(Store(Path(config.outputs)), name).place for name in names]
+    for place in model:
+        check_model(place)
     record: dict[str, Any] = getattr(measuring, function)(config, *model)
     _keep(kind, record, [*names, *options.settings], Path(config.outputs))
     if options.json:
@@ -182,8 +181,6 @@ def _with_defaults(overrides: list[str]) -> list[str]:
     given = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
     if "experiment" in given:
         return overrides
-    chosen = ["experiment=bench"]
     fitting = f"muon_{given.get('architecture')}"
-    if "optimizer" not in given and fitting in group_options("optimizer"):
-        chosen.append(f"optimizer={fitting}")
-    return [*chosen, *overrides]
+    is_fitting = "optimizer" not in given and fitting in group_options("optimizer")
+    return ["experiment=bench", *([f"optimizer={fitting}"] if is_fitting else []), *overrides]

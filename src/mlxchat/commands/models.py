@@ -86,8 +86,7 @@ def _write(store: Store, place: Path, checkpoint: Checkpoint, out: Path, options
     from mlxchat.store.fingerprint import hash_file
 
     target, bits, dtype = options.to, options.bits, options.dtype
-    notes: list[str] = []
-    how: dict[str, str] = {}
+    notes, how = list[str](), dict[str, str]()
     own_code = needs_model_file(checkpoint.sizes)
     if target == "hf":
         exporting.write_hf(checkpoint, out, dtype=dtype)
@@ -187,10 +186,8 @@ def _import_model(options: Namespace) -> int:
     if options.base is not None:
         base = f"artifact:{find_model(store, options.base).place.name}"
         overrides.append(f"++pipeline.imported.checkpoint={quoted(base)}")
-    if options.revision != "main":
-        overrides.append(f"imported.revision={quoted(options.revision)}")
-    if options.step is not None:
-        overrides.append(f"imported.step={options.step}")
+    overrides += [f"imported.revision={quoted(options.revision)}"] if options.revision != "main" else []
+    overrides += [f"imported.step={options.step}"] if options.step is not None else []
     made = _import(store, name, overrides)
     store.prepare()
     store.set_ref(IMPORTS, name, made)
@@ -255,18 +252,15 @@ def _chat(options: Namespace) -> int:
     name = next(iter(options.names), None)
     settings = {key: getattr(options, key) for key in ("temperature", "max_tokens", "seed", "system")}
     settings["top_k"] = options.top_k or None
-    if name and name.startswith(_THIRD_PARTY):
-        title, folder = _third_party(options, name)
+    is_own = not (name and name.startswith(_THIRD_PARTY))
+    title, folder = ("", _own(Store(options.outputs), name)) if is_own else _third_party(options, str(name))
 
-        from mlxchat.terminal.chat import Chat  # imports MLX
+    from mlxchat.terminal.chat import Chat  # imports MLX
 
-        chat = Chat.load_third_party(folder, title, **settings)
+    if is_own:
+        chat = Chat.load(folder, bits=options.bits, **settings)
     else:
-        place = _own(Store(options.outputs), name)
-
-        from mlxchat.terminal.chat import Chat
-
-        chat = Chat.load(place, bits=options.bits, **settings)
+        chat = Chat.load_third_party(folder, title, **settings)
     if options.prompt is not None:
         chat.answer_once(options.prompt)
     else:

@@ -72,11 +72,11 @@ def _compare(options: Namespace) -> int:
         raise ConfigError("--format tsv needs --baseline RUN")
     names, store = options.names, Store(options.outputs)
     rows = rows_of_runs(store, find_runs(store, names))
-    if not rows and not names:
+    if not rows and names:
+        raise ConfigError(f"no job of {', '.join(names)} has artifacts in {store.outputs}")
+    if not rows:
         print(store.lacking("runs"))
         return 0
-    if not rows:
-        raise ConfigError(f"no job of {', '.join(names)} has artifacts in {store.outputs}")
     table = make_table(rows, options.sort, best_of)
     equal = table.equal if options.format == "table" else []
     table = replace(table, metrics=[name for name in table.metrics if name not in equal])
@@ -122,15 +122,14 @@ def _print(runs: Runs, form: str, errors: dict[str, dict[str, float]]) -> None:
     names = ["name", *runs.settings, *runs.metrics]
     if form == "json":
         print_json(runs.rows)
-        return
-    if form == "csv":
+    elif form == "csv":
         _print_csv([names, *([row.get(name) for name in names] for row in runs.rows)])
-        return
-    heads = [str(row["name"]) for row in runs.rows]
-    short = [called(head) for head in heads]
-    header = ["", *(short if len({*short}) == len(short) else heads)]
-    rows = [[name, *(_cell(row, name, errors) for row in runs.rows)] for name in names[1:]]
-    print(Table(header=header, align="l" + "r" * len(heads), rows=rows).text())
+    else:
+        heads = [str(row["name"]) for row in runs.rows]
+        short = [called(head) for head in heads]
+        header = ["", *(short if len({*short}) == len(short) else heads)]
+        rows = [[name, *(_cell(row, name, errors) for row in runs.rows)] for name in names[1:]]
+        print(Table(header=header, align="l" + "r" * len(heads), rows=rows).text())
 
 
 def _cell(row: Mapping[str, Any], name: str, errors: Mapping[str, Mapping[str, float]]) -> str:

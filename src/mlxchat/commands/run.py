@@ -125,7 +125,7 @@ def _plan_sweep(options: Namespace) -> int:
     from mlxchat.config.wording import plural
     from mlxchat.planning.forecast import estimate_steps
     from mlxchat.planning.memory import forecast_memory
-    from mlxchat.runner.plan import Estimate, format_plan
+    from mlxchat.runner.plan import describe_cost, format_plan
     from mlxchat.store.store import Store
     from mlxchat.sweep.sweeper import read_sweep
 
@@ -147,18 +147,21 @@ def _plan_sweep(options: Namespace) -> int:
             if own:
                 estimated = {step.name: estimates[step.name] for step in own if step.name in estimates}
                 print(textwrap.indent(format_plan(own, memory, estimated), "  "))
-    sums = [estimate for estimate in known.values() if estimate is not None]
-    total = Estimate(seconds=sum(each.seconds for each in sums), bytes=sum(each.bytes for each in sums))
-    unknown = len(known) - len(sums)
     if options.json:
-        estimate = {"seconds": round(total.seconds, 3), "bytes": total.bytes, "unknown": unknown}
-        print_json({"schema": 3, "jobs": described, "estimate": estimate})
+        sums = _sum_of(known)
+        print_json({"schema": 3, "jobs": described, "estimate": {**sums, "unknown": len(sums["unknown"])}})
         return 0
-    cost = f"; together {total}" + (f" and {unknown} without an estimate" if unknown else "") if sums else ""
     steps = len({step.key for job in jobs for step in job.plan})
-    done = steps - len(known)
-    print(f"{plural(len(jobs), 'job')}, {plural(steps, 'step')}: {done} done, {len(known)} to run{cost}")
+    counts = f"{steps - len(known)} done, {len(known)} to run{describe_cost(known)}"
+    print(f"{plural(len(jobs), 'job')}, {plural(steps, 'step')}: {counts}")
     return 0
+
+
+def _sum_of(estimates: Mapping[str, Estimate | None]) -> dict[str, Any]:
+    """Return the sum of step → estimate, and the steps without one."""
+    known = [estimate for estimate in estimates.values() if estimate]
+    sums = {"seconds": round(sum(each.seconds for each in known), 3), "bytes": sum(each.bytes for each in known)}
+    return {**sums, "unknown": [name for name, estimate in estimates.items() if not estimate]}
 
 
 def describe_plan(
@@ -178,11 +181,8 @@ def describe_plan(
             "difference": asdict(difference) if difference else None, "changed_code": step.drift,
             "estimate": asdict(estimate) if estimate else None, "memory": memory.get(step.name),
         })  # fmt: skip
-    known = [estimate for estimate in estimates.values() if estimate]
-    sums = {"seconds": round(sum(each.seconds for each in known), 3), "bytes": sum(each.bytes for each in known)}
-    unknown = [name for name, estimate in estimates.items() if not estimate]
     pending = [step.name for step in plan if not step.done]
-    return {"schema": 2, "pending": pending, "estimate": {**sums, "unknown": unknown}, "steps": steps}
+    return {"schema": 2, "pending": pending, "estimate": _sum_of(estimates), "steps": steps}
 
 
 _COLOURS = {"done": "fill:#cde8d5", "waiting": "fill:#fdecc8", "maybe": "fill:#e3e7f7"}

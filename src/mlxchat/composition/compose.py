@@ -92,7 +92,7 @@ def compose_config(overrides: list[str], config_dirs: list[str] | None = None, p
     if primary is not None:
         options += ["--config-path", str(primary.parent), "--config-name", primary.stem]
     implied = implied_experiment(overrides) if primary is None else []
-    schema = schema_of(_places_of_stages(overrides, folders, primary))
+    schema = schema_of(tuple(_places_of_stages(overrides, folders, primary)), Path.cwd())
     tree = _compose(overrides, folders, primary, schema)
     choices = {str(group): str(option) for group, option in tree.hydra.runtime.choices.items() if "hydra" not in group}
     params = {str(key): str(value) for key, value in (tree.hydra.sweeper.get("params") or {}).items()}

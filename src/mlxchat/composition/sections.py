@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import field, fields, is_dataclass, make_dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -13,22 +13,16 @@ from mlxchat.errors import ConfigError, suggest
 from mlxchat.runner.stage import Stage, Stages
 
 
-def schema_of(places: Sequence[str]) -> type[Config]:
-    """Return `Config` with the sections of the user's stages in these places."""
-    return _schema_of(tuple(places), Path.cwd())
-
-
 @cache
-def _schema_of(places: tuple[str, ...], here: Path) -> type[Config]:
-    del here  # a key of the cache, since places may be relative paths
+def schema_of(places: tuple[str, ...], here: Path) -> type[Config]:
+    """Return `Config` with the sections of the user's stages in these places, which may be relative to `here`."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     taken = {item.name for item in fields(Config)}
     sections: list[tuple[str, type, Any]] = []
     for stage in Stages(places).own.values():
-        kind = stage.settings
-        if kind is None:
+        if (kind := stage.settings) is None:
             continue
         if stage.name in taken:
             raise ConfigError(f'{stage.path}: mlxchat already has a section "{stage.name}". Rename the file')

@@ -69,8 +69,8 @@ def check_pins(
         raise StepFailed(f"step {step}: {error}") from None
     if changed := changed_names(pins, now):
         names = ", ".join(name.partition(" ")[2] for name in changed)
-        why = "Nothing was published, since it would not be what its id says"
-        raise StepFailed(f"step {step}: {names} changed {when}. {why}. Run it again when that no longer changes.")
+        what = "Nothing was published, since it would not be what its id says. Run the same command again"
+        raise StepFailed(f"step {step}: {names} changed {when}. {what} when it no longer changes.")
 
 
 def find_unknown(pins: Mapping[str, str]) -> dict[str, str]:

@@ -129,12 +129,15 @@ def format_plan(
     counts = {state: sum(step.state == state for step in plan) for state in ("done", "run", "maybe", "waiting")}
     summary = f"{plural(len(plan), 'step')}: {counts['done']} done, {counts['run']} to run"
     summary += "".join(f", {counts[state]} {state}" for state in ("maybe", "waiting") if counts[state])
-    known = [estimate for estimate in (estimates or {}).values() if estimate is not None]
-    if known:
-        total = Estimate(seconds=sum(each.seconds for each in known), bytes=sum(each.bytes for each in known))
-        unknown = len(estimates or {}) - len(known)
-        summary += f"; together {total}" + (f" and {unknown} without an estimate" if unknown else "")
-    return "\n".join([*lines, summary])
+    return "\n".join([*lines, summary + describe_cost(estimates or {})])
+
+
+def describe_cost(estimates: Mapping[str, Estimate | None]) -> str:
+    """Return the sum of step → estimate as the end of a summary; "" if none is known."""
+    known = [estimate for estimate in estimates.values() if estimate is not None]
+    total = Estimate(seconds=sum(each.seconds for each in known), bytes=sum(each.bytes for each in known))
+    unknown = len(estimates) - len(known)
+    return f"; together {total}" + (f" and {unknown} without an estimate" if unknown else "") if known else ""
 
 
 Pipeline = Mapping[str, Mapping[str, Any]]

@@ -175,10 +175,9 @@ class Environment:
 
     def record(self) -> dict[str, Any]:
         """Return git, versions, device and argv for a manifest."""
-        self._facts = self._facts or {
-            "git": git_state(Path(__file__).parent), "versions": versions(), "device": self._describe_device(),
-            "argv": ["mlxchat", *sys.argv[1:]],
-        }  # fmt: skip
+        if not self._facts:
+            self._facts = {"git": git_state(), "versions": versions(), "device": self._describe_device()}
+            self._facts["argv"] = ["mlxchat", *sys.argv[1:]]
         return self._facts
 
 
@@ -188,22 +187,21 @@ def versions() -> dict[str, str]:
 
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
-def git_state(folder: Path) -> dict[str, Any] | None:
+def git_state() -> dict[str, Any] | None:
     """Return commit and `dirty` of the git checkout that this code runs from; None if it is not a checkout."""
+    here = Path(__file__)
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", "-C", str(here.parent), *arguments], capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)
+        git("ls-files", "--error-unmatch", here.name)
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.CalledProcessError):
         return None

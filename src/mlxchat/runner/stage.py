@@ -163,7 +163,7 @@ def best_of(stage: str, metric: str) -> Callable[..., float] | None:
     stages = Stages()
     found = stages[stage].metric(metric) if stage in stages else None  # else an artifact of other code
     choices: dict[str | None, Callable[..., float]] = {"minimize": min, "maximize": max}
-    return None if found is None else choices.get(found.better)
+    return choices.get(found.better) if found is not None else None
 
 
 def _stages_at(place: str, root: Path) -> list[Stage]:

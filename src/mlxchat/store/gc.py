@@ -138,14 +138,12 @@ def runs_in_progress(store: Store) -> dict[str, list[str]]:
     busy = {run for run, _ in running_steps(store)}
     found: dict[str, list[str]] = {}
     for folder in _entries(store.outputs / "runs"):
-        try:
+        with suppress(OSError, ValueError, KeyError):  # no plan yet, or an unreadable one
             record = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
             is_young = time.time() - datetime.fromisoformat(record["started"]).timestamp() < DAY_SECONDS
             has_ended = Records(folder / "events.jsonl").last().get("event") in ("run_done", "run_failed")
             if folder.name in busy or (is_young and not has_ended):
                 found[folder.name] = [step["rid"] for step in record["steps"]]
-        except (OSError, ValueError, KeyError):
-            continue  # no plan yet, or an unreadable one
     return found
 
 

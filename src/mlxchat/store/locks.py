@@ -88,11 +88,10 @@ def owns(path: Path) -> bool:
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    try:
+    with suppress(OSError):
         status = path.stat()
-    except OSError:
-        return (0, 0)
-    return status.st_dev, status.st_ino
+        return status.st_dev, status.st_ino
+    return (0, 0)
 
 
 def is_held(path: Path) -> bool:
@@ -136,11 +135,10 @@ def name_process(owner: Mapping[str, Any]) -> str:
 
 def read_owner(path: Path) -> dict[str, Any]:
     """Return the record of the lock's holder, or an empty one."""
-    try:
+    with suppress(OSError, ValueError):
         record: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return record
+        return record
+    return {}
 
 
 # (work folder, number) → start of an execution of this process by the monotonic clock, in seconds.

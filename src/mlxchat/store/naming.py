@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -241,13 +242,10 @@ def links(store: Store, group: str) -> dict[str, Path]:
     folder = store.outputs / "refs" / group
     found = {}
     for name in list_folder(folder) if group else ():
-        try:
-            target = os.readlink(folder / name)  # noqa: PTH115  (speed)
-        except OSError:
-            continue
-        place = store.outputs / "store" / target.rpartition("/")[2]
-        if (place / MANIFEST).exists():
-            found[name] = place
+        with suppress(OSError):
+            place = store.outputs / "store" / os.readlink(folder / name).rpartition("/")[2]  # noqa: PTH115  (speed)
+            if (place / MANIFEST).exists():
+                found[name] = place
     return found
 
 
