@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.composition.sections import config_of, executor_of
-from mlxchat.config.parts import is_own, load_part, part_file
+from mlxchat.config.pins import is_own, load_part, part_file
 from mlxchat.config.schema import NO_ADAPTER, TRACKERS, BatchConfig, Config, ConversationConfig, ExecutorConfig
 from mlxchat.data.sources import SUFFIXES
 from mlxchat.data.vocabulary import problems_of_vocabulary

@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxchat.config.parts import load_part
+from mlxchat.config.pins import load_part
 from mlxchat.data.packing import RowStream, take_validation
 from mlxchat.data.sources import Corpus
 from mlxchat.data.tokens import open_documents, open_item

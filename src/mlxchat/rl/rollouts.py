@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlxchat.config.parts import load_part
+from mlxchat.config.pins import load_part
 from mlxchat.config.schema import PreferenceConfig, RewardConfig, RLConfig
 from mlxchat.data.packing import IGNORED, Batch, BatchSource, Ints
 from mlxchat.data.tokenizer import Tokenizer, render_for_completion

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from mlxchat.config.parts import import_module, module_files
+from mlxchat.config.pins import import_module, module_files
 from mlxchat.errors import ConfigError, suggest
 
 _PACKAGE = "mlxchat.stages"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from mlxchat.config.parts import is_own, load_part
+from mlxchat.config.pins import is_own, load_part
 from mlxchat.config.schema import TaskItem
 from mlxchat.errors import ConfigError, MlxchatError, suggest
 from mlxchat.tasks.base import Conversation, Task

@@ -23,7 +23,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from mlxchat.config.parts import is_own, load_part
+from mlxchat.config.pins import is_own, load_part
 from mlxchat.config.schema import TrackerConfig
 from mlxchat.errors import redact
 from mlxchat.store.files import Records, write_whole
