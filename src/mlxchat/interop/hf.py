@@ -50,14 +50,10 @@ def find_files(source: ModelSource) -> HfFiles:
         )
     check_architecture(read_config(source), source.where)
     weights = sorted(set(_read_index(source).values())) if source.has(INDEX_FILE) else [_WHOLE]
-    missing = [name for name in weights if not source.has(name)]
-    if missing:
+    if missing := [name for name in weights if not source.has(name)]:
         pickled = sorted(name for name in source.files if name.endswith((".bin", ".pt", ".pth")))
-        hint = (
-            f" {pickled[0]} is a pickle, which is not read: save the model as safetensors with transformers."
-            if pickled
-            else ""
-        )
+        advice = "is a pickle, which is not read: save the model as safetensors with transformers."
+        hint = f" {pickled[0]} {advice}" if pickled else ""
         raise DataError(f"{source.where} has no {missing[0]}.{hint}")
     ours = [name for name in (RANKS_FILE, CONFIG_FILE) if source.has(name)]
     if len(ours) < 2 and not source.has(HF_FILE):
@@ -130,8 +126,7 @@ def read_matching_tokenizer(path: Path, sizes: GPTSizes) -> Tokenizer:
 
 def _read_index(source: ModelSource) -> dict[str, str]:
     index = read_json(source.small(INDEX_FILE), f"{source.where}: {INDEX_FILE}").get("weight_map")
-    plain = isinstance(index, dict) and all(isinstance(name, str) and "/" not in name for name in index.values())
-    if not plain or not index:
+    is_plain = isinstance(index, dict) and all(isinstance(name, str) and "/" not in name for name in index.values())
+    if not isinstance(index, dict) or not index or not is_plain:
         raise DataError(f"{source.where}: {INDEX_FILE} has no valid weight_map")
-    assert isinstance(index, dict)
     return index

@@ -63,18 +63,15 @@ def find_files(source: ModelSource, step: int | None) -> NanochatFiles:
         raise DataError(f"{source.where} has no model of step {step}; it has {', '.join(map(str, steps))}")
     model, folder = steps[chosen], folders[0]
     meta = str(folder / model.name.replace("model_", "meta_").replace(".pt", ".json"))
+    copy = "Copy it from where the model was trained"
     if not source.has(meta):
-        raise DataError(
-            f"{source.where} has {model}, but no {meta} with its sizes. Copy it from where the model was trained"
-        )
+        raise DataError(f"{source.where} has {model}, but no {meta} with its sizes. {copy}")
     places = [folder, PurePosixPath("tokenizer"), *folder.parents, *(each / "tokenizer" for each in folder.parents)]
     wanted = [str(place / name) for name in (PICKLED_FILE, HF_FILE) for place in places]
     tokenizer = next((name for name in wanted if source.has(name)), None)
     if tokenizer is None:
-        raise DataError(
-            f"{source.where} has no tokenizer.pkl, neither beside {model} nor in tokenizer/. Copy it from where the "
-            f"model was trained (nanochat keeps it in ~/.cache/nanochat/tokenizer)"
-        )
+        nowhere = f"{source.where} has no tokenizer.pkl, neither beside {model} nor in tokenizer/"
+        raise DataError(f"{nowhere}. {copy} (nanochat keeps it in ~/.cache/nanochat/tokenizer)")
     return NanochatFiles(chosen, str(model), meta, tokenizer)
 
 

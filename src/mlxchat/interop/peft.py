@@ -137,12 +137,9 @@ class AdapterFiles:
 def find_files(source: ModelSource) -> AdapterFiles:
     """Return the files of adapters."""
     files = AdapterFiles(adapters=PEFT_FILE if source.has(PEFT_FILE) and not source.has(_ADAPTERS) else _ADAPTERS)
-    missing = [name for name in files.all() if not source.has(name)]
-    if missing:
-        wanted = " and no ".join(missing)
-        raise DataError(
-            f"{source.where} has no {wanted}, so it has no adapters of mlx-lm or PEFT. It has {source.listed()}"
-        )
+    if missing := " and no ".join(name for name in files.all() if not source.has(name)):
+        what = f"{source.where} has no {missing}, so it has no adapters of mlx-lm or PEFT"
+        raise DataError(f"{what}. It has {source.listed()}")
     source.small(files.config)
     return files
 
@@ -167,8 +164,7 @@ def import_adapter(
     else:
         adapter_sizes = read_adapter_config(paths[files.config].parent, sizes)
     check_shapes({name: values.shape for name, values in arrays.items()}, adapter_sizes, sizes, source.where)
-    strange = sorted(name for name, value in arrays.items() if not np.isfinite(value).all())
-    if strange:
+    if strange := sorted(name for name, value in arrays.items() if not np.isfinite(value).all()):
         raise DataError(f"{source.where}: {strange[0]} of the adapter has NaN or infinity")
     check()
     facts = read_json(base / "checkpoint.json", f"{base.name}: checkpoint.json")
