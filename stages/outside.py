@@ -21,11 +21,7 @@ stage = Stage(
     outputs=["scores.json", "examples.parquet"],
     reads=["outside", "suite", "eval"],
     unread=lambda filled, format: [*NEVER_READ, *(() if "corpus" in filled else ["eval.bpb_tokens"])],
-    metrics=[
-        *TEXT_METRICS,
-        Metric("core", "maximize", when=has_core, needs="core=nanochat"),
-        *TASK_METRICS,
-    ],
+    metrics=[*TEXT_METRICS, Metric("core", "maximize", when=has_core, needs="core=nanochat"), *TASK_METRICS],
     uses_gpu=True,
     label=lambda config: config.outside.name,
 )

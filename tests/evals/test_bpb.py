@@ -19,11 +19,7 @@ from kit.models import make_model
 from kit.numpy_gpt import numpy_logits
 from mlxchat.data.packing import IGNORED, Row
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.evals.bpb import (
-    mean_loss,
-    ngram_bits_per_byte,
-    text_loss,
-)
+from mlxchat.evals.bpb import mean_loss, ngram_bits_per_byte, text_loss
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT
 from mlxchat.model.scoring import ScoredRow, continuation, row_of, score_rows

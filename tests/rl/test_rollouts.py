@@ -333,10 +333,7 @@ def test_reward_is_the_tasks_or_the_weighted_sum_of_parts(functions):
     assert [judge("abc", own=own)[0], judge("abcd", own=own)[0]] == [3.0, 0.0]
 
 
-FAILURES = {
-    "lost": "returned nan, expected a finite number",
-    "broken": "raised KeyError: 'no such thing'",
-}
+FAILURES = {"lost": "returned nan, expected a finite number", "broken": "raised KeyError: 'no such thing'"}
 
 
 @pytest.mark.parametrize("name", FAILURES)

@@ -61,12 +61,7 @@ class Monitor:
     """Measures, logs and shows each iteration of a step's training."""
 
     def __init__(
-        self,
-        ctx: Context,
-        step: TrainStep,
-        batches: BatchSource,
-        num_iterations: int,
-        max_seconds: float | None = None,
+        self, ctx: Context, step: TrainStep, batches: BatchSource, num_iterations: int, max_seconds: float | None = None
     ) -> None:
         self.ctx, self.step, self.batches = ctx, step, batches
         self.num_iterations, self.max_seconds = num_iterations, max_seconds

@@ -18,13 +18,7 @@ from mlxchat.model.checkpoint import model_on, sync_model
 from mlxchat.model.forward import Dropping, LookedUp, draw_keys, dropping, recomputed
 from mlxchat.model.gpt import GPT
 from mlxchat.model.lora import adapters_of
-from mlxchat.model.parameters import (
-    cast_parameters,
-    flatten_parameters,
-    module_at,
-    set_parameters,
-    trained_parameters,
-)
+from mlxchat.model.parameters import cast_parameters, flatten_parameters, module_at, set_parameters, trained_parameters
 from mlxchat.ops.device import compiled_method, prepare_machine
 from mlxchat.ops.loss import Logits, cross_entropy_sum, distillation_sum
 from mlxchat.optim.optimizer import Flat, Optimizer, Rates
