@@ -146,7 +146,6 @@ def test_impossible_values_are_one_line_each(overrides, messages):
 
 # Products and gradients of adapters: against NumPy in float64 and mlx-lm's layers
 
-
 IN, OUT, RANK, SCALE, GROUP = 64, 48, 4, 1.7, 32
 Numbers = dict[str, np.ndarray]
 

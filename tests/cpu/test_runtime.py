@@ -78,7 +78,6 @@ def test_products_have_one_thread_while_several_lanes_compute():
 
 # The package without `mlxchat/cpu`: the plain path of Metal and CUDA in bfloat16, on this machine's CPU
 
-
 PACKAGE = Path(mlxchat.__file__).parent
 
 

@@ -67,7 +67,6 @@ def test_too_little_text_is_refused():
 
 # The compression table against other tokenizers
 
-
 SPLITS = {"train": ["one cat", "two cats\n"], "validation": ["naïve 你好"]}
 
 

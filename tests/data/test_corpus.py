@@ -101,7 +101,6 @@ def test_shards_have_nanochats_format_and_every_document_once(hundred):
 
 # A corpus on the Hub: pinning, choice of files, measured density, and downloads ahead of the reader
 
-
 NAME = "org/texts"
 
 

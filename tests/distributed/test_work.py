@@ -136,7 +136,6 @@ def test_rl_batches_equal_one_process(results):
 
 # Collectives give the same bits on every rank, for any array
 
-
 NOT_A_NUMBER = [0x80000000, 0x7FC00001, 0xFFC00000, 0x7F800000, 0x00000001]  # bits of −0.0, NaNs, ∞, a denormal
 INTEGERS = [2**53 + 1, -(2**62)]
 

@@ -210,7 +210,6 @@ def test_depth_gives_the_published_sizes_and_parameters(depth, width, heads, tot
 
 # Changes of the model in a copy of the package: what trains, chats, is evaluated and exported follows gpt.py alone
 
-
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "internals" / "change_the_architecture.md").read_text(encoding="utf-8")
 # A gated unit: one matrix more, with its initial weights and its count.

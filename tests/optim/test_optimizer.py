@@ -124,7 +124,6 @@ def test_three_updates_of_adamw_equal_the_published_formula(epsilon, weight_deca
 
 # Schedules of rates and momentum, at their edges and against nanochat's formulas
 
-
 OCT2025 = MomentumConfig(start=0.85, end=0.95, warmup_iterations=300, final=None)
 JUL2026 = MomentumConfig(start=0.85, end=0.97, warmup_iterations=400, final=0.9)
 

@@ -81,7 +81,6 @@ def test_scaling_follows_parameters_whatever_the_horizon(horizon):
 
 # The time of a pretraining follows from its FLOPs and from a reached or configured speed
 
-
 # nanochat's published d20: 3.491758e9 FLOPs per token, 21,400 iterations of 524,288 tokens.
 D20_FLOPS = 3.491758e9 * 21_400 * 524_288
 MADE = [(1e7, 1e4, "cpu"), (2e9, 100.0, "cpu"), (3e9, 5e6, "cuda")]  # FLOPs per token, tokens per second, device

@@ -249,7 +249,6 @@ def test_parsed_answers_render_to_the_same_tokens():
 
 # The stage preference: from pairs to a checkpoint, resumed bit for bit, and what it gains
 
-
 SETTINGS = """
     pipeline=preference stage=preference machine=cpu machine.blas_threads=1 machine.checkpoint_seconds=0
     preference.row_tokens=64 preference.pairs_per_iteration=4 preference.num_iterations=6

@@ -287,7 +287,6 @@ def test_engine_reports_the_quantised_models_log_probabilities(path, tokenizer):
 
 # Rewards: their parts, and users' functions that raise or return no number
 
-
 RIGHT = {"messages": [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]}
 
 

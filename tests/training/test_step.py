@@ -193,7 +193,6 @@ def test_recomputing_gives_the_same_bits_with_less_memory(set_lanes, architectur
 
 # Dropout: statistics of its masks, what they depend on, and where it acts
 
-
 DROPOUT_ROW_TOKENS, RATE, SEED = 16, 0.2, 9
 
 
@@ -259,7 +258,6 @@ def test_dropout_acts_on_the_embedding_and_each_attention_and_mlp(architecture, 
 
 
 # Learning from a teacher's distributions: which teachers fit, what is learnt, and that it resumes
-
 
 TEACHER_RATES = Rates(1.0, 0.0, 0.9)
 TEACHER = TeacherConfig(path=None, artifact=None, weight=0.5, temperature=1.0)

@@ -6,10 +6,9 @@ returns large buffers to the kernel on every release, which costs half a trainin
 keep them. On macOS, where MLX uses Accelerate, all of this is a no-op.
 
 Compiler flags: `mx.compile` writes each fused kernel as C++ and calls `g++ -O3` without a target CPU, so loops use
-SSE2. The command is fixed inside MLX, but it finds `g++` by PATH, so a script of that name in front of it adds the
-flags. MLX caches compiled kernels by name in TMPDIR, where kernels that other programs compiled without flags would be
-reused; ours are in the user's cache. Both variables change for this process and its children; Python's own temporary
-folder stays the same. Most of a kernel's compilation time is MLX's header, which the script precompiles once (50 MB).
+SSE2. MLX finds `g++` by PATH, so a script of that name in front of it adds the flags, and precompiles MLX's header once
+(50 MB), which takes most of a kernel's time. MLX caches kernels by name in TMPDIR, where other programs' kernels,
+without flags, would be reused; ours are in the user's cache. Both variables change for this process and its children.
 
 Products of few rows: OpenBLAS first copies both operands of a product, which takes half of a decoding step. `thin.cpp`
 is compiled into the same folder and provides a `cblas_sgemm` in front of OpenBLAS's.
@@ -39,14 +38,7 @@ _FLAGS = ["-march=native", "-fno-math-errno", "-fno-trapping-math"]
 _MLX_FLAGS = ["-std=c++17", "-O3", "-Wall", "-fPIC"]
 _THIN_FLAGS = ["-std=c++20", "-O3", "-fPIC", "--param", "avoid-fma-max-bits=0", "-fschedule-insns", "-fsched-pressure"]
 _HEADER = "mlx/backend/cpu/compiled_preamble.h"
-_SCRIPT = """#!/bin/sh
-header="{place}/include/{header}.gch"
-if [ ! -e "$header" ]; then
-  "{compiler}" {flags} {mlx_flags} -w -I"{include}" -x c++-header "{include}/{header}" -o "$header.$$" 2>/dev/null &&
-    mv "$header.$$" "$header"
-fi
-exec "{compiler}" {flags} -I"{place}/include" "$@"
-"""
+_SCRIPT = Path(__file__).with_name("compiler.txt")  # a shell script in place of g++
 _SCRIPT_FOLDER = "mlxchat-compiler"
 _THIN = Path(__file__).with_name("thin.cpp")
 _NEEDED = sys.platform == "linux"  # Linux's wheels of MLX link the reference BLAS
@@ -283,7 +275,7 @@ def _write_compiler(folder: Path, compiler: str) -> Path:
     (place / "include" / _HEADER).parent.mkdir(parents=True, exist_ok=True)
     script.parent.mkdir(exist_ok=True)
     names = {"place": place, "include": include, "compiler": compiler, "header": _HEADER}
-    text = _SCRIPT.format(**names, flags=" ".join(_FLAGS), mlx_flags=" ".join(_MLX_FLAGS))
+    text = _SCRIPT.read_text(encoding="ascii").format(**names, flags=" ".join(_FLAGS), mlx_flags=" ".join(_MLX_FLAGS))
     with whole_file(script, durable=False) as unfinished:
         unfinished.write_text(text)
         unfinished.chmod(0o700)

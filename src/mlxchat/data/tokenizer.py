@@ -31,18 +31,7 @@ from mlxchat.tasks.base import Conversation, find_fault
 FILES = (vocab.RANKS_FILE, vocab.HF_FILE, vocab.CONFIG_FILE, "token_bytes.safetensors")
 _PART_CHARS = 50_000
 Ids = np.ndarray[Any, np.dtype[np.uint32]]
-
-CHAT_TEMPLATE = """{{- '<|bos|>' -}}
-{%- set ns = namespace(system='') -%}
-{%- for message in messages -%}
-{%- if message['role'] == 'system' -%}{%- set ns.system = message['content'] + '\\n\\n' -%}
-{%- elif message['role'] == 'user' -%}
-{{- '<|user_start|>' + ns.system + message['content'] + '<|user_end|>' -}}{%- set ns.system = '' -%}
-{%- elif message['role'] == 'assistant' -%}
-{{- '<|assistant_start|>' -}}{%- generation -%}{{- message['content'] + '<|assistant_end|>' -}}{%- endgeneration -%}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|assistant_start|>' -}}{%- endif -%}"""
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.txt").read_text(encoding="utf-8")
 
 
 class Tokenizer:

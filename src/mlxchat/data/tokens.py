@@ -127,10 +127,9 @@ class Mixture:
 
 
 def _count(items: Sequence[TaskItem], sizes: Sequence[int]) -> list[int]:
-    """Return the number of conversations of each task in one pass.
+    """Return the number of conversations of each task in one pass; weights divide the total size of all tasks.
 
-    With weights, the total size of all tasks is divided in proportion to the weights; tasks with fewer conversations
-    repeat, of others only the first are taken.
+    Tasks with fewer conversations than their share repeat; of others only the first are taken.
     """
     weights = [item.weight for item in items]
     if all(weight is None for weight in weights):

@@ -206,10 +206,8 @@ def check_special_tokens(special: dict[str, Any], num_tokens: int, where: str) -
     expected = {name: num_tokens + index for index, name in enumerate(SPECIAL_TOKENS)}
     for name in sorted(expected.keys() | special.keys(), key=str):
         if expected.get(name) != special.get(name):
-            raise DataError(
-                f"{where}: the special token {name} has id {special.get(name)!r}, expected "
-                f"{expected.get(name)}. Supported are only nanochat's nine special tokens, after all others"
-            )
+            fault = f"{where}: the special token {name} has id {special.get(name)!r}, expected {expected.get(name)}"
+            raise DataError(f"{fault}. Supported are only nanochat's nine special tokens, after all others")
 
 
 # Hugging Face's tokenizer.json, as far as tiktoken can reproduce it
@@ -254,10 +252,8 @@ def _hf_pattern(source: str, record: Mapping[str, Any]) -> str:
             # It repeats the group there, and is possessive in tiktoken.
             raise DataError(f"{source} cannot be imported: its pattern means something else in tiktoken ({pattern})")
     kinds = ", ".join(str(step.get("type")) for step in steps)
-    raise DataError(
-        f"{source} cannot be imported: it splits text by {kinds}, expected ByteLevel with add_prefix_space=false, "
-        "optionally after one Split by a regular expression"
-    )
+    expected = "ByteLevel with add_prefix_space=false, optionally after one Split by a regular expression"
+    raise DataError(f"{source} cannot be imported: it splits text by {kinds}, expected {expected}")
 
 
 def _assemble(

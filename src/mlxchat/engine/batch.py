@@ -109,8 +109,7 @@ class Generator:
     ) -> None:  # fmt: skip
         """Start without rows, of which `max_rows` are decoded at a time.
 
-        `prefill_tokens` is the chunk size of prompts, and about the most that is read between two steps; `kept_tokens`
-        the size of the LRU cache of rows with `reuse`.
+        At most about `prefill_tokens` of prompts are read between two steps; `kept_tokens` is the LRU cache's size.
         """
         self.decoder, self.max_rows, self.prefill_tokens = decoder, max_rows, prefill_tokens
         self.kept = KeptPasts(kept_tokens)

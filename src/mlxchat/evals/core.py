@@ -62,8 +62,7 @@ class CoreTask:
 
     def options(self, item: dict[str, Any]) -> list[str]:
         """Return the options of an example; language modelling has none."""
-        found: list[str] = item.get("choices" if self.kind == "multiple_choice" else "context_options", [])
-        return found
+        return list(item.get("choices" if self.kind == "multiple_choice" else "context_options", []))
 
 
 def open_bundle(ctx: Context, config: CoreConfig) -> Bundle:
@@ -141,10 +140,8 @@ class Bundle:
         random.Random(SHUFFLE_SEED).shuffle(items)
         items = items[:max_per_task]
         if len(items) <= task.num_fewshot:
-            raise DataError(
-                f"{self.path}: {task.label} shows {task.num_fewshot} other examples before each one and has "
-                f"{len(items)} in all; use at least {task.num_fewshot + 1} per task"
-            )
+            shown = f"{self.path}: {task.label} shows {task.num_fewshot} other examples before each one"
+            raise DataError(f"{shown} and has {len(items)} in all; use at least {task.num_fewshot + 1} per task")
         return items
 
     def _read(self, name: str) -> str:
@@ -162,8 +159,7 @@ def evaluate_core(
 
     CORE and its standard error over examples, for fixed tasks, are None if tasks were left out. Prompts longer than the
     model's context are computed whole by "extend" if the model is ours, as in nanochat; "cut" drops their beginning.
-    Shots are drawn from the `max_per_task` examples of a task. `work` is the folder of the journals, kept between
-    attempts; `progress` as in `answer_all`.
+    Shots are drawn from the `max_per_task` examples of a task. The journals in `work` are kept between attempts.
     """
     bundle, most = open_bundle(ctx, config), engine.context_tokens
     chosen = bundle.choose(config.tasks)
@@ -351,8 +347,7 @@ def tokenize_prompts(kind: str, prompts: list[str], encoder: AnyTokenizer) -> tu
     """Return the sequences to compute and the first scored position of each.
 
     Multiple choice scores from where the options part; schemas score the common end; language modelling scores what the
-    prompt without the continuation does not cover. If its tokens do not begin the other's, where nanochat fails,
-    scoring starts where they differ.
+    prompt without the continuation does not cover: from where both differ, where nanochat fails if that is earlier.
     """
     sequences = [[encoder.bos, *encoder.encode(prompt)] for prompt in prompts]
     if kind == "language_modeling":

@@ -42,8 +42,7 @@ class HarnessModel(TemplateLM):
     ) -> None:
         """Load a folder with a checkpoint, or a model by any name that `mlxchat show` takes.
 
-        `max_gen_toks` is for tasks that set no limit. lm_eval passes batch_size, max_batch_size and device, too, which
-        are ignored.
+        `max_gen_toks` is for tasks that set no limit. lm_eval's batch_size, max_batch_size and device are ignored.
         """
         super().__init__()
         folder = Path(path) if Path(path).is_dir() else find(Store(Path(outputs)), path).place

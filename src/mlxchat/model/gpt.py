@@ -44,12 +44,8 @@ def rotate_and_normalise(x: mx.array, *, offset: int | mx.array, theta: float) -
     """Return heads (B, H, T, D), RMS-normalised and rotated by minus their position's angles.
 
     nanochat rotates by −θ, halves x1, x2 → x1 cos + x2 sin, x2 cos − x1 sin, and normalises afterwards, which is the
-    same except for rounding: a rotation keeps the mean square.
-
-    Args:
-        x: (B, T, H, D) projected queries or keys.
-        offset: position of the first token, of the batch or of each row (B,).
-        theta: base of the wavelengths.
+    same except for rounding: a rotation keeps the mean square. `x` are projected queries or keys (B, T, H, D), `offset`
+    the position of the first token, of the batch or of each row (B,), `theta` the base of the wavelengths.
     """
     heads = rms_norm(x).swapaxes(1, 2)
     # A scale of −1 on the positions turns MLX's rotation by θ into nanochat's.

@@ -28,8 +28,7 @@ class GPTSizes:
     width: int
     context_tokens: int
     rope_theta: float
-    architecture: str = "oct2025"
-    """oct2025 or jul2026: determines the initial weights, and whether long windows are limited (jul2026)."""
+    architecture: str = "oct2025"  # or jul2026: determines initial weights, and whether long windows are limited
     vocab_multiple: int = 1
     window_pattern: str = "L"
     short_window: int | None = None

@@ -173,9 +173,9 @@ class Monitor:
         counts.skipped += 1
         counts.skipped_in_a_row += 1
         if training.on_nan == "stop" or counts.skipped_in_a_row > _MOST_SKIPPED:
+            stopped = f"{self.ctx.step} stopped: iteration {iteration} of {self.num_iterations} gave {warning}"
             raise StepFailed(
-                f"{self.ctx.step} stopped: iteration {iteration} of {self.num_iterations} gave {warning}. "
-                "With training.on_nan=skip such updates are skipped and the training continues."
+                f"{stopped}. With training.on_nan=skip such updates are skipped and the training continues."
             )
         return f"{warning}; the update was skipped"
 
