@@ -1,4 +1,4 @@
-"""Errors, and their messages on the command line.
+"""Errors and their messages; `visible` and `redact`, through which everything printed goes.
 
 MlxchatError            one clear message, no traceback, exit code 2
 ├── ConfigError         the configuration, a file of it, or an override

@@ -1,4 +1,4 @@
-"""The parser of a verb: options, names of artifacts and runs, and settings written key=value."""
+"""The parser of a verb (options, names of artifacts and runs, settings written key=value), and what verbs print."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""mlxchat data: download and show data of the Hub and of URLs."""
+"""mlxchat data: download and show data of the Hub and of URLs; mlxchat distill: collect answers of a teacher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""mlxchat eval: evaluate any model on a task, a suite, CORE or held-out text."""
+"""mlxchat eval: any model on a task, a suite, CORE or held-out text; what `show` prints of answers and samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""mlxchat run: compose, plan, execute, report; and mlxchat --help."""
+"""mlxchat plan: what would run, and why; mlxchat run: compose, plan, execute, report; mlxchat --help."""
 
 from __future__ import annotations
 

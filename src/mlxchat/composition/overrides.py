@@ -1,4 +1,4 @@
-"""Overrides as people type them: their translation to Hydra's syntax, and mistakes in their keys."""
+"""Overrides as people type them: their translation to Hydra's syntax, mistakes in their keys, Hydra's errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Formats numbers, durations, sizes and times for people."""
+"""Formats numbers, durations, sizes and times for people; tables for terminals and Markdown."""
 
 from __future__ import annotations
 

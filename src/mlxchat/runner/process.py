@@ -1,4 +1,4 @@
-"""The running process: stopping by signals, keeping a Mac awake."""
+"""The running process: signals that stop it, its progress display, its versions, code and memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All artifacts of a store: summaries, lineage, verification, and artifacts from other places."""
+"""All artifacts of a store: bases of adapters, summaries, lineage, verification, artifacts from other places."""
 
 from __future__ import annotations
 

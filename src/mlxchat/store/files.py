@@ -1,4 +1,4 @@
-"""Atomically written files and folders, JSON with a digest, and append-only JSON lines.
+"""Crash points; atomically written files and folders, JSON with a digest, append-only JSON lines.
 
 A sealed JSON file ends in `digest`, the sha256 of every byte before it, which reveals truncation and changes.
 """

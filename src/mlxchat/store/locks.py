@@ -1,7 +1,7 @@
 """Locks: one holder at a time; filelock's flock, which the kernel releases when the holder dies.
 
 A lock file holds a note about its last holder, for messages of those that wait. docs/guides/outputs.md says which file
-systems share locks between hosts.
+systems share locks between hosts. Below: the attempts at a step; one that has no end was killed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The outputs folder: immutable artifacts, records of executions, and names.
+"""The outputs folder: immutable artifacts, those that steps share, records of executions, and names.
 
     store/<stage>-<label>-<rid16>/   an artifact; complete if and only if manifest.json exists
     records/<stage>-<key>-<time>-<rid16>.json   one per execution: the manifest of its result

@@ -1,4 +1,7 @@
-"""`mlxchat -m key=a,b`: composes, checks and plans every combination, and runs them all with one leader."""
+"""`mlxchat -m key=a,b`: composes, checks and plans every combination, and runs them all with one leader.
+
+Below: results of sweeps and searches, their metrics, table, report and best model.
+"""
 
 from __future__ import annotations
 
@@ -329,8 +332,9 @@ def _product_of(row: Row, store: Store) -> dict[str, str]:
     """Return `id`, the folder of a finished job's model, else of its last artifact, and `run`, which made it."""
     made = {step["step"]: place for step in row["steps"] if (place := store.find(step["rid"])) is not None}
     place = model_of(made) or next(reversed(made.values()), None)
-    is_made = place is not None and row["status"] == "done"
-    return {"run": str(read_manifest(place).get("run")), "id": place.name} if place is not None and is_made else {}
+    if place is None or row["status"] != "done":
+        return {}
+    return {"run": str(read_manifest(place).get("run")), "id": place.name}
 
 
 def _rank(row: Row, metric: str | None, less_is_better: bool) -> tuple[bool, bool, float, int]:
