@@ -1,7 +1,5 @@
 """Speed of training: whole steps, forward pass, comparison with the peak."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable

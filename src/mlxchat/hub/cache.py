@@ -4,8 +4,6 @@ Listings, plain downloads and notes are in `cache_folder()`. Files of the Huggin
 (HF_HOME), in the layout of the official client, so programs share what any of them fetched.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

@@ -4,8 +4,6 @@ The Hub's files are fetched by huggingface_hub into its own cache (HF_HOME) and 
 in `cache_folder()`: with HF_HUB_OFFLINE, or without a network, the recorded listing is used.
 """
 
-from __future__ import annotations
-
 import fnmatch
 import hashlib
 import os

@@ -6,8 +6,6 @@ artifact, and the same command continues with the artifacts that are missing. A 
 commit.
 """
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 import sys

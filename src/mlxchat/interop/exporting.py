@@ -4,8 +4,6 @@ Tensors are renamed (`names`) and rounded only on request. A tensor that was imp
 embedding if bfloat16 represents it exactly, is written as bfloat16, so a round trip is bit-exact.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Reads folders of `NanoChatForCausalLM`, as written by transformers, mlx-lm or mlxchat."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Imports third-party models as checkpoints, whose key depends on the contents of the files."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path

@@ -4,8 +4,6 @@ Our names are nanochat's. nanochat's compiled models have the prefix `_orig_mod.
 supports only the architecture of October 2025. No tensor is permuted, transposed or scaled.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace

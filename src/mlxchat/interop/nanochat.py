@@ -7,8 +7,6 @@ tokenizer.json                         instead of tokenizer.pkl, written by an e
 tokenizer.pkl is a pickled tiktoken encoding; its code is never executed.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

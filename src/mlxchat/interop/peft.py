@@ -4,8 +4,6 @@ PEFT stores A as (rank, in) and B as (out, rank); its scale is alpha / rank, or 
 (arXiv 2312.03732). DoRA is the same as ours.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

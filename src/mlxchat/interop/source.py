@@ -1,7 +1,5 @@
 """Sources of third-party models: a repository of the Hub at a commit, or a folder."""
 
-from __future__ import annotations
-
 import fnmatch
 import json
 import os

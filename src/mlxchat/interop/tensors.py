@@ -3,8 +3,6 @@
 Our checkpoints are float32. bfloat16, which NumPy lacks, is represented by its 16 bits, the upper half of a float32's.
 """
 
-from __future__ import annotations
-
 import json
 import struct
 from collections.abc import Callable, Mapping

@@ -6,8 +6,6 @@ Written pickles name only OrderedDict, _rebuild_tensor_v2, storage types and tik
 loader (`weights_only=True`) reads them.
 """
 
-from __future__ import annotations
-
 import pickle
 import zipfile
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ or damaged is None or empty, never an exception. Only a run folder without a rea
 only, so that importing this module is fast.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """The report of a sweep: its table, the curves of its jobs, bits per byte against FLOPs."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the model wrote: three telling answers of an evaluation, and samples of trainings."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """The summary of a run for report and console: did it learn, how well, what did it cost, what next."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterator

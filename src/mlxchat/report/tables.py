@@ -3,8 +3,6 @@
 The rows and columns follow from the steps of the run and from what they measured.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter

@@ -5,8 +5,6 @@ carries the orders as one JSON line, then a question and a secret, with which th
 its end.
 """
 
-from __future__ import annotations
-
 import _thread
 import base64
 import contextlib

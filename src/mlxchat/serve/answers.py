@@ -1,7 +1,5 @@
 """The answers of OpenAI's API: their types, for mypy and /openapi.json, and a choice while it is generated."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NotRequired, cast

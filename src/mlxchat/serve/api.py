@@ -4,8 +4,6 @@ A route parses its request in a thread, passes it to the worker, and sends the e
 Generation is cancelled when the client disconnects.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

@@ -1,7 +1,5 @@
 """The models of a server: names, provenance, metadata from their files, and loading."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """Request bodies, and the prompts, sampling settings and seeds that the engine gets from them."""
 
-from __future__ import annotations
-
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass

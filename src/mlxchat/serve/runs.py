@@ -4,8 +4,6 @@
 The routes are not coroutines, so files are read in threads, outside the event loop.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -3,8 +3,6 @@
 A `Fault` is an error response in OpenAI's format.
 """
 
-from __future__ import annotations
-
 import hmac
 import ipaddress
 import json

@@ -7,8 +7,6 @@ runs/<run>/tracker.json records the tracked run and what was sent. The same comm
 same ids, so an unfinished tracked run with the same ids is continued; after a finished one a new one starts.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
