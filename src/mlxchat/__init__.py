@@ -7,7 +7,7 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 # MLX's wheel for Linux CPUs needs a fast BLAS, which has to be loaded before it, and other kernels.
 with suppress(ModuleNotFoundError):
