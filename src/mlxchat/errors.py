@@ -12,8 +12,6 @@ MlxchatError            one clear message, no traceback, exit code 2
 `MLXCHAT_DEBUG=1` shows the traceback in every case. Programming errors are plain assertions.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterable, Mapping

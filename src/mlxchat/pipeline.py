@@ -3,8 +3,6 @@
 The verbs and a notebook use the same functions: `compose(...)` returns a `Pipeline` with `plan()` and `run()`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

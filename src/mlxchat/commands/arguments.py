@@ -1,7 +1,5 @@
 """The parser of a verb (options, names of artifacts and runs, settings written key=value), and what verbs print."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -1,7 +1,5 @@
 """Verbs that pin, remove and copy artifacts: pin, gc, rm, push, pull."""
 
-from __future__ import annotations
-
 import re
 from argparse import Namespace
 from dataclasses import asdict

@@ -4,8 +4,6 @@ argcomplete reads the shell's line and writes the answer. The words come from th
 without Hydra and YAML: Tab must answer within 0.1 s.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from argparse import Action, Namespace

@@ -3,8 +3,6 @@
 The device works in bfloat16, the CPU in float32. Products, attention, gradients and the optimizer take part.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import mlx.core as mx

@@ -1,7 +1,5 @@
 """mlxchat eval: any model on a task, a suite, CORE or held-out text; what `show` prints of answers and samples."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

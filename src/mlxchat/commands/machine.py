@@ -1,7 +1,5 @@
 """This machine's setup and speed: doctor and bench."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import os

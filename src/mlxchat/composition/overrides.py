@@ -1,7 +1,5 @@
 """Overrides as people type them: their translation to Hydra's syntax, mistakes in their keys, Hydra's errors."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass

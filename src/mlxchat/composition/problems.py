@@ -1,7 +1,5 @@
 """Finds impossible values in a configuration before anything runs."""
 
-from __future__ import annotations
-
 import math
 import operator
 import re

@@ -1,7 +1,5 @@
 """The schema with a section for each of the user's stages that has settings; settings of single steps."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import field, fields, is_dataclass, make_dataclass, replace
 from functools import cache, partial

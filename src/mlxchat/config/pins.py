@@ -7,8 +7,6 @@ A field's metadata has one of these: `field(default="poem.txt", metadata={"pin":
 content hash or version of what the field of a section, at the dotted key `place`, names.
 """
 
-from __future__ import annotations
-
 import ast
 import importlib
 import importlib.util

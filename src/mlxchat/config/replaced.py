@@ -3,8 +3,6 @@
 This is for version 0.3 only.
 """
 
-from __future__ import annotations
-
 from fnmatch import fnmatchcase
 
 _CONSTANT = "a constant now, nanochat's"

@@ -3,8 +3,6 @@
 A meaning stands in `setting(…)`, or below it where it needs more than a line. See `setting` for the other words.
 """
 
-from __future__ import annotations
-
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from typing import Any

@@ -1,7 +1,5 @@
 """The verbs of the command line."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 # Verb → (module:function of mlxchat.commands that declares the verb's parser, description); _function is the verb.

@@ -1,7 +1,5 @@
 """Formats numbers, durations, sizes and times for people; tables for terminals and Markdown."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import sys

@@ -6,8 +6,6 @@ each start and for its end, so a later command finds the job and awaits it. When
 limit or preemption, the job saves its state and is queued again.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

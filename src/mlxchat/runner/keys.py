@@ -1,7 +1,5 @@
 """What a step's key and its record hold besides settings and inputs: pins of external data, digests of code."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 from collections.abc import Callable, Container, Mapping

@@ -3,8 +3,6 @@
 A sweep is several runs with one leader: a step that they share is made once, and its failure is theirs.
 """
 
-from __future__ import annotations
-
 import json
 import signal
 import time

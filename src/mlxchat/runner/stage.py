@@ -4,8 +4,6 @@ Ours are in stages/, users' in the folders and modules of the configuration's `s
 they import what only `run` needs inside `run`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """All artifacts of a store: bases of adapters, summaries, lineage, verification, artifacts from other places."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Differences of two artifacts in everything, and of several runs in settings and metrics."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from contextlib import suppress

@@ -3,8 +3,6 @@
 A sealed JSON file ends in `digest`, the sha256 of every byte before it, which reveals truncation and changes.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

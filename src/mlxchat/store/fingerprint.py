@@ -4,8 +4,6 @@ Fields of the typed configuration are part of the identity unless their metadata
 added later declares `since_default`; while it has that value it is left out, so old artifacts stay valid.
 """
 
-from __future__ import annotations
-
 import base64
 import dataclasses
 import hashlib

@@ -5,8 +5,6 @@ from is kept, too. `--keep-last N` releases the refs of ended runs, except those
 artifacts of each step.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import time

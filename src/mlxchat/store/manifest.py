@@ -1,7 +1,5 @@
 """Manifests of artifacts: ids, digests, parsing and checks."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path

@@ -14,8 +14,6 @@ RUN is the name of a run's folder, also as a path, or its last part (quickstart)
 The latest run is the last one that finished a model; `refs/latest` links to its refs.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping

@@ -12,8 +12,6 @@ A key identifies what a step computes, an id (rid) also the result, so an artifa
 step is done if a record of its key leads to an artifact, and running if its lock is held; no other file matters.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import time

@@ -6,8 +6,6 @@ laws N* = a·C^α and D* = b·C^β go through the minima. N counts the parameter
 D the tokens.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
