@@ -10,14 +10,12 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from kit.artifacts import make_model as artifacts_model
-from kit.artifacts import make_tokenizer, publish
+from kit.artifacts import make_model, publish_base
 from kit.commands import Say, run_here
 from mlxchat.bench import generate
 from mlxchat.commands import device_checks
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import Config
-from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.parameters import flatten_parameters
 
 Done = subprocess.CompletedProcess[str]
@@ -116,11 +114,10 @@ def test_decoding_step_reads_weights_and_cache(monkeypatch):
 
 def test_model_is_measured_and_its_result_kept(tmp_path, say):
     outputs = tmp_path / "outputs"
-    model, tokenizer = artifacts_model("oct2025"), make_tokenizer()
-    publish(outputs, "talks", lambda out: save_checkpoint(out, model, tokenizer, {"stage": "sft", "format": "chat"}))
+    publish_base(outputs, "talks")
     asked = ["bench.rows=[1,2]", "bench.prompt_tokens=[20]", "bench.new_tokens=4", "bench.steps=1"]
     found = found_by(say, "generate", "talks", *asked, f"outputs={outputs}")
-    assert found["num_parameters"] == sum(value.size for value in flatten_parameters(model).values())
+    assert found["num_parameters"] == sum(value.size for value in flatten_parameters(make_model()).values())
     (kept,) = [json.loads(path.read_text())["command"] for path in (outputs / "bench").iterdir()]
     assert "mlxchat bench generate talks 'bench.rows=[1,2]'" in kept
     assert "MFU" in say("bench", "generate", "talks", *asked, "bench.bits=4", f"outputs={outputs}")

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kit.artifacts import make_model, make_tokenizer, publish
+from kit.artifacts import FACTS, make_model, make_tokenizer, publish, publish_base
 from kit.commands import Command
 from mlxchat.data.bpe import train_tokenizer
 from mlxchat.data.vocabulary import GPT4_PATTERN
@@ -24,16 +24,8 @@ IDS = [275, 3, 97, 200, 12, 150, 7, 97]
 CAP = 15.0
 
 
-def publish_model(outputs: Path, name: str = "oct", architecture: str = "oct2025", **sizes: Any) -> Path:
-    model, tokenizer = make_model(architecture, **sizes), make_tokenizer()
-    facts = {"stage": "sft", "format": "chat"}
-    return publish(outputs, name, lambda out: save_checkpoint(out, model, tokenizer, facts))
-
-
-def exported(command: Command, outputs: Path, *options: str, name: str = "oct") -> Path:
-    code, text = command(
-        "export", name, "--to", "gguf", str(outputs / "made"), "--force", *options, f"outputs={outputs}"
-    )
+def exported(command: Command, outputs: Path, *options: str) -> Path:
+    code, text = command("export", "oct", "--to", "gguf", str(outputs / "made"), *options, f"outputs={outputs}")
     assert code == 0, text
     (file,) = (outputs / "made").glob("*.gguf")
     return file
@@ -93,7 +85,7 @@ def uncapped(model: GPT, ids: list[int]) -> Array:
 @pytest.mark.parametrize(("options", "tolerance"), [((), 1e-4), (("--dtype", "f16"), 0.02), (("--dtype", "q8_0"), 0.2)])
 def test_file_computes_the_model_without_its_soft_cap(options, tolerance, command, tmp_path):
     """Tolerances of logits about 2 in size: float32; 11 bits per weight; 8 bits per weight and a scale per 32."""
-    folder = publish_model(tmp_path)
+    folder = publish_base(tmp_path, "oct")
     found = apertus(exported(command, tmp_path, *options), IDS)
     expected = uncapped(load_checkpoint(folder)[0], IDS)
     assert np.abs(found[:, : expected.shape[1]] - expected).max() < tolerance
@@ -101,7 +93,7 @@ def test_file_computes_the_model_without_its_soft_cap(options, tolerance, comman
 
 
 def test_file_has_our_tokens_template_and_stop(command, tmp_path):
-    publish_model(tmp_path)
+    publish_base(tmp_path, "oct")
     file, tokenizer = exported(command, tmp_path), make_tokenizer()
     facts = {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
     tokens, kinds = facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.token_type"]
@@ -139,8 +131,7 @@ print("RESULT" + json.dumps([answer["choices"][0]["logprobs"]["content"], [encod
 def test_llama_cpp_gives_the_same_tokens_and_probabilities(command, tmp_path):
     pytest.importorskip("xllamacpp")
     tokenizer = train_tokenizer(["the cat sat on the mat, 12345 times; " * 5], 280, GPT4_PATTERN)
-    facts = {"stage": "sft", "format": "chat"}
-    folder = publish(tmp_path, "oct", lambda out: save_checkpoint(out, make_model(vocab_size=280), tokenizer, facts))
+    folder = publish(tmp_path, "oct", lambda out: save_checkpoint(out, make_model(vocab_size=280), tokenizer, FACTS))
     texts = ["the cat 12345 007", "It's\n\n  über 🙂\t", "a\r\n1 22 333 4444"]
     done = subprocess.run(
         [sys.executable, "-c", LLAMA, str(exported(command, tmp_path)), json.dumps(IDS), json.dumps(texts)],

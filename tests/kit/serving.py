@@ -1,8 +1,9 @@
 """An outputs folder with two tiny models, and chat servers on it in this process.
 
-Fixtures of tests/serve and tests/web, which import them.
+Fixtures of tests/serve and tests/evals, which import them.
 """
 
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -106,6 +107,14 @@ class Server:
         while not reached():
             assert time.monotonic() < ends, "it never came to that"
             time.sleep(0.01)
+
+
+def chunks(response: httpx.Response) -> list[dict[str, Any]]:
+    """Return what a streamed answer consists of."""
+    assert response.headers["content-type"].startswith("text/event-stream")
+    data = [line[6:] for line in response.text.splitlines() if line.startswith("data: ")]
+    assert data.pop() == "[DONE]"
+    return [json.loads(each) for each in data]
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""CORE and bits per byte."""
+"""CORE, bits per byte, and greedy decoding of both snapshots."""
 
 import math
 from typing import Any
@@ -135,3 +135,23 @@ def test_bits_per_byte(values, variant):
         expected = math.inf if case["infinite"] or expected is None else expected
         errors[str(number)] = 0.0 if got == expected else distance(got, expected)
     assert_within(BITS, errors)
+
+
+# Greedy decoding
+
+
+# If two logits are closer than this, rounding decides, and either token is right.
+TIE = 4e-4
+
+each_engine = of_files("engine_*.json")
+
+
+@each_engine
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_greedy_continuations(values, variant):
+    engine, pairs = Engine(values.core_model(variant), values.tokenizer), []
+    for number, case in enumerate(values.json["greedy"][variant]):
+        if case["min_top2_logit_gap"] >= TIE:
+            (got,) = engine.complete([case["prompt"]], max_new_tokens=case["max_tokens"])
+            pairs.append((number, got.ids, case["tokens"]))
+    assert_same(pairs)

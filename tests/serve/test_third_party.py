@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kit.serving import BASE, CHAT, Server
+from kit.serving import BASE, CHAT, Server, chunks
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT
@@ -44,9 +44,8 @@ def test_third_party_answers_equal_ours(server):
     body: dict[str, Any] = {"messages": messages, "temperature": 0, "max_tokens": 12}
     ours, theirs = (server.chat(**body, model=name).json() for name in (CHAT, NAME))
     assert (theirs["model"], theirs["choices"], theirs["usage"]) == (NAME, ours["choices"], ours["usage"])
-    lines = server.chat(**body, model=NAME, stream=True).text.splitlines()
-    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
-    said = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    streamed = chunks(server.chat(**body, model=NAME, stream=True))
+    said = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in streamed)
     assert said == theirs["choices"][0]["message"]["content"]
 
 

@@ -4,7 +4,10 @@ What needs no document runs under Node.js, the rest in a browser.
 """
 
 import hashlib
+import json
 import re
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,11 @@ import pytest
 import mlxchat
 
 PAGE = Path(mlxchat.__file__).parent / "serve" / "page"
+_NODE = """
+import { readFileSync } from "node:fs";
+const [place, given] = JSON.parse(readFileSync(0, "utf8"));
+console.log(JSON.stringify((CODE)(await import(place), given)));
+"""
 RUN = "({ html }, texts) => texts.map((text) => html(text))"
 
 
@@ -34,6 +42,24 @@ RENDERED = [
     ("a &#x202e; <https://x.example/%E2%80%AE>", '<p>a \ufffd <a href="https://x.example/%E2%80%AE">'
      "https://x.example/\ufffd</a></p>"),
 ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Call a JavaScript function with (a module of the page, JSON); without Node.js the test is skipped."""
+    if shutil.which("node") is None:
+        pytest.skip("no Node.js on this machine")
+    folder = shutil.copytree(PAGE, tmp_path_factory.mktemp("node") / "page")
+    (folder / "package.json").write_text('{"type": "module"}')
+
+    def run(module: str, code: str, given: Any) -> Any:
+        command = ["node", "--input-type=module", "-e", _NODE.replace("CODE", code)]
+        given = json.dumps([(folder / module).as_uri(), given])
+        done = subprocess.run(command, input=given, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run
 
 
 def test_markdown_blocks_and_marks_render(node):

@@ -1,7 +1,8 @@
-"""Checkpoints of adapters: files, opening, damage, verbs, settings."""
+"""Adapters: checkpoints, opening, damage, settings, products and gradients; exchange with mlx-lm and PEFT."""
 
 import json
 import shutil
+import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -12,15 +13,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from adapters.published import adapter_sizes, publish_adapters
-from kit.artifacts import make_model, publish_base, some_ids
+from kit.artifacts import FACTS, make_model, make_tokenizer, publish, publish_base, some_ids
+from kit.commands import run_here
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import AdapterConfig
-from mlxchat.errors import ConfigError, StoreError
-from mlxchat.model.checkpoint import load_checkpoint
+from mlxchat.errors import ConfigError, DataError, StoreError
+from mlxchat.interop.names import hf_from_ours
+from mlxchat.interop.peft import find_files, import_adapter
+from mlxchat.interop.source import open_folder
+from mlxchat.model.checkpoint import load_checkpoint, save_adapters
 from mlxchat.model.forward import Dropping, draw_keys, dropped, dropping, fold
 from mlxchat.model.lora import ADAPTER_CONFIG_FILE, ADAPTERS_FILE, LAYERS, LoRALinear, read_adapter_config
 from mlxchat.model.parameters import flatten_parameters
+from mlxchat.model.sizes import GPTSizes, matrices_of, shapes_of
 from mlxchat.store.catalog import find_chain
 from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import resolve
@@ -29,11 +34,31 @@ from mlxchat.store.store import Store
 Weights = dict[str, np.ndarray[Any, Any]]
 
 
+def targets_of(sizes: GPTSizes) -> list[str]:
+    """Return all matrices but the last layer's projections."""
+    return list(matrices_of(sizes))[:-2]
+
+
+def publish_adapters(outputs: Path, base: Path, step: str = "tuned", kind: str = "lora", **more: Any) -> Path:
+    """Publish adapters without a zero on a base; DoRA's lengths are near those of their rows."""
+    sizes, rng = load_checkpoint(base)[0].sizes, np.random.default_rng(5)
+    of = AdapterConfig(kind=kind, rank=4, scale=2.5, targets=targets_of(sizes), dropout=0.1, **more)
+    arrays = {
+        name: mx.array((rng.normal(0, 0.15, shape) if len(shape) > 1 else rng.uniform(1, 3, shape)).astype(np.float32))
+        for name, shape in shapes_of(of, sizes).items()
+    }
+
+    def write(out: Path) -> None:
+        save_adapters(out, arrays, of, base=base, sizes=sizes, tokenizer=make_tokenizer(), facts=dict(FACTS))
+
+    return publish(outputs, step, write, inputs={"checkpoint": base})
+
+
 def weights_of(folder: Path) -> Weights:
     return {name: np.asarray(value) for name, value in flatten_parameters(load_checkpoint(folder)[0]).items()}
 
 
-def logits(folder: Path) -> np.ndarray[Any, Any]:
+def logits_of(folder: Path) -> np.ndarray[Any, Any]:
     return np.asarray(load_checkpoint(folder)[0](some_ids()))
 
 
@@ -68,7 +93,7 @@ def test_opened_weights_are_fused(tmp_path, architecture, kind, bits):
     for name, value in found.items():
         np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
     changed = {name for name, value in plain.items() if not np.array_equal(value, found[name])}
-    assert len(changed) >= len(adapter_sizes(make_model(architecture).sizes).targets)
+    assert len(changed) >= len(targets_of(make_model(architecture).sizes))
 
 
 def test_missing_base_is_named(tmp_path):
@@ -101,7 +126,7 @@ def test_verbs_accept_adapters(tmp_path, monkeypatch, command):
     assert code == 0, printed
     code, printed = command("pull", tmp_path / "place", f"outputs={tmp_path / 'there'}")
     assert code == 0, printed
-    np.testing.assert_array_equal(logits(resolve(Store(tmp_path / "there"), tuned.name)), logits(tuned))
+    np.testing.assert_array_equal(logits_of(resolve(Store(tmp_path / "there"), tuned.name)), logits_of(tuned))
     (base / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:-1] + b"x")
     code, printed = command("export", "sft", "--to", "mlx", "out")
     assert code == 2
@@ -117,10 +142,10 @@ def test_stacked_adapters_train_and_fuse(mlxchat, tmp_path):
     store = Store(tmp_path / "outputs")
     chain = find_chain(resolve(store, "rl"))
     assert [read_manifest(folder)["step"] for folder in chain] == ["rl", "sft", "midtrain", "pretrain"]
-    found = [logits(folder) for folder in chain]
+    found = [logits_of(folder) for folder in chain]
     # After so short a training, RL gets no reward and no gradient.
     assert all(not np.array_equal(upper, lower) for upper, lower in pairwise(found[1:]))
-    np.testing.assert_array_equal(logits(resolve(store, "fused")), found[0])
+    np.testing.assert_array_equal(logits_of(resolve(store, "fused")), found[0])
 
 
 @pytest.mark.parametrize(
@@ -230,3 +255,118 @@ def test_dropout_applies_only_to_the_adapters_input(path):
     expected_slopes = cotangent @ n["w"] + kept * (SCALE * cotangent @ n["b"].T @ n["a"].T)
     np.testing.assert_allclose(np.asarray(slopes[0]), expected_slopes, atol=1e-4)
     np.testing.assert_allclose(np.asarray(made.layer(given)), expected("lora", x, n), atol=1e-4)
+
+
+# Exchange with mlx-lm and PEFT
+
+
+FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@pytest.fixture
+def mlx_lm() -> Any:
+    return pytest.importorskip("mlx_lm")
+
+
+@pytest.fixture
+def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "outputs"
+
+
+def export(artifact: Path, target: str, to: str = "out") -> None:
+    assert run_here("export", artifact.name, "--to", target, to, f"outputs={artifact.parents[1]}") == 0
+
+
+def import_from(folder: str, base: Path) -> Path:
+    """Import adapters on a base into a new folder, which is returned."""
+    out, source = Path("made"), open_folder(Path(folder))
+    out.mkdir()
+    import_adapter(source, find_files(source), base, out, chats=None, check=lambda: None)
+    return out
+
+
+def test_import_has_mlx_lms_logits_and_its_bases_identity(mlx_lm, outputs, command):
+    base = publish_base(outputs)
+    export(publish_adapters(outputs, base), "mlx-adapter", "there")
+    publish_base(outputs, "other", seed=8)
+    for name in ("base", "other"):
+        command("import", "adapter", "there", "--base", name, "--name", f"on-{name}")
+    made, other = (resolve(Store(outputs), f"import:on-{name}") for name in ("base", "other"))
+    assert read_manifest(made)["tree"] != read_manifest(other)["tree"]
+    assert read_manifest(made)["inputs"]["checkpoint"]["rid"] == read_manifest(base)["rid"]
+    theirs, _ = mlx_lm.load(str(base), adapter_path="there")
+    np.testing.assert_allclose(logits_of(made), np.asarray(theirs(some_ids())), atol=1e-3)
+
+
+@pytest.mark.parametrize(("architecture", "kind"), [("oct2025", "lora"), ("jul2026", "dora")])
+def test_mlx_lm_opens_and_fuses_our_adapters(mlx_lm, outputs, monkeypatch, architecture, kind):
+    from mlx_lm.fuse import main as fuse
+
+    base = publish_base(outputs, architecture=architecture)
+    tuned = publish_adapters(outputs, base, kind=kind)
+    trust = architecture == "jul2026"
+    ours = logits_of(tuned)
+    assert np.abs(logits_of(base) - ours).max() > 1
+    export(tuned, "mlx-adapter", "own")
+    for folder in (tuned, Path("own")):
+        theirs, _ = mlx_lm.load(str(base), adapter_path=str(folder), trust_remote_code=trust)
+        np.testing.assert_allclose(np.asarray(theirs(some_ids())), ours, atol=1e-3)
+    words = ["fuse", "--model", str(base), "--adapter-path", "own", "--save-path", "there"]
+    monkeypatch.setattr(sys, "argv", [*words, *["--trust-remote-code"] * trust])
+    fuse()
+    export(tuned, "mlx", "merged")
+    found, expected = load_file("there/model.safetensors"), load_file("merged/model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_exported_files_give_our_weights_by_pefts_formula(outputs, kind):
+    """W + alpha / r × B A; DoRA: rows rescaled to m (PEFT's `LoraLayer` in NumPy). They are imported bit for bit."""
+    base = publish_base(outputs)
+    tuned = publish_adapters(outputs, base, kind=kind)
+    export(tuned, "peft")
+    config, arrays = json.loads(Path("out", CONFIG).read_text()), load_file(Path("out", FILE))
+    assert (config["peft_type"], config["use_dora"]) == ("LORA", kind == "dora")
+    below, expected, changed = weights_of(base), weights_of(tuned), 0
+    for name, weight in below.items():
+        module = hf_from_ours(name).removesuffix(".weight")
+        a, b = (arrays.pop(f"base_model.model.{module}.lora_{part}.weight", None) for part in "AB")
+        if a is not None and b is not None:
+            assert module in config["target_modules"]
+            weight = weight + config["lora_alpha"] / config["r"] * (b @ a)
+            lengths = arrays.pop(f"base_model.model.{module}.lora_magnitude_vector", None)
+            if lengths is not None:
+                weight = lengths[:, None] / np.linalg.norm(weight, axis=1, keepdims=True) * weight
+            changed += 1
+        np.testing.assert_allclose(weight, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    assert (changed > 0, arrays) == (True, {})
+    there, here = (load_file(folder / "adapters.safetensors") for folder in (import_from("out", base), tuned))
+    assert there.keys() == here.keys()
+    assert all(np.array_equal(there[name], here[name]) for name in here)
+
+
+@pytest.mark.parametrize(
+    ("changes", "result"),
+    [
+        ({"use_rslora": True, "lora_alpha": 6, "r": 4}, 3.0),
+        ({"peft_type": "IA3"}, "peft_type 'IA3' is not LORA"),
+        ({"bias": "all"}, "bias is 'all'"),
+        ({"init_lora_weights": "pissa"}, "'pissa' changes the base's weights"),
+        ({"r": 3}, "do not fit"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_pefts_settings_are_read_or_refused(outputs, changes, result):
+    base = publish_base(outputs)
+    export(publish_adapters(outputs, base), "peft")
+    config = json.loads(Path("out", CONFIG).read_text())
+    Path("out", CONFIG).write_text(json.dumps({**config, **changes}))
+    if isinstance(result, float):
+        made = json.loads((import_from("out", base) / CONFIG).read_text())
+        assert made["lora_parameters"]["scale"] == result
+    else:
+        with pytest.raises(DataError, match=result):
+            import_from("out", base)
