@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from kit.models import make_model
-from kit.scripted import ScriptedDecoder
+from kit.models import ScriptedDecoder, make_model
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
 from mlxchat.model.gpt import GPT

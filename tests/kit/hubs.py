@@ -4,7 +4,6 @@ import base64
 import fnmatch
 import hashlib
 import json
-import re
 import threading
 import time
 from collections import Counter
@@ -248,19 +247,16 @@ class _Handler(Handler):
             self.commit(name, repository, body)
 
     def say_file(self, name: str, content: bytes, facts: dict[str, str]) -> None:
-        first, stop, status = 0, len(content), 200
-        if asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
-            first, status = int(asked[1]), 206
-            facts = {**facts, "Content-Range": f"bytes {first}-{stop - 1}/{stop}"}
-        self.begin(status, {**facts, "Content-Length": str(stop - first)})
+        stop = len(content)
+        self.begin(200, {**facts, "Content-Length": str(stop)})
         if self.command == "HEAD":
             return
-        flip = len(content) // 2
-        if first <= flip and self.server.take("corrupt", name):
+        if self.server.take("corrupt", name):
+            flip = stop // 2
             content = content[:flip] + bytes([content[flip] ^ 0xFF]) + content[flip + 1 :]
         if self.server.take("truncate", name):
-            stop, self.close_connection = first + (stop - first) // 2, True
-        for start in range(first, stop, _BLOCK):
+            stop, self.close_connection = stop // 2, True
+        for start in range(0, stop, _BLOCK):
             block = content[start : min(stop, start + _BLOCK)]
             self.server.bytes_sent[name] += len(block)
             self.wfile.write(block)
@@ -277,8 +273,6 @@ class _Handler(Handler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif kind == "lfsFile":
                 files[value["path"]] = self.server.stored[value["oid"]]
-            elif kind == "deletedFile":
-                del files[value["path"]]
         repository.files = files
         oid = f"{len(repository.commits):040d}"
         self.say({"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{name}/commit/{oid}"})

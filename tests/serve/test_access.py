@@ -12,9 +12,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import TypeAdapter
 
-from kit.serving import CHAT
 from mlxchat.planning.memory import Device
 from mlxchat.serve import answers
+from serve.servers import CHAT
 
 URL = "/v1/chat/completions"
 QUESTION = {"messages": [{"role": "user", "content": "the cat"}], "temperature": 0.0, "max_tokens": 8}

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from kit.commands import Command
-from kit.serving import BASE, CHAT
 from mlxchat.serve.models import Models
 from mlxchat.serve.security import Fault
 from mlxchat.store.manifest import read_manifest, write_manifest
 from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
+from serve.servers import BASE, CHAT
 
 QUICKSTART = "20260101-000000-000001-1-quickstart"
 FORMS = {

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from kit.serving import BASE, CHAT, chunks
 from mlxchat.data.tokenizer import Tokenizer, render_for_completion
 from mlxchat.engine.generate import Engine
 from mlxchat.serve.models import Model, Models
 from mlxchat.serve.requests import Message, chat_prompt
 from mlxchat.serve.security import Fault
 from mlxchat.store.store import Store
+from serve.servers import BASE, CHAT, chunks
 
 
 def answers(response: Any) -> list[str]:

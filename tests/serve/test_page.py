@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kit.pages import weakest_contrast
-from kit.serving import CHAT
+from serve.servers import CHAT
 
 pytestmark = pytest.mark.slow
 MARKDOWN = (

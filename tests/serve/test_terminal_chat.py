@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from kit.serving import BASE, CHAT
 from mlxchat.data.tokenizer import render_for_completion
 from mlxchat.engine.generate import Engine, continue_prompts
 from mlxchat.errors import ConfigError
 from mlxchat.terminal.chat import Chat
+from serve.servers import BASE, CHAT
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from kit.serving import BASE, CHAT, Server, chunks
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT
@@ -17,6 +16,7 @@ from mlxchat.serve.requests import Defaults
 from mlxchat.serve.security import Limits
 from mlxchat.serve.worker import Worker
 from mlxchat.store.store import Store
+from serve.servers import BASE, CHAT, Server, chunks
 
 pytest.importorskip("mlx_lm", reason="third-party models need mlx-lm")
 

@@ -9,12 +9,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kit.serving import BASE
-from kit.serving import model as model
-from kit.serving import served as served
-from kit.serving import start as start
 from mlxchat.engine.generate import Engine
 from mlxchat.model.gpt import GPT
+from serve.servers import BASE
 
 lm_eval = pytest.importorskip("lm_eval")
 QUESTIONS = ["the cat sat", "a dog is", "the mat and the"]
