@@ -19,11 +19,12 @@ from hypothesis import settings
 
 from kit.commands import Command, CommandLine, Finished, Say, run_here, run_process, start_process, tiny_settings
 from kit.hubs import LoopbackHub
-from kit.models import computing_on_cpu, make_tokenizer
+from kit.models import computing_on_cpu, make_model, make_tokenizer
 from kit.toys import Toys
 from mlxchat.composition import compose
 from mlxchat.cpu import runtime
 from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.model.gpt import GPT
 from mlxchat.runner import stage as stage_module
 
 # Other programs may keep the machine busy: examples are the same every time and may take their time.
@@ -42,18 +43,12 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 @pytest.fixture(autouse=True)
 def same_cores() -> Iterator[None]:
-    """Give matrix products the cores back that a training in this process may have taken from them."""
+    """Compute on the CPU; give matrix products the cores back that a training here may have taken from them."""
     before = runtime.blas_threads()
-    yield
-    if before is not None:
-        runtime.set_blas_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def on_cpu() -> Iterator[None]:
-    """Compute on the CPU, whatever device a test or the machine chose."""
     with computing_on_cpu():
         yield
+    if before is not None:
+        runtime.set_blas_threads(before)
 
 
 @pytest.fixture(params=["cpu", "plain"])
@@ -86,6 +81,12 @@ def composed_once() -> Iterator[None]:
 def tokenizer() -> Tokenizer:
     """The tokenizer of 280 ids."""
     return make_tokenizer()
+
+
+@pytest.fixture
+def model() -> GPT:
+    """A small random model."""
+    return make_model(num_layers=3, scale=0.3)
 
 
 @pytest.fixture(scope="session")

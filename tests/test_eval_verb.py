@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kit.artifacts import make_model, make_tokenizer, publish
+from kit.artifacts import make_model, publish
+from kit.models import make_tokenizer
 from kit.numpy_gpt import numpy_logits
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.tasks import load_task

@@ -1,4 +1,4 @@
-"""A small random model, and an engine with scripted answers."""
+"""An engine with scripted answers."""
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -6,15 +6,9 @@ from typing import Any
 
 import pytest
 
-from kit.models import ScriptedDecoder, make_model
+from kit.models import ScriptedDecoder
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
-from mlxchat.model.gpt import GPT
-
-
-@pytest.fixture
-def model() -> GPT:
-    return make_model(num_layers=3, scale=0.3)
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from kit import artifacts
-from kit.artifacts import make_tokenizer, publish
+from kit.artifacts import publish
 from kit.commands import Say
-from kit.models import make_model
+from kit.models import make_model, make_tokenizer
 from kit.numpy_gpt import numpy_logits
 from mlxchat.data.packing import IGNORED, Row
 from mlxchat.data.tokenizer import Tokenizer

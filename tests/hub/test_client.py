@@ -42,9 +42,6 @@ def transfers(hub: Any, path: str) -> int:
     return sum(each.method == "GET" for each in hub.requests(path))
 
 
-# What is fetched
-
-
 def test_files_are_downloaded_once(hub, texts):
     (file,) = list_files(NAME, pattern="data/0.parquet")
     assert (file.bytes, file.revision) == (200_000, texts.commit)
@@ -73,9 +70,6 @@ def test_altered_file_in_the_cache_is_downloaded_again(hub, texts):
     damaged[1000] ^= 1
     file.place.write_bytes(damaged)
     assert fetch("data/2.parquet") == {"data/2.parquet": CONTENT["data/2.parquet"]}
-
-
-# Faults
 
 
 def test_permanently_corrupt_file_is_refused_and_others_kept(hub, texts):
@@ -115,8 +109,6 @@ def test_check_stops_a_download(hub, texts):
     assert time.monotonic() - began < 3.5, "the whole file takes 3.9 s"
 
 
-# Kills and other processes
-
 CHILD = f"""
 from mlxchat.hub.client import fetch_files
 from mlxchat.hub.client import list_files
@@ -141,9 +133,6 @@ def test_killed_download_keeps_complete_files(hub, texts):
     assert 0 < len(whole) < len(files)
     assert fetch() == CONTENT
     assert [transfers(hub, path) for path in whole] == [1] * len(whole)
-
-
-# Without a network
 
 
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,9 +169,6 @@ def test_recorded_listing_replaces_a_silent_hub(hub, texts, capsys):
     assert f"using recorded commit {texts.commit[:12]}" in capsys.readouterr().err
 
 
-# Plain addresses
-
-
 @pytest.mark.parametrize("fault", ["", "truncate", "corrupt"])
 def test_url_is_downloaded_once_and_recorded(hub, fault):
     """A cut or corrupt download is repeated."""
@@ -204,9 +190,6 @@ def test_url_with_another_checksum_is_refused(hub):
         fetch_url(f"{hub.url}/files/words.txt", sha256="0" * 64)
     with pytest.raises(DataError, match=r"missing\.txt: its server has no such file .*404"):
         fetch_url(f"{hub.url}/files/missing.txt")
-
-
-# Listings
 
 
 @pytest.mark.parametrize(

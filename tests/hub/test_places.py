@@ -14,7 +14,7 @@ from kit.artifacts import contents, find_faults
 from kit.toys import PIPELINE
 from mlxchat.cli import dispatch
 from mlxchat.errors import ConfigError, PassingError, StoreError
-from mlxchat.hub.places import Place, export_to, import_from, open_place, push_artifacts, push_folder
+from mlxchat.hub.places import Place, export_to, import_from, open_place, push_artifacts
 from mlxchat.store.catalog import closure
 from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
@@ -142,15 +142,3 @@ def test_failed_upload_leaves_the_repository_empty(upload_hub, folders):
     with pytest.raises(PassingError, match="resumes the transfer"):
         push_artifacts(open_place("hf://me/runs"), folders, public=False)
     assert upload_hub.repositories["me/runs"].files == {}
-
-
-@pytest.mark.filterwarnings("ignore:Use 'content=")  # the official client's, of large files
-def test_uploads_use_plain_http(upload_hub, tmp_path, monkeypatch, capsys):
-    """hf_xet retries silently for minutes where Xet storage does not answer."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "model.safetensors").write_bytes(bytes(1000))
-    push_folder(tmp_path / "model", "me/model", upload_hub.token, message="a model", public=False)
-    assert upload_hub.repositories["me/model"].files == {"model.safetensors": bytes(1000)}
-    assert not [each for each in upload_hub.log if "xet" in each.path]
-    assert "uploading 1.0 kB to me/model" in capsys.readouterr().err

@@ -10,8 +10,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kit.artifacts import FACTS, make_model, make_tokenizer, publish, publish_base
+from kit.artifacts import FACTS, make_model, publish, publish_base
 from kit.commands import Command
+from kit.models import make_tokenizer
 from mlxchat.data.bpe import train_tokenizer
 from mlxchat.data.vocabulary import GPT4_PATTERN
 from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
@@ -131,7 +132,7 @@ print("RESULT" + json.dumps([answer["choices"][0]["logprobs"]["content"], [encod
 def test_llama_cpp_gives_the_same_tokens_and_probabilities(command, tmp_path):
     pytest.importorskip("xllamacpp")
     tokenizer = train_tokenizer(["the cat sat on the mat, 12345 times; " * 5], 280, GPT4_PATTERN)
-    folder = publish(tmp_path, "oct", lambda out: save_checkpoint(out, make_model(vocab_size=280), tokenizer, FACTS))
+    folder = publish(tmp_path, "oct", lambda out: save_checkpoint(out, make_model(), tokenizer, FACTS))
     texts = ["the cat 12345 007", "It's\n\n  über 🙂\t", "a\r\n1 22 333 4444"]
     done = subprocess.run(
         [sys.executable, "-c", LLAMA, str(exported(command, tmp_path)), json.dumps(IDS), json.dumps(texts)],

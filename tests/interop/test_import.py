@@ -124,9 +124,6 @@ def test_hugging_face_models_are_imported(twin, tmp_path, saved_by):
     assert tokenizer.encode("Hello ab world") == words.encode("Hello ab world")
 
 
-# Models of the Hub
-
-
 def files_of(folder: Path, within: str = "") -> dict[str, bytes]:
     return {f"{within}{path.name}": path.read_bytes() for path in folder.iterdir()}
 
@@ -280,11 +277,6 @@ def plan(*settings: str) -> dict[str, PlannedStep]:
     return {step.name: step for step in plan_of(config, Store(Path(config.outputs)))}
 
 
-def wired(name: str) -> tuple[str, ...]:
-    """Return a pipeline of RL alone, from an import."""
-    return (*RL, "~pipeline.imported", "~pipeline.eval_imported", f"pipeline.rl.checkpoint=import:{name}")
-
-
 def test_import_is_made_once_and_may_have_several_names(twin, capfd):
     made = twin("org/some-model")
     place = take(str(made.folder))
@@ -304,7 +296,8 @@ def test_import_is_made_once_and_may_have_several_names(twin, capfd):
 def test_rl_key_does_not_depend_on_the_reference(twin):
     made = twin("model")
     take(str(made.folder), "--name", "d2")
-    from_name, from_stage = plan(*wired("d2")), plan(*RL, f"imported.folder={made.folder}")
+    alone = ("~pipeline.imported", "~pipeline.eval_imported", "pipeline.rl.checkpoint=import:d2")
+    from_name, from_stage = plan(*RL, *alone), plan(*RL, f"imported.folder={made.folder}")
     assert from_stage["imported"].state == "done"
     assert from_name["rl"].key == from_stage["rl"].key
     assert set(from_name) == {"rl"}

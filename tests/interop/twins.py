@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -26,16 +26,10 @@ LATER = ["value_embeds.", "resid_lambdas", "x0_lambdas", "smear_gate.", "smear_l
 _STORAGES = {"f4": "FloatStorage", "u2": "BFloat16Storage", "i4": "IntStorage", "i8": "LongStorage"}
 
 
-class _Storage:
-    def __init__(self, kind: type, key: str, count: int) -> None:
-        self.kind, self.key, self.count = kind, key, count
-
-
-class _Pickler(pickle.Pickler):
-    """Refers to storages by persistent ids, as torch.save does."""
-
-    def persistent_id(self, thing: Any) -> Any:
-        return ("storage", thing.kind, thing.key, "cuda:0", thing.count) if isinstance(thing, _Storage) else None
+class _Storage(NamedTuple):
+    kind: type
+    key: str
+    count: int
 
 
 @contextmanager
@@ -74,21 +68,23 @@ def write_torch(path: Path, content: dict[str, Tensor]) -> None:
     members: dict[str, bytes] = {}
     with torch_by_name() as (torch, utils):
 
-        class Rebuilt:
-            def __init__(self, arguments: tuple[Any, ...]) -> None:
-                self.arguments = arguments
+        class Pickler(pickle.Pickler):
+            """Refers to storages by persistent ids, as torch.save does."""
 
-            def __reduce__(self) -> Any:
-                return utils._rebuild_tensor_v2, self.arguments
+            def persistent_id(self, thing: Any) -> Any:
+                return ("storage", thing.kind, thing.key, "cuda:0", thing.count) if type(thing) is _Storage else None
 
-        made: OrderedDict[str, Rebuilt] = OrderedDict()
-        for name, value in content.items():
+            def reducer_override(self, thing: Any) -> Any:
+                return (utils._rebuild_tensor_v2, places[thing]) if isinstance(thing, Tensor) else NotImplemented
+
+        places: dict[Tensor, tuple[Any, ...]] = {}
+        for value in content.values():
             key = value.storage or str(len(members))
             kind = getattr(torch, _STORAGES[value.numbers.dtype.str[1:]])
             members.setdefault(f"data/{key}", value.numbers.tobytes())
-            made[name] = Rebuilt(value.place(_Storage(kind, key, value.numbers.size)))
+            places[value] = value.place(_Storage(kind, key, value.numbers.size))
         buffer = io.BytesIO()
-        _Pickler(buffer, protocol=2).dump(made)
+        Pickler(buffer, protocol=2).dump(OrderedDict(content))
     write_zip(path, {"data.pkl": buffer.getvalue(), "byteorder": b"little", **members, "version": b"3\n"})
 
 
@@ -98,12 +94,12 @@ def write_zip(path: Path, members: dict[str, bytes]) -> None:
             archive.writestr(zipfile.ZipInfo(f"archive/{name}"), data)  # the same bytes at any time
 
 
-def encoding_of(num_merged: int = 20, special: tuple[str, ...] = SPECIAL_TOKENS) -> tiktoken.Encoding:
+def encoding_of(num_merged: int = 20) -> tiktoken.Encoding:
     """Return an encoding of the 256 bytes and some pairs of letters."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     for index in range(num_merged):
         ranks[bytes([97 + index % 26, 97 + (index * 7 + 1) % 26]) + b"x" * (index // 26)] = len(ranks)
-    names = {name: len(ranks) + index for index, name in enumerate(special)}
+    names = {name: len(ranks) + index for index, name in enumerate(SPECIAL_TOKENS)}
     return tiktoken.Encoding("rustbpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens=names)
 
 
@@ -122,15 +118,12 @@ class Twin:
         return ImportConfig(**{**given, **settings})
 
 
-def make_twin(
-    folder: Path, *, later: bool = False, prefix: str = "", step: int = 7, width: int = 32, seed: int = 0,
-    num_layers: int = 2, random: bool = True,
-) -> Twin:  # fmt: skip
+def make_twin(folder: Path, *, later: bool = False, prefix: str = "", seed: int = 0, random: bool = True) -> Twin:
     """Write a nanochat checkpoint of either architecture."""
     folder.mkdir(parents=True, exist_ok=True)
     encoding = encoding_of()
-    meta = {"sequence_len": 64, "vocab_size": encoding.n_vocab, "n_layer": num_layers, "n_head": 2,
-            "n_kv_head": 1, "n_embd": width, **({"window_pattern": "SL"} if later else {})}  # fmt: skip
+    meta = {"sequence_len": 64, "vocab_size": encoding.n_vocab, "n_layer": 2, "n_head": 2,
+            "n_kv_head": 1, "n_embd": 32, **({"window_pattern": "SL"} if later else {})}  # fmt: skip
     sizes = sizes_from_nanochat(meta, LATER * later, "twin")
     draw, tensors, stored = np.random.default_rng(seed), {}, {}
     for name, shape in expected_shapes(sizes).items():
@@ -142,7 +135,7 @@ def make_twin(
         else:
             stored[prefix + name] = Tensor(numbers)
         tensors[name] = numbers
-    write_torch(folder / f"model_{step:06d}.pt", stored)
-    (folder / f"meta_{step:06d}.json").write_text(json.dumps({"step": step, "val_loss": 1.5, "model_config": meta}))
+    write_torch(folder / "model_000007.pt", stored)
+    (folder / "meta_000007.json").write_text(json.dumps({"step": 7, "val_loss": 1.5, "model_config": meta}))
     (folder / "tokenizer.pkl").write_bytes(pickle.dumps(encoding))
     return Twin(folder, sizes, tensors)

@@ -1,7 +1,7 @@
 """A store with models and adapters for them, published as stages would."""
 
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from kit import models
-from mlxchat.data.bpe import train_tokenizer
-from mlxchat.data.tokenizer import Tokenizer
+from kit.models import VOCABULARY, make_tokenizer
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.store.catalog import check_contents, find_absent
 from mlxchat.store.fingerprint import compute_key
@@ -18,15 +17,7 @@ from mlxchat.store.manifest import read_manifest
 from mlxchat.store.store import Store
 
 FACTS = {"stage": "sft", "format": "chat", "pretrain_batch_tokens": 512}
-make_model = partial(
-    models.make_model, vocab_size=300, num_heads=2, num_kv_heads=1, width=64, context_tokens=256, seed=3
-)
-
-
-@cache
-def make_tokenizer() -> Tokenizer:
-    """Return a tokenizer of 300 ids."""
-    return train_tokenizer(["The house in the garden had 12 windows. It isn't so. " * 4, "Haus Garten"], 300)
+make_model = partial(models.make_model, num_heads=2, num_kv_heads=1, width=64, context_tokens=256, seed=3)
 
 
 def publish(
@@ -62,7 +53,7 @@ def publish_base(outputs: Path, step: str = "base", architecture: str = "oct2025
 
 
 def some_ids(count: int = 200) -> mx.array:
-    return mx.array(np.random.default_rng(1).integers(0, 300, (2, count)))
+    return mx.array(np.random.default_rng(1).integers(0, VOCABULARY, (2, count)))
 
 
 def find_faults(store: Store, folder: Path) -> list[str]:

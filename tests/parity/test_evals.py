@@ -102,9 +102,6 @@ def test_order_of_a_suite(values, tmp_path):
             assert [int(item["context"]) for item in bundle.examples(bundle.tasks[0])] == order
 
 
-# Bits per byte
-
-
 def rows_of(values: Values, names: list[str]) -> list[Row]:
     batches = [values.json["batches"][name] for name in names]
     return [
@@ -135,9 +132,6 @@ def test_bits_per_byte(values, variant):
         expected = math.inf if case["infinite"] or expected is None else expected
         errors[str(number)] = 0.0 if got == expected else distance(got, expected)
     assert_within(BITS, errors)
-
-
-# Greedy decoding
 
 
 # If two logits are closer than this, rounding decides, and either token is right.

@@ -75,9 +75,6 @@ def test_factors_at_every_update(values, variant):
     assert_within(TOLERANCE, errors)
 
 
-# Derived numbers
-
-
 def config_of(variant: str, given: dict[str, Any], depth: int) -> Config:
     """Return the configuration of a snapshot's speedrun with nanochat's settings."""
     config = composed(variant, tuple((key, value) for key, value in given.items() if key in SETTINGS))

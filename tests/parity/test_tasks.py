@@ -104,9 +104,6 @@ def test_order_of_a_mixture(values):
     assert mixed[cut["start"] : cut["stop"] : cut["step"]] == cut["order"]
 
 
-# Spelling
-
-
 def draws(question: str, talk: dict[str, Any]) -> list[bool]:
     """Return the draws that a question shows: quotes of word and letter, and a question mark."""
     call = next(part["text"] for part in talk["messages"][1]["content"] if part["type"] == "python")

@@ -27,9 +27,6 @@ def words(table: Any, first: str) -> list[str]:
     return [cell.text for cell in row(table, first)]
 
 
-# Runs that are unfinished, failed or damaged
-
-
 def test_outcomes_of_steps(made):
     made.remove("sft", "rl", "eval_sft", "eval_rl")
     for step in ("sft", "rl"):
@@ -54,9 +51,6 @@ def test_report_without_results(made, tmp_path):
     assert made.write_report().is_file()
     with pytest.raises(StoreError, match=r"plan\.json is absent, unreadable or without steps"):
         collect(tmp_path, tmp_path / "runs" / "x")
-
-
-# Scores
 
 
 @pytest.mark.parametrize(
@@ -123,9 +117,6 @@ def test_core_and_third_party_models(made):
     assert "Held-out text takes 0.812 bits per byte" in answers(report)[0][1]
 
 
-# Answers
-
-
 def test_the_four_answers(made):
     made.score(
         spelling={"accuracy": 0.929, "chance": 0.0, "stderr": 0.011},
@@ -171,18 +162,6 @@ def test_advice_follows_from_the_validation_curve(made, losses, accuracy, advice
     assert bool(advice) == bool(found.strip())
 
 
-@pytest.mark.parametrize(
-    ("metrics", "said"),
-    [
-        ({"reached_target": 1, "iterations": 30, "seconds_to_target": 30.0}, "after 30 iterations, 30.0s of training."),
-        ({"reached_target": 0}, "It did not reach its target."),
-    ],
-)
-def test_report_says_when_the_target_was_reached(made, metrics, said):
-    made.edit("pretrain", "manifest.json", metrics=metrics)
-    assert said in dict(answers(made.report()))["Did it learn?"]
-
-
 def test_good_bad_and_typical_answers_are_shown(made):
     rows = [
         {"task": task, "index": i, "seed": None, "prompt": f"{task} {i}?", "output": output, "expected": "#### 8",
@@ -208,9 +187,6 @@ def test_files_of_a_repository_are_one_row(made):
     files = [{"url": f"hf://datasets/karpathy/fineweb/shard_{i}.parquet", "revision": "a" * 40} for i in range(240)]
     made.edit("corpus", "manifest.json", externals=files)
     assert source_table(made.report()).rows[0] == ["karpathy/fineweb", "a" * 12, "—", "corpus"]
-
-
-# Several runs, and what the Hub reads
 
 
 def training(rid: str, step: str = "pretrain", last: float = 3.0) -> StepReport:

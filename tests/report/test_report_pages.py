@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from kit.pages import weakest_contrast
 from mlxchat.cli import dispatch
 from mlxchat.report.comparison import scaling_chart
 from mlxchat.report.document import standalone
@@ -103,25 +104,6 @@ def test_sweep_is_reported(made):
     assert "| 2 | d4 | 1.25 | done" in (folder / "report.md").read_text()
 
 
-@pytest.fixture
-def open_page(browser, made):
-    contexts = []
-
-    def opened(width, scheme="light"):
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        contexts.append(context)
-        page = context.new_page()
-        page.told = []
-        page.on("request", lambda request: page.told.append(request.url))
-        page.on("console", lambda message: page.told.append(message.text))
-        page.goto(made.write_report().as_uri())
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-
-
 TEXTS_OUTSIDE = """[...document.querySelectorAll('svg.chart text')].filter(e => {
     const own = e.getBoundingClientRect(), all = e.ownerSVGElement.getBoundingClientRect();
     return own.left < all.left - 2 || own.right > all.right + 2 || own.bottom > all.bottom + 2;
@@ -133,21 +115,20 @@ TEXTS_OUTSIDE = """[...document.querySelectorAll('svg.chart text')].filter(e => 
     ("width", "scheme", "ground"),
     [(320, "dark", "rgb(13, 17, 23)"), (375, "light", "rgb(255, 255, 255)"), (1280, "dark", "rgb(13, 17, 23)")],
 )
-def test_page_fits_every_screen_readably(open_page, made, width, scheme, ground):
-    from kit.pages import weakest_contrast
-
-    page = open_page(width, scheme)
+def test_page_fits_every_screen_readably(browser, made, width, scheme, ground):
+    page, told = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme), []
+    page.on("request", lambda request: told.append(request.url))
+    page.on("console", lambda message: told.append(message.text))
+    page.goto(made.write_report().as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert page.told == [(made.run / "report.html").as_uri()], "no other request, no message"
+    assert told == [(made.run / "report.html").as_uri()], "no other request, no message"
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == ground
     assert page.locator("svg.chart").count() > 5
     assert weakest_contrast(page)[0] >= 4.5, weakest_contrast(page)
     assert page.evaluate(TEXTS_OUTSIDE) == []
     page.emulate_media(media="print", color_scheme="dark")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-
-
-# Pictures
+    page.close()
 
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -1,5 +1,6 @@
 """Attacks from inside the sandbox by system calls, with all protections and with each one alone."""
 
+import ctypes
 import os
 import platform
 import socket
@@ -99,18 +100,11 @@ def is_killed(victim: subprocess.Popen[bytes]) -> bool:
         return False
 
 
-def landlock_version() -> int:
-    """Return the version of the kernel's Landlock; 6 has scopes for signals."""
-    import ctypes
-
-    return int(ctypes.CDLL(None).syscall(444, None, 0, 1))
-
-
 def need(*protections: str, landlock: int = 1) -> None:
-    """Skip the test on systems without these protections."""
+    """Skip the test on systems without these protections; version 6 of Landlock has scopes for signals."""
     if not set(protections) <= set(protections_here()):
         pytest.skip(f"no {' or '.join(protections)} on this system")
-    if "landlock" in protections and landlock_version() < landlock:
+    if "landlock" in protections and ctypes.CDLL(None).syscall(444, None, 0, 1) < landlock:
         pytest.skip(f"Landlock is older than version {landlock}")
 
 

@@ -67,7 +67,7 @@ def start(served: Path) -> Callable[..., Server]:
 
     def make(
         *, limits: dict[str, int] | None = None, seconds: float | None = None, says: str | list[int] | None = None,
-        outputs: Path = served, **options: Any,
+        outputs: Path = served, third_party: dict[str, Path] | None = None, **options: Any,
     ) -> Server:  # fmt: skip
         def load(model: Model, limits: Limits) -> Scheduler:
             if seconds is None:
@@ -80,7 +80,8 @@ def start(served: Path) -> Callable[..., Server]:
             return Scheduler(generator, tokenizer)
 
         bounds = Limits(**limits or {})
-        models = Models(Store(outputs), outputs / "store" / CHAT)
+        default = next(iter((third_party or {}).values()), outputs / "store" / CHAT)
+        models = Models(Store(outputs), default, third_party=third_party or {})
         return Server(Service(models, Worker(bounds, load), Defaults()), **options)
 
     return make

@@ -4,16 +4,13 @@ import json
 import re
 import signal
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import httpx2 as httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from pydantic import TypeAdapter
 
 from mlxchat.planning.memory import Device
-from mlxchat.serve import answers
 from serve.servers import CHAT
 
 URL = "/v1/chat/completions"
@@ -119,27 +116,6 @@ def test_malformed_bodies_are_refused(server, body, status):
     assert server.chat().status_code == 200
 
 
-def test_description_says_what_is_answered(server):
-    described = server.client.get("/openapi.json").json()["paths"]
-
-    def check(response: Any, path: str) -> None:
-        method, _, path = path.partition(" ")
-        status = str(response.status_code) if response.is_success else "4XX"
-        schema = described[path][method]["responses"][status]["content"]["application/json"]["schema"]
-        answer: Any = TypeAdapter(getattr(answers, schema["$ref"].rpartition("/")[2]))
-        assert answer.validate_python(response.json(), strict=True) == response.json(), "no other fields"
-
-    ask: Callable[..., Any] = server.client.post
-    check(server.chat(logprobs=True, top_logprobs=2, truncation="auto"), f"post {URL}")
-    check(ask("/v1/completions", json={"prompt": "a", "max_tokens": 2}), "post /v1/completions")
-    check(server.client.get("/v1/models"), "get /v1/models")
-    check(server.client.get("/v1/models/sft"), "get /v1/models/{name}")
-    for body in ({}, {**QUESTION, "temprature": 1}, {**QUESTION, "n": 0}):
-        check(ask(URL, json=body), f"post {URL}")
-    wrong = server.client.delete("/v1/models")
-    assert (wrong.status_code, wrong.headers["allow"]) == (405, "GET")
-
-
 # mlxchat serve in a new process, and its limits
 
 
@@ -172,14 +148,7 @@ def test_model_beyond_memory_is_refused_before_its_weights_are_read(served, comm
     assert re.search(rf"^error: {CHAT} .*--bits 4", said, re.MULTILINE), said
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--host", "0.0.0.0"], "error: --host 0.0.0.0 can be reached from other machines and requires a key"),
-        (["--max-rows", "0"], "error: --max-rows is 0, expected a whole number of at least 1"),
-        (["eval"], "error: "),
-    ],
-)
-def test_serve_refuses_invalid_options(served, arguments, message, say, monkeypatch):
+def test_serving_other_machines_requires_a_key(served, say, monkeypatch):
     monkeypatch.delenv("MLXCHAT_API_KEY", raising=False)
-    assert say("serve", f"outputs={served}", *arguments, code=2).startswith(message)
+    told = say("serve", f"outputs={served}", "--host", "0.0.0.0", code=2)
+    assert told.startswith("error: --host 0.0.0.0 can be reached from other machines and requires a key")

@@ -137,9 +137,6 @@ def test_sanitizer_allows_markdown_elements_only(document):
     assert document.evaluate("() => window.hurt") is None
 
 
-# Versions of messages, and what the page sends to the model
-
-
 TALK = """
 (page, steps) => {
   const talk = { messages: [], last: -1 };
@@ -162,30 +159,38 @@ TALK = """
 }
 """
 TWO_TURNS = [["say", "u1", -1], ["answer", "a1", 0], ["say", "u2", 1], ["answer", "a2", 2]]
+LONG = "a" * 100_000
+# The server refuses bodies above 1 MB, so without the cut every further message would fail.
+STEPS = {
+    "a new answer to an early message keeps the later turns": (
+        [*TWO_TURNS, ["answer", "a1b", 0], ["path"], ["versions", 4], ["choose", 1], ["path"]],
+        ["u1 a1b", [1, 4], "u1 a1 u2 a2"],
+    ),
+    "an edited message appears once answered": (
+        [
+            *TWO_TURNS,
+            ["say", "u1b", -1],
+            ["path"],
+            ["versions", 0],
+            ["answer", "a1b", 4],
+            ["path"],
+            ["choose", 0],
+            ["path"],
+        ],
+        ["u1 a1 u2 a2", [0, 4], "u1b a1b", "u1 a1 u2 a2"],
+    ),
+    "unanswered messages are not sent": (
+        [*TWO_TURNS, ["say", "u3", 3], ["say", "u4", 4], ["path"], ["read"]],
+        ["u1 a1 u2 a2 u3 u4", ["u1 a1 u2 a2 u4", 0]],
+    ),
+    "a long conversation is cut at a turn": (
+        [["say", "u1", -1], ["answer", LONG, 0], ["say", "u2", 1], ["answer", LONG, 2], ["say", "u3", 3], ["read"]],
+        [["u2 " + "a" * 37, 1]],
+    ),
+}
 
 
-def talk(node: Callable[..., Any], *steps: list[Any]) -> list[Any]:
-    return node("conversation.js", TALK, steps)
-
-
-def test_new_answer_to_an_early_message_keeps_the_later_turns(node):
-    told = talk(node, *TWO_TURNS, ["answer", "a1b", 0], ["path"], ["versions", 4], ["choose", 1], ["path"])
-    assert told == ["u1 a1b", [1, 4], "u1 a1 u2 a2"]
-
-
-def test_edited_message_appears_once_answered(node):
-    told = talk(node, *TWO_TURNS, ["say", "u1b", -1], ["path"], ["versions", 0], ["answer", "a1b", 4], ["path"],
-               ["choose", 0], ["path"])  # fmt: skip
-    assert told == ["u1 a1 u2 a2", [0, 4], "u1b a1b", "u1 a1 u2 a2"]
-
-
-def test_unanswered_messages_are_not_sent(node):
-    told = talk(node, *TWO_TURNS, ["say", "u3", 3], ["say", "u4", 4], ["path"], ["read"])
-    assert told == ["u1 a1 u2 a2 u3 u4", ["u1 a1 u2 a2 u4", 0]]
-
-
-def test_long_conversation_is_cut_at_a_turn(node):
-    """The server refuses bodies above 1 MB, so without this every further message would fail."""
-    long = "a" * 100_000
-    steps = [["say", "u1", -1], ["answer", long, 0], ["say", "u2", 1], ["answer", long, 2], ["say", "u3", 3], ["read"]]
-    assert talk(node, *steps) == [["u2 " + "a" * 37, 1]]
+@pytest.mark.parametrize("name", STEPS)
+def test_versions_of_messages_and_what_is_sent(node, name):
+    steps, told = STEPS[name]
+    assert node("conversation.js", TALK, steps) == told

@@ -1,7 +1,7 @@
 """Third-party models are served like ours: our checkpoint, opened by mlx-lm, gives our answers."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,6 @@ import pytest
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT
-from mlxchat.serve.api import Service
-from mlxchat.serve.models import Models, load_scheduler
-from mlxchat.serve.requests import Defaults
-from mlxchat.serve.security import Limits
-from mlxchat.serve.worker import Worker
-from mlxchat.store.store import Store
 from serve.servers import BASE, CHAT, Server, chunks
 
 pytest.importorskip("mlx_lm", reason="third-party models need mlx-lm")
@@ -32,10 +26,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, model: GPT, tokenizer: Toke
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path, served: Path) -> Iterator[Server]:
+def server(folder: Path, start: Callable[..., Server]) -> Iterator[Server]:
     """A server with a third-party default model and the store's models."""
-    models = Models(Store(served), folder, third_party={NAME: folder})
-    with Server(Service(models, Worker(Limits(), load_scheduler), Defaults())) as running:
+    with start(third_party={NAME: folder}) as running:
         yield running
 
 

@@ -1,7 +1,6 @@
 """A tracker sends records in order, continues tracked runs, and never breaks a run."""
 
 import json
-import sqlite3
 import struct
 import sys
 import threading
@@ -51,11 +50,6 @@ def start(
     return Tracker(config, folder, ids=ids, say=(said if said is not None else []).append, **options)
 
 
-def write(path: Path, *records: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-
-
 def test_records_arrive_in_order(tmp_path):
     notebook = Notebook()
     tracker = start(tmp_path, "1", notebook)
@@ -93,7 +87,8 @@ def test_finished_or_different_runs_are_not_continued(tmp_path):
 
 def test_records_before_a_crash_are_sent_first(tmp_path):
     notebook = Notebook()
-    write(tmp_path / "metrics.jsonl", *({"iteration": i, "loss": float(i)} for i in (1, 2, 3, 4)))
+    lines = [json.dumps({"iteration": i, "loss": float(i)}) + "\n" for i in (1, 2, 3, 4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
     tracker = start(tmp_path, "1", notebook, records=lambda step: tmp_path / "metrics.jsonl")
     tracker.log("sft", {"iteration": 4, "loss": 4.0})
     tracker.log("sft", {"iteration": 5, "loss": 5.0})
@@ -138,25 +133,6 @@ def test_hanging_service_does_not_delay_the_end(tmp_path, monkeypatch):
     assert "not waiting any longer" in said[0]
 
 
-# The services run offline, and their files are read back
-
-
-def track(kind: str, outputs: Path, *, run: str, iterations: tuple[int, ...], is_done: bool) -> None:
-    """Track iterations of a run and end it, done or interrupted."""
-    said: list[str] = []
-    folder = outputs / "runs" / run
-    tracker = start(outputs, run, None, said, kind=kind, settings={"model": {"depth": 4}},
-                    records=lambda step: folder / "metrics.jsonl")  # fmt: skip
-    for name in ("report.md", "report.html"):
-        (folder / name).write_text("# all went well")
-    for iteration in iterations:
-        tracker.log("pretrain", {"iteration": iteration, "loss": 8.0 / iteration})
-    artifacts = {"pretrain": Published(id="a1b2", kind="checkpoint", folder=outputs)}
-    results = Results(numbers={"eval_sft": {"mean_centered": 0.25}}, artifacts=artifacts, report=folder / "report.html")
-    tracker.finish(results if is_done else Results(is_done=False))
-    assert said == []
-
-
 def events_of(folder: Path) -> Iterator[Any]:
     """Read TensorBoard's records: length, checksum of it, a serialised Event, checksum."""
     from tensorboardX.proto import event_pb2
@@ -173,7 +149,15 @@ def events_of(folder: Path) -> Iterator[Any]:
 
 def test_tensorboard_gets_curves_and_results(tmp_path):
     pytest.importorskip("tensorboardX")
-    track("tensorboard", tmp_path, run="1", iterations=(1, 2), is_done=True)
+    said: list[str] = []
+    tracker = start(tmp_path, "1", None, said, kind="tensorboard", settings={"model": {"depth": 4}})
+    report = tmp_path / "runs" / "1" / "report.html"
+    report.with_suffix(".md").write_text("# all went well")
+    for iteration in (1, 2):
+        tracker.log("pretrain", {"iteration": iteration, "loss": 8.0 / iteration})
+    artifacts = {"pretrain": Published(id="a1b2", kind="checkpoint", folder=tmp_path)}
+    tracker.finish(Results(numbers={"eval_sft": {"mean_centered": 0.25}}, artifacts=artifacts, report=report))
+    assert said == []
     folder = tmp_path / "tensorboard" / "1"
     values = [(event.step, value) for event in events_of(folder / "pretrain") for value in event.summary.value]
     found = [(step, value.tag, value.simple_value) for step, value in values if value.tag == "loss"]
@@ -181,23 +165,3 @@ def test_tensorboard_gets_curves_and_results(tmp_path):
     last = [v for event in events_of(folder / "results") for v in event.summary.value]
     assert ("eval_sft/mean_centered", 0.25) in [(value.tag, value.simple_value) for value in last]
     assert [value.tensor.string_val[0].decode() for value in last if value.tensor.string_val] == ["# all went well"]
-
-
-@pytest.mark.slow
-def test_trackio_continues_its_run(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    pytest.importorskip("trackio")
-    track("trackio", tmp_path, run="1-first", iterations=(1, 2, 3), is_done=False)
-    track("trackio", tmp_path, run="2-second", iterations=(3, 4, 5), is_done=True)
-    (database,) = (tmp_path / "trackio").glob("mlxchat*.db")
-    with sqlite3.connect(database) as connection:
-        rows = connection.execute("SELECT run_name, step, metrics FROM metrics ORDER BY id").fetchall()
-        configs = connection.execute("SELECT run_name, config FROM configs").fetchall()
-        everything = "\n".join(connection.iterdump())
-    assert {run for run, _, _ in rows} == {"1-first"}
-    losses = [(step, json.loads(m)["pretrain/loss"]) for _, step, m in rows if "pretrain/loss" in json.loads(m)]
-    assert losses == [(i, 8.0 / i) for i in range(1, 6)]
-    assert any("final/eval_sft/mean_centered" in json.loads(metrics) for _, _, metrics in rows)
-    assert json.loads(configs[0][1])["model"]["depth"] == 4
-    assert any("report" in json.loads(metrics) for _, _, metrics in rows)
-    assert "pretrain-a1b2" in everything
