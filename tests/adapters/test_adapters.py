@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -166,15 +165,8 @@ IN, OUT, RANK, SCALE, GROUP = 64, 48, 4, 1.7, 32
 Numbers = dict[str, np.ndarray]
 
 
-@dataclass
-class Made:
-    """A layer with an adapter, and its nonzero numbers in float64."""
-
-    layer: LoRALinear
-    numbers: Numbers
-
-
-def make(kind: str, bits: int | None = None, *, seed: int = 0, dropout: float = 0.0) -> Made:
+def make(kind: str, bits: int | None = None, *, seed: int = 0, dropout: float = 0.0) -> tuple[LoRALinear, Numbers]:
+    """Return a layer with an adapter, and its nonzero numbers in float64."""
     rng = np.random.default_rng(seed)
     numbers = {
         "w": rng.normal(0, 0.2, (OUT, IN)), "a": rng.normal(0, 0.2, (IN, RANK)), "b": rng.normal(0, 0.3, (RANK, OUT)),
@@ -186,7 +178,7 @@ def make(kind: str, bits: int | None = None, *, seed: int = 0, dropout: float = 
     layer.lora_a, layer.lora_b = (mx.array(numbers[name].astype(np.float32)) for name in ("a", "b"))
     if kind == "dora":
         layer.m = mx.array(numbers["m"].astype(np.float32))
-    return Made(layer, numbers)
+    return layer, numbers
 
 
 def expected(kind: str, x: np.ndarray, numbers: Numbers, *, lengths_of: Numbers | None = None) -> np.ndarray:
@@ -201,32 +193,32 @@ def expected(kind: str, x: np.ndarray, numbers: Numbers, *, lengths_of: Numbers 
 
 @pytest.mark.parametrize(("kind", "bits"), [("lora", None), ("lora", 4), ("dora", None), ("dora", 8)])
 def test_product_equals_the_papers(path, kind, bits):
-    made = make(kind, bits)
+    layer, numbers = make(kind, bits)
     x = np.random.default_rng(1).normal(0, 1, (2, 5, IN))
-    out = made.layer(mx.array(x.astype(np.float32)))
-    np.testing.assert_allclose(np.asarray(out), expected(kind, x, made.numbers), atol=2e-4)
+    out = layer(mx.array(x.astype(np.float32)))
+    np.testing.assert_allclose(np.asarray(out), expected(kind, x, numbers), atol=2e-4)
 
 
 @pytest.mark.parametrize(("kind", "bits"), [("lora", None), ("lora", 4), ("dora", None), ("dora", 4)])
 def test_gradients_equal_finite_differences(path, kind, bits):
-    made, rng = make(kind, bits), np.random.default_rng(2)
+    (layer, exact), rng = make(kind, bits), np.random.default_rng(2)
     x, cotangent = rng.normal(0, 1, (2, 3, IN)), rng.normal(0, 1, (2, 3, OUT))
     names = {"a": "lora_a", "b": "lora_b", **({"m": "m"} if kind == "dora" else {})}
 
     def loss(x: mx.array, *small: mx.array) -> mx.array:
         for name, value in zip(names.values(), small, strict=True):
-            made.layer[name] = value
-        return (made.layer(x) * mx.array(cotangent.astype(np.float32))).sum()
+            layer[name] = value
+        return (layer(x) * mx.array(cotangent.astype(np.float32))).sum()
 
-    given = [mx.array(x.astype(np.float32)), *(made.layer[name] for name in names.values())]
+    given = [mx.array(x.astype(np.float32)), *(layer[name] for name in names.values())]
     found = mx.grad(loss, argnums=tuple(range(len(given))))(*given)
     for (name, slope), direction_seed in zip(zip(["x", *names], found, strict=True), range(9), strict=False):
         direction = np.random.default_rng(direction_seed).normal(0, 1, slope.shape)
 
         def moved(by: float, name: str = name, direction: np.ndarray = direction) -> float:
-            numbers = {**made.numbers, "x": x}
+            numbers = {**exact, "x": x}
             numbers[name] = numbers[name] + by * direction
-            out = expected(kind, numbers["x"], numbers, lengths_of=made.numbers)
+            out = expected(kind, numbers["x"], numbers, lengths_of=exact)
             return float((out * cotangent).sum())
 
         difference = (moved(1e-5) - moved(-1e-5)) / 2e-5
@@ -234,18 +226,18 @@ def test_gradients_equal_finite_differences(path, kind, bits):
 
 
 def test_dropout_applies_only_to_the_adapters_input(path):
-    made, n = make("lora", dropout=0.4), make("lora").numbers
+    layer, n = make("lora", dropout=0.4)
     x, cotangent = (np.random.default_rng(6).normal(0, 1, (2, 3, width)) for width in (IN, OUT))
     present = Dropping(0.0, mx.array(draw_keys(1, 2, rows=2)))
     seen = np.asarray(dropped(mx.array(x.astype(np.float32)), fold(present.keys, 3), 0.4)).astype(np.float64)
     given = mx.array(x.astype(np.float32))
     with dropping(present):
-        out, slopes = mx.vjp(made.layer, [given], [mx.array(cotangent.astype(np.float32))])
+        out, slopes = mx.vjp(layer, [given], [mx.array(cotangent.astype(np.float32))])
     np.testing.assert_allclose(np.asarray(out[0]), x @ n["w"].T + SCALE * seen @ n["a"] @ n["b"], atol=1e-4)
     kept = seen / np.where(x == 0, 1, x)  # 0 or the scale of dropout
     expected_slopes = cotangent @ n["w"] + kept * (SCALE * cotangent @ n["b"].T @ n["a"].T)
     np.testing.assert_allclose(np.asarray(slopes[0]), expected_slopes, atol=1e-4)
-    np.testing.assert_allclose(np.asarray(made.layer(given)), expected("lora", x, n), atol=1e-4)
+    np.testing.assert_allclose(np.asarray(layer(given)), expected("lora", x, n), atol=1e-4)
 
 
 # Exchange with mlx-lm and PEFT

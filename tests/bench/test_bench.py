@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from kit.artifacts import make_model, publish_base
-from kit.commands import CommandLine, Say
+from kit.commands import CommandLine
 from mlxchat.bench import generate
 from mlxchat.commands import device_checks
 from mlxchat.composition.compose import compose_config
@@ -26,11 +26,6 @@ def record(mlxchat: CommandLine) -> dict[str, Any]:
     done = mlxchat("bench", "train", *TINY, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
-
-
-def found_by(say: Say, *arguments: str) -> dict[str, Any]:
-    text = say("bench", *arguments, "--json")
-    return json.loads(next(line for line in text.splitlines() if line[:1] == "{"))
 
 
 def test_only_adapters_are_measured_as_trained(say):
@@ -82,7 +77,8 @@ def test_model_is_measured_and_its_result_kept(tmp_path, say):
     outputs = tmp_path / "outputs"
     publish_base(outputs, "talks")
     asked = ["bench.rows=[1,2]", "bench.prompt_tokens=[20]", "bench.new_tokens=4", "bench.steps=1"]
-    found = found_by(say, "generate", "talks", *asked, f"outputs={outputs}")
+    told = say("bench", "generate", "talks", *asked, f"outputs={outputs}", "--json")
+    found = json.loads(next(line for line in told.splitlines() if line[:1] == "{"))
     assert found["num_parameters"] == sum(value.size for value in flatten_parameters(make_model()).values())
     (kept,) = [json.loads(path.read_text())["command"] for path in (outputs / "bench").iterdir()]
     assert "mlxchat bench generate talks 'bench.rows=[1,2]'" in kept

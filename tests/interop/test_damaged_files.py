@@ -55,10 +55,6 @@ def test_pickles_execute_nothing(name, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def opening(path: Path) -> dict[str, Any]:
-    return {name: tensor.read() for name, tensor in read_state(path).items()}
-
-
 def test_models_and_tokenizers_execute_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path, model = tmp_path / "tokenizer.pkl", tmp_path / "model_000001.pt"
@@ -67,7 +63,7 @@ def test_models_and_tokenizers_execute_no_code(tmp_path, monkeypatch):
         load_vocabulary(str(path))
     write_zip(model, {"data.pkl": pickle.dumps({"w": CALLS["system"]}, 2)})
     with pytest.raises(DataError, match=r"posix\.system.*No code of it was executed"):
-        opening(model)
+        read_state(model)
     assert {each.name for each in tmp_path.iterdir()} == {"tokenizer.pkl", "model_000001.pt"}
 
 
@@ -76,7 +72,7 @@ def test_tensors_may_share_a_storage(tmp_path):
     path = tmp_path / "model_000001.pt"
     parts = {"a": slice(0, 1), "b": slice(1, 4)}
     write_torch(path, {name: Tensor(numbers, storage="0", part=part) for name, part in parts.items()})
-    found = opening(path)
+    found = {name: tensor.read() for name, tensor in read_state(path).items()}
     assert all(np.array_equal(found[name], numbers[part]) for name, part in parts.items())
 
 

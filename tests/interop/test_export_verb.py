@@ -189,7 +189,7 @@ def test_push_creates_a_private_repository_with_one_commit(export, upload_hub, m
     (message,) = repository.commits
     assert json.loads((artifact(made, "oct") / "manifest.json").read_text())["rid"] in message
     assert upload_hub.token not in said
-    assert not [each for each in upload_hub.log if "xet" in each.path]
+    assert not [path for _, path in upload_hub.log if "xet" in path]
     assert " to me/model" in said
 
 

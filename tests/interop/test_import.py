@@ -260,9 +260,6 @@ def test_hugging_face_round_trip_is_byte_exact(twin, tmp_path, dtype):
         assert json.loads((out / name).read_text()) == json.loads((theirs / name).read_text())
 
 
-# mlxchat import, and import:NAME wherever a model may be named
-
-
 RL = ("pipeline=imported_rl", "stage=rl", "machine=cpu", "rl.num_iterations=1")
 
 

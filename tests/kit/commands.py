@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -58,6 +58,16 @@ def wait_until(
         assert process is None or process.poll() is None, process.communicate()[0]
         assert time.monotonic() < until
         time.sleep(0.01)
+
+
+def processes_in(folder: Path) -> list[str]:
+    """Return the processes whose working directory is in a folder, even if it was removed."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if str(place.joinpath("cwd").readlink()).startswith(str(folder)):
+                found.append(place.name)
+    return found
 
 
 def saved_trainings(outputs: Path) -> set[Path]:

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -109,13 +109,6 @@ class Repository:
         return [self.entry(path) for path in sorted(found)]
 
 
-class Request(NamedTuple):
-    """One line of the log."""
-
-    method: str
-    path: str
-
-
 class LoopbackHub(Loopback):
     """The server, as a context manager. All may be changed while it runs."""
 
@@ -126,7 +119,7 @@ class LoopbackHub(Loopback):
         self.files: dict[str, bytes] = {}  # below /files/
         self.faults = Faults()
         self.stored: dict[str, bytes] = {}  # large files that were uploaded, by sha256
-        self.log: list[Request] = []
+        self.log: list[tuple[str, str]] = []  # method and path
         self.bytes_sent = Counter[str]()
         self.lock, self.done = threading.Lock(), Counter[tuple[str, str]]()
 
@@ -134,9 +127,9 @@ class LoopbackHub(Loopback):
         self.repositories[name] = Repository(files, **more)
         return self.repositories[name]
 
-    def requests(self, part: str) -> list[Request]:
+    def requests(self, part: str) -> list[tuple[str, str]]:
         """Return the requests for files whose path ends with `part`."""
-        return [each for each in self.log if each.path.endswith(part) and "/api/" not in each.path]
+        return [(method, path) for method, path in self.log if path.endswith(part) and "/api/" not in path]
 
     def sent(self, part: str) -> int:
         """Return the bytes of files that were sent."""
@@ -156,7 +149,7 @@ class _Handler(Handler):
 
     def do_GET(self) -> None:
         hub, path, body = self.server, unquote(urlsplit(self.path).path), self.body()
-        hub.log.append(Request(self.command, path))
+        hub.log.append((self.command, path))
         with hub.lock:
             fails = hub.faults.fail_first > 0
             hub.faults.fail_first -= fails

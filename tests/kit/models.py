@@ -54,12 +54,7 @@ def make_model(
 ) -> GPT:
     """Return a model with grouped heads, the same each time; no weight starts at zero as nanochat's projections do.
 
-    Args:
-        architecture: a name of conf/architecture.
-        seed: of the weights.
-        scale: deviation of the weights; embeddings have 1.
-        head_scale: deviation of the head's weights where it is another one.
-        sizes: fields of GPTSizes that differ.
+    Weights have the deviation `scale`, embeddings 1, the head `head_scale` if given; `sizes` are fields of GPTSizes.
     """
     small = {"vocab_size": VOCABULARY, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "width": 32,
              "context_tokens": 64}  # fmt: skip

@@ -53,10 +53,7 @@ def make_rows(count: int = 3, *, seed: int = 0, tokens: int = 16) -> list[Row]:
 
 
 class NumberedBatches:
-    """Batches that follow from their number, with a weight of `value` in those of `broken`.
-
-    Rows of `uneven` batches have different numbers of targets.
-    """
+    """Batches that follow from their number; `uneven`: rows differ in targets, `broken`: they have a weight `value`."""
 
     waited_seconds = 0.0
 

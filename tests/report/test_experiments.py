@@ -60,21 +60,12 @@ def run_experiment(toys: Any, name: str, plan: list[Any]) -> None:
     (folder / "plan.json").write_text(json.dumps({"started": "2026-01-01T00:00:00+00:00", "steps": steps}))
 
 
-def verdicts(text: str) -> dict[str, tuple[str, str | None]]:
-    """Return name → verdict, and with what it was compared."""
-    return {each["name"]: (each["verdict"], each["against"]) for each in json.loads(text)["experiments"]}
-
-
 def test_each_experiment_is_judged_against_the_best_kept_before(say):
     found = json.loads(say("compare", "--baseline", "base", "--format", "json"))
-    assert verdicts(json.dumps(found)) == {
-        "base": ("keep", None),
-        "better": ("keep", "base"),
-        "worse": ("discard", "better"),
-        "same": ("not decided", "better"),
-        "lucky": ("not decided", "better"),
-    }
-    base, better, _, same, lucky = found["experiments"]
+    base, better, _, same, lucky = experiments = found["experiments"]
+    assert [each["name"] for each in experiments] == [*SCORES]
+    assert [each["verdict"] for each in experiments] == ["keep", "keep", "discard", "not decided", "not decided"]
+    assert [each["against"] for each in experiments] == [None, "base", "better", "better", "better"]
     assert (base["values"], base["mean"]) == ([1.0, 1.04, 0.96], pytest.approx(1))
     assert base["stderr"] == pytest.approx(0.04 / 3**0.5)
     assert better["difference"][0] == pytest.approx(-1)
@@ -85,13 +76,14 @@ def test_each_experiment_is_judged_against_the_best_kept_before(say):
 
 
 def test_named_runs_alone_are_judged(say, toys):
-    assert [*verdicts(say("compare", "worse", "--baseline", "base", "--format", "json"))] == ["base", "worse"]
+    found = json.loads(say("compare", "worse", "--baseline", "base", "--format", "json"))
+    assert [each["name"] for each in found["experiments"]] == ["base", "worse"]
     table = say("compare", "lucky", "worse", "--baseline", "base")
     assert "baseline" in table
     assert "at least 2 each" in table
     assert "no run has recorded one.scor." in say("compare", "--baseline", "base", "--metric", "one.scor", code=2)
     folder = next(path.name for path in (toys.outputs / "runs").glob("*-base-job1"))
-    assert [*verdicts(say("compare", "--baseline", folder, "--format", "json"))] == [*SCORES]
+    assert len(json.loads(say("compare", "--baseline", folder, "--format", "json"))["experiments"]) == len(SCORES)
     assert 'Did you mean "one.score"?' in say("compare", "--baseline", "base", "--metric", "score", code=2)
     assert "--baseline bas: 0 experiments" in say("compare", "--baseline", "bas", code=2)
     assert "needs --baseline" in say("compare", "--format", "tsv", code=2)

@@ -6,13 +6,13 @@ import platform
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from kit.commands import processes_in, wait_until
 from mlxchat.errors import StepFailed
 from mlxchat.sandbox import programs
 from mlxchat.sandbox.programs import ALLOWED, CHANGING, CONDITIONAL, protections_here, run_program
@@ -259,15 +259,6 @@ time.sleep(15)
     assert run_program(code, seconds=20, protections=["landlock", "seccomp"]).status == "output"
 
 
-def running(folder: Path) -> int:
-    """Return how many processes have their working directory in a folder."""
-    found = 0
-    for place in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            found += str(place.joinpath("cwd").readlink()).startswith(str(folder))
-    return found
-
-
 @pytest.mark.parametrize("protections", [("namespaces", "landlock", "seccomp"), ("landlock", "seccomp")], ids=len)
 def test_program_dies_with_its_parent(protections, tmp_path):
     need(*protections)
@@ -277,13 +268,8 @@ def test_program_dies_with_its_parent(protections, tmp_path):
         f"run_program('while True:\\n    pass', seconds=60, protections={protections!r})"
     )
 
-    def wait_for(count: int) -> None:
-        until = time.monotonic() + 60
-        while running(tmp_path) != count and time.monotonic() < until:
-            time.sleep(0.05)
-        assert running(tmp_path) == count
-
+    count = 3 if "namespaces" in protections else 1  # with two processes that wait for it
     with subprocess.Popen([sys.executable, "-c", code]) as parent:
-        wait_for(3 if "namespaces" in protections else 1)  # with two processes that wait for it
+        wait_until(lambda: len(processes_in(tmp_path)) == count, seconds=60)
         parent.kill()
-    wait_for(0)
+    wait_until(lambda: processes_in(tmp_path) == [], seconds=60)

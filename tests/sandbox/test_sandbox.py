@@ -3,15 +3,15 @@
 import os
 import re
 import tempfile
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from kit.commands import processes_in, wait_until
 from mlxchat.sandbox.programs import PROTECTIONS, mac_profile, protections_here, run_program
 
 HONEST = {
@@ -90,6 +90,10 @@ HOSTILE = {
 }  # fmt: skip
 
 
+# Words of the programs that limits alone cannot stop.
+CONFINED = ("outside", "what is there", "its folder", "parent", "shell", "another program")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def many_open_files() -> Iterator[None]:
     """Programs must find their pipes where a test process with many open files puts them, too."""
@@ -109,20 +113,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield place
     assert list(place.iterdir()) == []
     # A killed process may take a moment to disappear.
-    until = time.monotonic() + 2
-    while survivors(place) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert survivors(place) == []
-
-
-def survivors(folder: Path) -> list[str]:
-    """Return the processes whose working directory is in a folder, even if it was removed."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if str(place.joinpath("cwd").readlink()).startswith(str(folder)):
-                found.append(place.name)
-    return found
+    wait_until(lambda: processes_in(place) == [], seconds=2)
 
 
 @pytest.mark.parametrize("protections", [PROTECTIONS, ()], ids=["all", "none"])
@@ -158,16 +149,12 @@ def test_hostile_programs_fail_without_harm(tmp_path):
         return name if outcome.passed else None
 
     with ThreadPoolExecutor(4) as pool:
-        passed = [*pool.map(check, (name for name in HOSTILE if confined or not needs_protection(name)))]
+        passed = [
+            *pool.map(check, (name for name in HOSTILE if confined or not any(word in name for word in CONFINED)))
+        ]
     assert [name for name in passed if name] == []
     assert not [path for path in tmp_path.iterdir() if path.name != "programs" and not path.name.startswith("around")]
     assert (os.getpid(), Path.cwd(), dict(os.environ)) == parent
-
-
-def needs_protection(name: str) -> bool:
-    """Return whether limits alone cannot stop this program."""
-    words = ("outside", "what is there", "its folder", "parent", "shell", "another program")
-    return any(word in name for word in words)
 
 
 def test_status_names_the_cause_and_output_is_bounded():

@@ -60,10 +60,7 @@ def _describe(folder: Path, stage: str, kind: str, metrics: dict[str, Any], inpu
 
 @pytest.fixture(scope="session")
 def start(served: Path) -> Callable[..., Server]:
-    """Make a server with these limits and options.
-
-    `seconds` a token makes it answer with `says`, or the alphabet.
-    """
+    """Make a server with these limits and options; with `seconds` a token it answers `says`, or the alphabet."""
 
     def make(
         *, limits: dict[str, int] | None = None, seconds: float | None = None, says: str | list[int] | None = None,

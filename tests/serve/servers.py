@@ -9,6 +9,7 @@ from typing import Any
 import httpx2 as httpx
 import uvicorn
 
+from kit.commands import wait_until
 from mlxchat.serve.api import Service, make_app
 from mlxchat.serve.worker import Worker
 
@@ -50,10 +51,7 @@ class Server:
         return self.client.post("/v1/chat/completions", json=body)
 
     def until(self, reached: Callable[[], bool], seconds: float = 10) -> None:
-        ends = time.monotonic() + seconds
-        while not reached():
-            assert time.monotonic() < ends, "it never came to that"
-            time.sleep(0.01)
+        wait_until(reached, seconds=seconds)
 
 
 def chunks(response: httpx.Response) -> list[dict[str, Any]]:

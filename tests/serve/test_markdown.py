@@ -23,8 +23,6 @@ const [place, given] = JSON.parse(readFileSync(0, "utf8"));
 console.log(JSON.stringify((CODE)(await import(place), given)));
 """
 RUN = "({ html }, texts) => texts.map((text) => html(text))"
-
-
 RENDERED = [
     ("# a", "<h2>a</h2>"),
     ("# C#", "<h2>C#</h2>"),

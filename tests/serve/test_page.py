@@ -33,9 +33,7 @@ def show(browser: Any, start: Callable[..., Any]) -> Iterator[Callable[..., Any]
 
         def opened(*, width: int = 1280, scheme: str = "light", **options: Any) -> Any:
             server = stack.enter_context(start(**{"seconds": 0.002, **options}))
-            context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
-            stack.callback(context.close)
-            page = context.new_page()
+            page = stack.enter_context(browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme))
             page.set_default_timeout(15_000)
             page.server, page.asked, page.told = server, [], []
             page.on("request", lambda request: page.asked.append(request.url))

@@ -1,7 +1,6 @@
 """The worker: full queue, disconnects, failures, shutdown, several models."""
 
 import gc
-import json
 import string
 import threading
 import weakref
@@ -10,6 +9,8 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
+
+from serve.servers import chunks
 
 
 def streaming(server: Any, **body: Any) -> Any:
@@ -95,28 +96,19 @@ def test_unloaded_models_are_freed(start, monkeypatch):
         gc.enable()
 
 
-def stream_once(url: str, number: int) -> tuple[int, str, str]:
+def stream_once(server: Any, number: int) -> tuple[int, str, str]:
     """Return (number, streamed text, why it ended) of one request with its own question, seed and length."""
-    body = {
-        "messages": [{"role": "user", "content": f"the cat {number}"}], "seed": number, "temperature": 1.0,
-        "max_tokens": 10 + number % 20, "stream": True,
-    }  # fmt: skip
-    text, reason = "", ""
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=120) as response:
-        assert response.status_code == 200, response.read()
-        for line in response.iter_lines():
-            if line.startswith("data: {"):
-                (choice,) = json.loads(line[6:])["choices"]
-                text += choice["delta"].get("content") or choice["delta"].get("part", {}).get("text", "")
-                reason = choice["finish_reason"] or reason
-    return number, text, reason
+    options = {"seed": number, "temperature": 1.0, "max_tokens": 10 + number % 20, "stream": True}
+    told = [chunk["choices"][0] for chunk in chunks(server.chat(f"the cat {number}", **options))]
+    texts = [each["delta"].get("content") or each["delta"].get("part", {}).get("text", "") for each in told]
+    return number, "".join(texts), told[-1]["finish_reason"]
 
 
 def test_sixteen_concurrent_streams_are_exact(start):
     """Each answer equals that of the same request alone."""
     with start(limits={"max_rows": 8}) as server, ThreadPoolExecutor(16) as pool:
-        expected = [stream_once(server.url, number) for number in range(16)]
-        assert [*pool.map(lambda number: stream_once(server.url, number), range(16))] == expected
+        expected = [stream_once(server, number) for number in range(16)]
+        assert [*pool.map(lambda number: stream_once(server, number), range(16))] == expected
         server.until(lambda: server.worker.num_choices == 0)
 
 
