@@ -162,6 +162,18 @@ def test_advice_follows_from_the_validation_curve(made, losses, accuracy, advice
     assert bool(advice) == bool(found.strip())
 
 
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        ({"reached_target": 1, "iterations": 30, "seconds_to_target": 30.0}, "after 30 iterations, 30.0s of training."),
+        ({"reached_target": 0}, "It did not reach its target."),
+    ],
+)
+def test_report_says_when_the_target_was_reached(made, metrics, said):
+    made.edit("pretrain", "manifest.json", metrics=metrics)
+    assert said in dict(answers(made.report()))["Did it learn?"]
+
+
 def test_good_bad_and_typical_answers_are_shown(made):
     rows = [
         {"task": task, "index": i, "seed": None, "prompt": f"{task} {i}?", "output": output, "expected": "#### 8",

@@ -9,8 +9,10 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from pydantic import TypeAdapter
 
 from mlxchat.planning.memory import Device
+from mlxchat.serve import answers
 from serve.servers import CHAT
 
 URL = "/v1/chat/completions"
@@ -138,6 +140,27 @@ def test_serve_prints_its_address_answers_and_stops(served, start_mlxchat):
         process.kill()
         process.stdout.close()
         process.wait()
+
+
+def test_description_says_what_is_answered(server):
+    described = server.client.get("/openapi.json").json()["paths"]
+
+    def check(response: Any, path: str) -> None:
+        method, _, path = path.partition(" ")
+        status = str(response.status_code) if response.is_success else "4XX"
+        schema = described[path][method]["responses"][status]["content"]["application/json"]["schema"]
+        answer: Any = TypeAdapter(getattr(answers, schema["$ref"].rpartition("/")[2]))
+        assert answer.validate_python(response.json(), strict=True) == response.json(), "no other fields"
+
+    ask = server.client.post
+    check(server.chat(logprobs=True, top_logprobs=2, truncation="auto"), f"post {URL}")
+    check(ask("/v1/completions", json={"prompt": "a", "max_tokens": 2}), "post /v1/completions")
+    check(server.client.get("/v1/models"), "get /v1/models")
+    check(server.client.get("/v1/models/sft"), "get /v1/models/{name}")
+    for body in ({}, {**QUESTION, "temprature": 1}, {**QUESTION, "n": 0}):
+        check(ask(URL, json=body), f"post {URL}")
+    wrong = server.client.delete("/v1/models")
+    assert (wrong.status_code, wrong.headers["allow"]) == (405, "GET")
 
 
 def test_model_beyond_memory_is_refused_before_its_weights_are_read(served, command, monkeypatch):
