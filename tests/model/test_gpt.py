@@ -218,7 +218,7 @@ GATED = {
         ("self.c_fc = Linear(", "self.c_gate = Linear(sizes.width, 4 * sizes.width)\n        self.c_fc = Linear("),
         ("squared_relu(self.c_fc(x))", "nn.silu(self.c_gate(x)) * self.c_fc(x)"),
     ],
-    "initial.py": [('"c_v" | "c_fc"', '"c_v" | "c_gate" | "c_fc"')],
+    "parameters.py": [('"c_v" | "c_fc"', '"c_v" | "c_gate" | "c_fc"')],
     "sizes.py": [("8 * width * width", "12 * width * width")],
 }
 
