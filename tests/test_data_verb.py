@@ -53,7 +53,7 @@ def test_fetch_gets_exactly_what_a_run_needs(hub, texts, say, monkeypatch):
     size = sum(len(texts.files[name]) for name in ("held_out.parquet", "shard_0.parquet"))
     told = say("data", "fetch", *SETTINGS).splitlines()[-1]
     assert told == f"everything is there: 2 files of the Hub ({size / 1000:.1f} kB), 0 of other addresses"
-    fetched = sorted({each.path.rpartition("/")[2] for each in hub.requests("parquet")})
+    fetched = sorted({path.rpartition("/")[2] for _, path in hub.requests("parquet")})
     # The tokenizer reads 5,500 characters, and the held-out file says that a file has 6,000 and more.
     assert fetched == ["held_out.parquet", "shard_0.parquet"]
 
