@@ -1,4 +1,4 @@
-"""What the stages eval and outside measure of a model, whoever trained it.
+"""What the stages eval and outside measure, of own and of third-party models.
 
 Chat tasks are measured as in nanochat's chat_eval: multiple choice by the letters' logits, generated answers by the
 task's verdict. Answers are greedy, or sampled with several seeds. Results are journaled per batch, so a killed
